@@ -1,0 +1,85 @@
+"""Which implementation of an op can run: loads the compiled library, asks for Triton, and says why not."""
+
+import functools
+import importlib.util
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger("mmkernels")
+
+# Every op and its implementations, best first: the order in which impl="auto" tries them.
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+    "info_nce": ("triton", "cpu", "reference"),
+}
+
+_COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _load_library() -> str | None:
+    """Load the compiled library; None once it is loaded, otherwise why it is not."""
+    libraries = sorted(Path(__file__).parent.glob("_C*.so")) + sorted(Path(__file__).parent.glob("_C*.pyd"))
+    if not libraries:
+        return "the compiled library is missing: mmkernels was installed without a C++ compiler; reinstall with one"
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except OSError as error:
+        return f"the compiled library does not load ({error}); rebuild it against torch {torch.__version__}"
+    return None
+
+
+def triton_interprets() -> bool:
+    """Whether Triton kernels run in the interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def unavailable(impl: str) -> str | None:
+    """Why `impl` cannot run on this machine at all; None if it can."""
+    if impl == "reference":
+        return None
+    if impl == "cpu":
+        return _load_library()
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not torch.cuda.is_available() and not triton_interprets():
+        return "no GPU is visible to torch (TRITON_INTERPRET=1, set before the start, runs the kernels slowly on a CPU)"
+    return None
+
+
+def refuses(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why `impl` cannot take tensors of this device and dtype here; None if it can."""
+    reason = unavailable(impl)
+    if reason is not None or impl == "reference":
+        return reason
+    device = "cpu" if impl == "cpu" or triton_interprets() else "cuda"
+    if device_type != device:
+        return f"it takes {device} tensors, and these are on {device_type}"
+    if dtype not in _COMPILED_DTYPES:
+        return f"it takes float32, bfloat16 and float16, and these are {dtype}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def choose(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str:
+    """The implementation of `op` to run. "auto" takes the best that can; any other name runs or raises."""
+    names = IMPLEMENTATIONS[op]
+    if impl == "auto":
+        return _choose_auto(op, device_type, dtype)
+    if impl not in names:
+        raise ValueError(f"impl: expected 'auto' or one of {', '.join(map(repr, names))}, got {impl!r}")
+    if refuses(impl, device_type, dtype) is None:
+        return impl
+    reasons = "".join(f"\n  {name}: {refuses(name, device_type, dtype) or 'can run'}" for name in names)
+    raise RuntimeError(f"mmkernels.{op}: impl={impl!r} cannot run on {device_type} tensors of {dtype}:{reasons}")
+
+
+@functools.cache
+def _choose_auto(op: str, device_type: str, dtype: torch.dtype) -> str:
+    # The interpreter is there to be asked for: it is far slower than the eager reference.
+    names = [n for n in IMPLEMENTATIONS[op] if not (n == "triton" and triton_interprets())]
+    chosen = next(name for name in names if refuses(name, device_type, dtype) is None)
+    logger.debug("%s on %s, %s: %s", op, device_type, dtype, chosen)
+    return chosen

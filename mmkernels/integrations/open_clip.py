@@ -1,0 +1,67 @@
+"""open_clip's losses on the fused kernels: the same constructors and calls."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmkernels.contrastive import info_nce
+
+
+class ClipLoss(nn.Module):
+    """CLIP's symmetric loss in constant memory a row.
+
+    Replaces::
+
+        from open_clip.loss import ClipLoss      # by: from mmkernels import ClipLoss
+        loss = ClipLoss()(image_features, text_features, logit_scale)
+
+    The constructor and the call are open_clip's. There are no logits to hold labels for, so `cache_labels` has no
+    effect. World size 1; more ranks raise NotImplementedError.
+
+    Raises:
+        NotImplementedError: world_size > 1 or use_horovod.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
+        super().__init__()
+        if world_size > 1 or use_horovod:
+            raise NotImplementedError(
+                f"world_size: expected 1 (and no Horovod), got {world_size}; features of other ranks are not "
+                "implemented yet"
+            )
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.use_horovod = use_horovod
+
+    def forward(
+        self,
+        image_features: Tensor,  # [N, D]
+        text_features: Tensor,  # [N, D]
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Any]:
+        """The mean loss, float32, or {"contrastive_loss": loss} for output_dict=True."""
+        if image_features.shape != text_features.shape:
+            raise ValueError(
+                f"text_features: expected the shape of image_features, {tuple(image_features.shape)}, "
+                f"got {tuple(text_features.shape)}"
+            )
+        loss = info_nce(image_features, text_features, logit_scale)
+        if logit_bias is not None:
+            # A softmax does not see a constant added to every logit. The term keeps the bias in the graph, with the
+            # gradient 0 that the eager loss gives it, and lets a NaN through.
+            loss = loss + 0.0 * (logit_bias.sum() if isinstance(logit_bias, torch.Tensor) else logit_bias)
+        return {"contrastive_loss": loss} if output_dict else loss
