@@ -1,0 +1,266 @@
+"""InfoNCE in Triton: one pass over tiles of the logits forward, strips of their gradient backward.
+
+Forward, G = 2 N M D FLOP: a program owns a block of tiles. Every tile updates the running maximum and sum of its
+rows and of its columns; the partial statistics, at most 32 for each row and each column, are merged in a fixed order.
+
+Backward, 4 G: for a strip of queries the gradient of the logits, dS, is computed and stored in the dtype of the
+features; dQ of the strip is then a plain product dS K. The same kernels with the two sides exchanged give dK from
+strips of keys. A product over a stored strip keeps its tiles square at every D. The alternative, one kernel that holds
+dQ in registers, holds 64 rows x 512 features at most: its narrow tiles are bound by the L2 cache, and for each further
+512 features it computes dS once more (4 G + 2 G at D = 1024, + 6 G at D = 2048).
+
+Memory beyond inputs and outputs, in bytes, e = bytes of an element:
+    forward   4 N + 4 (2 or 3) (min(32, N / tile) M + min(32, M / tile) N)
+    backward  one strip: at most max(32 MiB, 128 e max(N, M)); partial products: at most 32 MiB + 512 KiB; O(N + M)
+    and a padded copy of the features where D or the row stride is no multiple of 16 or the address none of 16 bytes.
+
+No atomics: results are the same bits from run to run. Logits are in base 2 inside the kernels: 2^x is one instruction.
+"""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from mmkernels.contrastive.triton_kernels.configs import Config, Tile, choose
+from mmkernels.contrastive.triton_kernels.info_nce import (
+    column_weights_kernel,
+    finish_forward_kernel,
+    forward_kernel,
+    grad_logits_kernel,
+    merge_product_kernel,
+    product_kernel,
+)
+
+MERGE_ROWS = 32  # rows of a program of _merge_product_kernel
+MERGE_FEATURES = 128  # and its features
+MERGE_BLOCK = 128  # entries of a program of the kernels without a dot product
+
+_MAX_PARTIALS = 32  # partial statistics of a row or a column
+_STRIP_BYTES = 32 << 20  # about what the L2 cache of an H100 holds beside the features
+_STRIP_ROWS = 128  # the fewest rows of a strip
+_PRODUCT_PROGRAMS = 256  # programs that the product over a strip is split into, for lack of output tiles
+_FP16_PEAK = 8192.0
+
+
+def info_nce_forward(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    scale: Tensor,  # []
+    targets: Tensor | None,  # [N]
+    symmetric: bool,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses [N] and the log-sum-exps of the rows [N] and of the columns [M] ([0] unless symmetric)."""
+    N, M = queries.shape[0], keys.shape[0]
+    config, precision = choose(queries)
+    tile = config.forward
+    queries, keys = _aligned(queries), _aligned(keys)
+    targets = _checked_targets(targets, N, M, queries.device)
+
+    row_tiles, col_tiles = triton.cdiv(N, tile.block_m), triton.cdiv(M, tile.block_n)
+    tiles_per_group = triton.cdiv(row_tiles, _MAX_PARTIALS)
+    tiles_per_split = triton.cdiv(col_tiles, _MAX_PARTIALS)
+    groups, splits = triton.cdiv(row_tiles, tiles_per_group), triton.cdiv(col_tiles, tiles_per_split)
+    smoothed = label_smoothing > 0
+    statistics = 3 if smoothed else 2
+    losses, row_lse, positives = (scale.new_empty(N) for _ in range(3))
+    col_lse = scale.new_empty(M if symmetric else 0)
+    row_partials = scale.new_empty(statistics, splits, N)
+    col_partials = scale.new_empty(statistics, groups, M) if symmetric else row_partials
+
+    with _on(queries.device):
+        forward_kernel[(groups * splits,)](
+            queries, keys, scale, targets, positives, row_partials, col_partials,
+            N, M, queries.shape[1], queries.stride(0), keys.stride(0),
+            tiles_per_group, tiles_per_split, groups, splits,
+            SYMMETRIC=symmetric, SMOOTHED=smoothed, PRECISION=precision, **launch_options(tile),
+        )  # fmt: skip
+        blocks = triton.cdiv(N, MERGE_BLOCK) + (triton.cdiv(M, MERGE_BLOCK) if symmetric else 0)
+        finish_forward_kernel[(blocks,)](
+            row_partials, col_partials, positives, targets, losses, row_lse, col_lse,
+            N, M, groups, splits, float(label_smoothing),
+            SYMMETRIC=symmetric, SMOOTHED=smoothed, BLOCK=MERGE_BLOCK,
+        )  # fmt: skip
+    return losses, row_lse, col_lse
+
+
+def info_nce_backward(
+    grad_losses: Tensor,  # [N]
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    scale: Tensor,  # []
+    targets: Tensor | None,  # [N]
+    row_lse: Tensor,  # [N]
+    col_lse: Tensor,  # [M]
+    symmetric: bool,
+    label_smoothing: float,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of queries, keys and scale; an empty tensor for each false entry of output_mask."""
+    N, M = queries.shape[0], keys.shape[0]
+    grad_queries = queries.new_empty(queries.shape if output_mask[0] else 0)
+    grad_keys = keys.new_empty(keys.shape if output_mask[1] else 0)
+    config, precision = choose(queries)
+    padded_queries, padded_keys = _aligned(queries), _aligned(keys)
+    identity = targets is None
+    targets = _checked_targets(targets, N, M, queries.device, known=True)
+
+    weights = grad_losses.float() * (0.5 if symmetric else 1.0)  # [N]: a g_i
+    factor = scale
+    unit = None
+    with _on(queries.device):
+        col_weights = _column_weights(weights, targets, M, identity) if symmetric else weights
+        if queries.dtype == torch.float16:
+            # |dS| <= 2.5 peak. In units of peak / 8192 the largest fits fp16, and what falls below its least normal
+            # number is under 1e-8 of the peak.
+            peak = torch.maximum(2 * weights.abs().amax(), col_weights.abs().amax())
+            unit = torch.where(peak > 0, peak, 1.0) / _FP16_PEAK
+            factor = scale * unit
+            weights, col_weights = weights / unit, col_weights / unit
+        # <Q, dQ> = <K, dK>: the scale takes its gradient from whichever product is made anyway.
+        shares = scale.new_empty(0)
+        for_queries = output_mask[0] or (output_mask[2] and not output_mask[1])
+        common = (scale, targets, factor, symmetric, label_smoothing, config, precision)
+        queries_side = _Side(padded_queries, row_lse, weights)
+        keys_side = _Side(padded_keys, col_lse, col_weights)
+        if for_queries:
+            grad = grad_queries if output_mask[0] else None
+            shares = _product_side(queries_side, keys_side, grad, output_mask[2], True, *common)
+        if output_mask[1]:
+            key_shares = _product_side(
+                keys_side, queries_side, grad_keys, output_mask[2] and not for_queries, False, *common
+            )
+            shares = shares if for_queries else key_shares
+    if not output_mask[2]:
+        return grad_queries, grad_keys, scale.new_empty(0)
+    grad_scale = shares.sum()
+    return grad_queries, grad_keys, grad_scale if unit is None else grad_scale * unit
+
+
+class _Side(NamedTuple):
+    """What the backward pass knows of the queries or of the keys."""
+
+    features: Tensor  # [rows, D]
+    lse: Tensor  # [rows]
+    weights: Tensor  # [rows], the gradient of each row's cross-entropy
+
+
+def _product_side(
+    x: _Side,
+    y: _Side,
+    grad: Tensor | None,  # [rows of x, D]
+    share: bool,
+    x_is_queries: bool,
+    scale: Tensor,
+    targets: Tensor,
+    factor: Tensor,
+    symmetric: bool,
+    label_smoothing: float,
+    config: Config,
+    precision: str,
+) -> Tensor:
+    """Fill grad = factor * dS y, strip by strip; the shares of the gradient of the scale if `share`."""
+    num_x, D = x.features.shape
+    num_y = y.features.shape[0]
+    tile, product = config.grad_logits, config.product
+    width = _round_up(num_y, 64)
+    element = x.features.element_size()
+    strip_rows = min(_STRIP_BYTES // (element * width), _STRIP_BYTES // (4 * D)) // _STRIP_ROWS * _STRIP_ROWS
+    strip_rows = min(max(strip_rows, _STRIP_ROWS), num_x)
+    tiles = triton.cdiv(strip_rows, product.block_m) * triton.cdiv(D, product.block_n)
+    steps = width // product.block_k
+    splits = max(1, min(_PRODUCT_PROGRAMS // tiles, steps // 4))
+    steps_per_split = triton.cdiv(steps, splits)
+    splits = triton.cdiv(steps, steps_per_split)
+
+    strip = x.features.new_empty(strip_rows, width)
+    partials = scale.new_empty(splits, strip_rows, D)
+    features = triton.cdiv(D, MERGE_FEATURES)
+    starts = range(0, num_x, strip_rows)
+    shares_per_strip = triton.cdiv(strip_rows, MERGE_ROWS) * features
+    num_shares = (len(starts) - 1) * shares_per_strip + triton.cdiv(num_x - starts[-1], MERGE_ROWS) * features
+    shares = scale.new_empty(num_shares if share else 0)
+    for index, first in enumerate(starts):
+        rows = min(strip_rows, num_x - first)
+        grad_logits_kernel[(triton.cdiv(rows, tile.block_m) * triton.cdiv(width, tile.block_n),)](
+            x.features, y.features, scale, targets, x.lse, y.lse, x.weights, y.weights, strip,
+            first, num_x, num_y, D, x.features.stride(0), y.features.stride(0), rows, width, float(label_smoothing),
+            ROWS=symmetric or x_is_queries, COLS=symmetric or not x_is_queries, TARGETS_OF_X=x_is_queries,
+            SMOOTHED=label_smoothing > 0, PRECISION=precision, **launch_options(tile),
+        )  # fmt: skip
+        product_kernel[(triton.cdiv(rows, product.block_m) * triton.cdiv(D, product.block_n) * splits,)](
+            strip, y.features, partials,
+            num_y, D, y.features.stride(0), rows, width, steps_per_split, splits,
+            PRECISION=precision, **launch_options(product),
+        )  # fmt: skip
+        merge_product_kernel[(triton.cdiv(rows, MERGE_ROWS) * features,)](
+            partials, x.features, factor, x.features if grad is None else grad, shares,
+            first, x.features.shape[1] if grad is None else grad.shape[1], D, x.features.stride(0), rows, splits,
+            index * shares_per_strip,
+            STORE=grad is not None, SHARE=share, BLOCK_M=MERGE_ROWS, BLOCK_N=MERGE_FEATURES,
+        )  # fmt: skip
+    return shares
+
+
+def _column_weights(weights: Tensor, targets: Tensor, num_keys: int, identity: bool) -> Tensor:
+    """[M]: the sum of the weights of the queries whose target is the key."""
+    if identity:
+        return F.pad(weights, (0, num_keys - weights.shape[0]))
+    col_weights = weights.new_empty(num_keys)
+    column_weights_kernel[(triton.cdiv(num_keys, MERGE_BLOCK),)](
+        targets, weights, col_weights, weights.shape[0], num_keys, BLOCK=MERGE_BLOCK
+    )
+    return col_weights
+
+
+def _checked_targets(
+    targets: Tensor | None, num_queries: int, num_keys: int, device: torch.device, known: bool = False
+) -> Tensor:
+    """The targets, contiguous; raises if one is out of range: at once on a CPU, on a GPU when the device gets there."""
+    if targets is None:
+        return torch.arange(num_queries, device=device)
+    if not known and not targets.is_cuda:
+        low, high = (int(bound) for bound in targets.aminmax())
+        if low < 0 or high >= num_keys:
+            raise ValueError(
+                f"targets: expected indices of the {num_keys} keys, 0 to {num_keys - 1}, got {low if low < 0 else high}"
+            )
+    elif not known:
+        text = f"mmkernels.info_nce: targets: expected indices of the {num_keys} keys, 0 to {num_keys - 1}"
+        torch._assert_async(((targets >= 0) & (targets < num_keys)).all(), text)
+    return targets.contiguous()
+
+
+def _aligned(features: Tensor) -> Tensor:
+    """The features as the kernels are compiled for them: contiguous rows that start at multiples of 16 bytes.
+
+    Any other layout is copied once, with zeros up to the next multiple of 16 features.
+    """
+    rows, D = features.shape
+    if features.stride(1) == 1 and D % 16 == 0 and features.stride(0) % 16 == 0 and features.data_ptr() % 16 == 0:
+        return features
+    copy = features.new_zeros(rows, _round_up(D, 16))
+    copy[:, :D] = features
+    return copy
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def launch_options(tile: Tile) -> dict[str, int]:
+    return {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

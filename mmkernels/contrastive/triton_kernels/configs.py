@@ -1,0 +1,82 @@
+"""Which tiles each GPU and dtype takes: a table, every line of which the compile check covers."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Tile(NamedTuple):
+    """How one kernel is compiled: the tile, the depth of a step of its dot products, and the launch."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+class Config(NamedTuple):
+    """The tiles of the three kernels with a dot product."""
+
+    forward: Tile
+    grad_logits: Tile
+    product: Tile
+
+
+# Chosen from the compile check: the largest tiles without a spill. By precision: "half" is bf16 and fp16.
+CONFIGS: dict[str, dict[str, Config]] = {
+    # Shared memory stays below 99 KB, which the chips of 8.6, 8.9 and 12.0 have, too.
+    "sm_80": {
+        "half": Config(Tile(128, 128, 32, 8, 4), Tile(128, 128, 32, 8, 4), Tile(128, 128, 32, 8, 4)),
+        "tf32x3": Config(Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
+        "ieee": Config(Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2)),
+    },
+    "sm_90": {
+        "half": Config(Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 3)),
+        "tf32x3": Config(Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
+        "ieee": Config(Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2)),
+    },
+    "sm_100": {
+        "half": Config(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4)),
+        "tf32x3": Config(Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
+        "ieee": Config(Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2)),
+    },
+    # The matrix cores of gfx942 multiply fp32 as IEEE asks.
+    "gfx942": {
+        "half": Config(Tile(128, 128, 64, 8, 2), Tile(128, 128, 64, 8, 2), Tile(128, 128, 64, 8, 2)),
+        "ieee": Config(Tile(128, 128, 32, 8, 2), Tile(128, 128, 32, 8, 2), Tile(128, 128, 32, 8, 2)),
+    },
+    # Small, so that few rows reach every edge.
+    "interpreter": {
+        "half": Config(Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1)),
+        "ieee": Config(Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1)),
+    },
+}
+
+
+def choose(features: Tensor) -> tuple[Config, str]:
+    """The tiles for the device and dtype, and how float32 is multiplied."""
+    family = family_of(features.device)
+    if features.dtype != torch.float32:
+        return CONFIGS[family]["half"], "ieee"
+    # Never TF32 itself: who allows it for torch's own products gets three of them, almost as exact as float32.
+    asked = "tf32x3" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    precision = asked if asked in CONFIGS[family] else "ieee"
+    return CONFIGS[family][precision], precision
+
+
+@functools.cache
+def family_of(device: torch.device) -> str:
+    """Which column of CONFIGS serves the device."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise RuntimeError(
+            f"mmkernels.info_nce: impl='triton' needs compute capability 8.0, this GPU has {major}.{minor}"
+        )
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")

@@ -1,0 +1,118 @@
+"""What every loss over tiles of similarities needs: the walk, the tile, softmax statistics and their gradient.
+
+Logits are in base 2 here: 2^x is one instruction. A loss adds its own epilogue to `similarities`.
+"""
+
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Where a maximum starts: finite, so that the first rescaling is 2^(LOWEST - m) = 0 and never inf - inf.
+LOWEST = tl.constexpr(-3.0e38)
+# Tiles whose maxima (of rows and columns) lie within 2^16 share one exponential: what that rounds away is less than
+# what the logits themselves were rounded by. In the backward pass overflow alone limits the range, at 2^127.
+_FORWARD_SPREAD = tl.constexpr(16.0)
+_BACKWARD_SPREAD = tl.constexpr(60.0)
+_BAND = tl.constexpr(8)
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(x, y, acc, PRECISION: tl.constexpr):
+    """acc + x y, accumulated in float32; PRECISION says how float32 is multiplied."""
+    if _INTERPRETED:  # it multiplies the bits of bfloat16 as integers
+        x = x.to(tl.float32)
+        y = y.to(tl.float32)
+    return tl.dot(x, y, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def program_tile(program, num_rows, num_cols):
+    """The place of a program in a grid [num_rows, num_cols], walked in bands of rows: neighbours share the L2 cache."""
+    in_band = program % (_BAND * num_cols)
+    first = program // (_BAND * num_cols) * _BAND
+    height = tl.minimum(num_rows - first, _BAND)
+    return first + in_band % height, in_band // height
+
+
+@triton.jit
+def similarities(
+    x, y, rows, cols, num_x, num_y, D, stride_x, stride_y,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """<x_row, y_col> in float32, [BM, BN]. Rows and columns past the end repeat the last: the caller masks them."""
+    k = tl.arange(0, BLOCK_K)
+    x_rows = tl.minimum(rows, num_x - 1).to(tl.int64) * stride_x
+    y_rows = tl.minimum(cols, num_y - 1).to(tl.int64) * stride_y
+    x_ptrs = x + x_rows[:, None] + k[None, :]  # [BM, BK]
+    y_ptrs = y + y_rows[None, :] + k[:, None]  # [BK, BN]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, D, BLOCK_K):
+        inside = k < D - start
+        x_tile = tl.load(x_ptrs, mask=inside[None, :], other=0.0)
+        y_tile = tl.load(y_ptrs, mask=inside[:, None], other=0.0)
+        acc = dot(x_tile, y_tile, acc, PRECISION)
+        x_ptrs += BLOCK_K
+        y_ptrs += BLOCK_K
+    return acc
+
+
+@triton.jit
+def merge(m, z, m_other, z_other):
+    """The statistics (maximum m, sum z of 2^(s - m)) of two parts of a row together."""
+    top = tl.maximum(m, m_other)
+    return top, z * tl.exp2(m - top) + z_other * tl.exp2(m_other - top)
+
+
+@triton.jit
+def tile_statistics(s, row_ok, col_ok, COLUMNS: tl.constexpr):
+    """Maximum and sum of 2^(s - maximum) of every row and column of a tile; masked entries of s are -inf."""
+    row_max = tl.maximum(tl.max(s, 1), LOWEST)  # [BM]
+    if COLUMNS:
+        col_max = tl.maximum(tl.max(s, 0), LOWEST)  # [BN]
+        peak = tl.max(row_max, 0)
+        lowest_row = tl.min(tl.where(row_ok, row_max, peak), 0)
+        lowest_col = tl.min(tl.where(col_ok, col_max, peak), 0)
+        # A NaN makes the comparison false or stays in its own row and column.
+        if peak - tl.minimum(lowest_row, lowest_col) < _FORWARD_SPREAD:
+            # sum_j 2^(s_ij - m_i) = 2^(c - m_i) sum_j 2^(s_ij - c): one exponential serves rows and columns.
+            e = tl.exp2(s - peak)
+            row_sum = tl.sum(e, 1) * tl.exp2(peak - row_max)
+            col_sum = tl.sum(e, 0) * tl.exp2(peak - col_max)
+        else:
+            row_sum = tl.sum(tl.exp2(s - row_max[:, None]), 1)
+            col_sum = tl.sum(tl.exp2(s - col_max[None, :]), 0)
+    else:
+        row_sum = tl.sum(tl.exp2(s - row_max[:, None]), 1)
+        col_max = row_max
+        col_sum = row_sum
+    return row_max, row_sum, col_max, col_sum
+
+
+@triton.jit
+def softmax_grad(s, row_lse, col_lse, row_weight, col_weight, row_ok, col_ok, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """u_i e^(s - lse_i) + w_j e^(s - lse_j): the softmax part of dS, [BM, BN], of the directions asked for."""
+    if ROWS and COLS:
+        highest = tl.maximum(
+            tl.max(tl.where(row_ok, row_lse, float("-inf")), 0), tl.max(tl.where(col_ok, col_lse, float("-inf")), 0)
+        )
+        lowest = tl.minimum(
+            tl.min(tl.where(row_ok, row_lse, float("inf")), 0), tl.min(tl.where(col_ok, col_lse, float("inf")), 0)
+        )
+        if highest - lowest < _BACKWARD_SPREAD:
+            # e^(s - c) (u_i e^(c - lse_i) + w_j e^(c - lse_j)): one exponential serves both softmaxes.
+            c = (highest + lowest) * 0.5
+            row_factor = row_weight * tl.exp2(c - row_lse)
+            col_factor = col_weight * tl.exp2(c - col_lse)
+            p = tl.exp2(s - c) * (row_factor[:, None] + col_factor[None, :])
+        else:
+            p = row_weight[:, None] * tl.exp2(s - row_lse[:, None])
+            p += col_weight[None, :] * tl.exp2(s - col_lse[None, :])
+    elif ROWS:
+        p = row_weight[:, None] * tl.exp2(s - row_lse[:, None])
+    else:
+        p = col_weight[None, :] * tl.exp2(s - col_lse[None, :])
+    return p

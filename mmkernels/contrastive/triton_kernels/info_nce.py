@@ -1,0 +1,275 @@
+"""The kernels of InfoNCE."""
+
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False
+
+import triton
+import triton.language as tl
+
+from mmkernels.contrastive.triton_kernels.engine import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    dot,
+    merge,
+    program_tile,
+    similarities,
+    softmax_grad,
+    tile_statistics,
+)
+
+
+@triton.jit(do_not_specialize=["N", "M", "tiles_per_group", "tiles_per_split", "num_groups", "num_splits"])
+def forward_kernel(
+    queries, keys, scale, targets, positives, row_partials, col_partials,
+    N, M, D, stride_q, stride_k, tiles_per_group, tiles_per_split, num_groups, num_splits,
+    SYMMETRIC: tl.constexpr, SMOOTHED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Statistics of a group of rows against a split of the columns.
+
+    row_partials [2 or 3, num_splits, N] and col_partials [2 or 3, num_groups, M] take maximum, sum and, for label
+    smoothing, the plain sum of the logits; positives [N] takes s[i, targets[i]], from the very tile that the statistics
+    saw. The columns' statistics grow in col_partials itself: this program alone owns its part of them.
+    """
+    group, split = program_tile(tl.program_id(0), num_groups, num_splits)
+    scale2 = tl.load(scale) * LOG2E
+    row_plane = tl.cast(num_splits, tl.int64) * N
+    col_plane = tl.cast(num_groups, tl.int64) * M
+    row_out = row_partials + split.to(tl.int64) * N
+    col_out = col_partials + group.to(tl.int64) * M
+
+    first_row = group * tiles_per_group * BLOCK_M
+    first_col = split * tiles_per_split * BLOCK_N
+    end_row = tl.minimum(first_row + tiles_per_group * BLOCK_M, N)
+    end_col = tl.minimum(first_col + tiles_per_split * BLOCK_N, M)
+    for row_start in range(first_row, end_row, BLOCK_M):
+        rows = row_start + tl.arange(0, BLOCK_M)
+        row_ok = rows < N
+        target = tl.load(targets + rows, mask=row_ok, other=-1)  # [BM]
+        m = tl.full((BLOCK_M,), LOWEST, tl.float32)
+        z = tl.zeros((BLOCK_M,), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        if SYMMETRIC:
+            # What other threads of this program wrote to col_partials for the tiles above is read below.
+            tl.debug_barrier()
+        for col_start in range(first_col, end_col, BLOCK_N):
+            cols = col_start + tl.arange(0, BLOCK_N)
+            col_ok = cols < M
+            s = scale2 * similarities(
+                queries, keys, rows, cols, N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+            )
+            if (row_start + BLOCK_M > N) | (col_start + BLOCK_N > M):
+                s = tl.where(row_ok[:, None] & col_ok[None, :], s, float("-inf"))
+
+            here = (target >= col_start) & (target < col_start + BLOCK_N)
+            if tl.max(here.to(tl.int32), 0) > 0:
+                positive = tl.sum(tl.where(cols[None, :] == target[:, None], s, 0.0), 1)
+                tl.store(positives + rows, positive, mask=here)
+
+            row_max, row_sum, col_max, col_sum = tile_statistics(s, row_ok, col_ok, SYMMETRIC)
+            m, z = merge(m, z, row_max, row_sum)
+            if SMOOTHED:
+                finite = tl.where(row_ok[:, None] & col_ok[None, :], s, 0.0)
+                total += tl.sum(finite, 1)
+            if SYMMETRIC:
+                old = cols < tl.where(row_start > first_row, M, 0)
+                col_m = tl.load(col_out + cols, mask=old, other=LOWEST)
+                col_z = tl.load(col_out + col_plane + cols, mask=old, other=0.0)
+                col_m, col_z = merge(col_m, col_z, col_max, col_sum)
+                tl.store(col_out + cols, col_m, mask=col_ok)
+                tl.store(col_out + col_plane + cols, col_z, mask=col_ok)
+                if SMOOTHED:
+                    col_total = tl.load(col_out + 2 * col_plane + cols, mask=old, other=0.0) + tl.sum(finite, 0)
+                    tl.store(col_out + 2 * col_plane + cols, col_total, mask=col_ok)
+        tl.store(row_out + rows, m, mask=row_ok)
+        tl.store(row_out + row_plane + rows, z, mask=row_ok)
+        if SMOOTHED:
+            tl.store(row_out + 2 * row_plane + rows, total, mask=row_ok)
+
+
+@triton.jit
+def _merge_partials(partials, plane, length, count, index, ok, SMOOTHED: tl.constexpr, BLOCK: tl.constexpr):
+    """Maximum, log2 of the sum and plain sum of the entries `index` over `count` partial statistics."""
+    m = tl.full((BLOCK,), LOWEST, tl.float32)
+    z = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(count):
+        at = partials + tl.cast(part, tl.int64) * length + index
+        m, z = merge(
+            m, z, tl.load(at, mask=ok, other=LOWEST), tl.load(at + plane, mask=ok, other=0.0)
+        )  # fmt: skip
+        if SMOOTHED:
+            total += tl.load(at + 2 * plane, mask=ok, other=0.0)
+    return m, tl.log2(z), total
+
+
+@triton.jit(do_not_specialize=["N", "M", "num_groups", "num_splits", "label_smoothing"])
+def finish_forward_kernel(
+    row_partials, col_partials, positives, targets, losses, row_lse, col_lse,
+    N, M, num_groups, num_splits, label_smoothing,
+    SYMMETRIC: tl.constexpr, SMOOTHED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """losses_i = a ((m_i - p_i) + log z_i + eps (p_i - mean_i)), likewise for column t_i; and the log-sum-exps.
+
+    m - p comes before the logarithm: a loss near zero at large logits keeps its digits.
+    """
+    program = tl.program_id(0)
+    row_blocks = tl.cdiv(N, BLOCK)
+    row_plane = tl.cast(num_splits, tl.int64) * N
+    col_plane = tl.cast(num_groups, tl.int64) * M
+    if program < row_blocks:
+        rows = program * BLOCK + tl.arange(0, BLOCK)
+        ok = rows < N
+        m, log_z, total = _merge_partials(row_partials, row_plane, N, num_splits, rows, ok, SMOOTHED, BLOCK)
+        tl.store(row_lse + rows, (m + log_z) * LN2, mask=ok)
+        positive = tl.load(positives + rows, mask=ok, other=0.0)
+        loss = (m - positive) + log_z
+        if SMOOTHED:
+            loss += label_smoothing * (positive - total / M)
+        if SYMMETRIC:
+            target = tl.load(targets + rows, mask=ok, other=0)
+            legal = ok & (target >= 0) & (target < M)
+            m, log_z, total = _merge_partials(col_partials, col_plane, M, num_groups, target, legal, SMOOTHED, BLOCK)
+            loss += (m - positive) + log_z
+            if SMOOTHED:
+                loss += label_smoothing * (positive - total / N)
+            loss *= 0.5
+        tl.store(losses + rows, loss * LN2, mask=ok)
+    elif SYMMETRIC:
+        cols = (program - row_blocks) * BLOCK + tl.arange(0, BLOCK)
+        ok = cols < M
+        m, log_z, total = _merge_partials(col_partials, col_plane, M, num_groups, cols, ok, False, BLOCK)
+        tl.store(col_lse + cols, (m + log_z) * LN2, mask=ok)
+
+
+@triton.jit(do_not_specialize=["N", "M"])
+def column_weights_kernel(targets, row_weights, col_weights, N, M, BLOCK: tl.constexpr):
+    """w_j = sum of row_weights[i] over the queries i whose target is j, in the order of i."""
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    weight = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, N, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        target = tl.load(targets + rows, mask=rows < N, other=-1)
+        value = tl.load(row_weights + rows, mask=rows < N, other=0.0)
+        weight += tl.sum(tl.where(target[:, None] == cols[None, :], value[:, None], 0.0), 0)
+    tl.store(col_weights + cols, weight, mask=cols < M)
+
+
+@triton.jit(do_not_specialize=["first_x", "num_x", "num_y", "strip_rows", "label_smoothing"])
+def grad_logits_kernel(
+    x, y, scale, targets, x_lse, y_lse, x_weight, y_weight, strip,
+    first_x, num_x, num_y, D, stride_x, stride_y, strip_rows, stride_strip, label_smoothing,
+    ROWS: tl.constexpr, COLS: tl.constexpr, TARGETS_OF_X: tl.constexpr, SMOOTHED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """strip [strip_rows, stride_strip] = dS of the rows first_x and following of x against all of y; zero past num_y.
+
+    dS_ij = u_i e^(s_ij - lse_i) + w_j e^(s_ij - lse_j) - (1 - eps) (directions) g [i and j match]
+            - eps u_i / num_y - eps w_j / num_x
+    u, w: x_weight, y_weight, the gradients of the rows' and columns' cross-entropies (ROWS, COLS: which of them exist).
+    The queries' side, which owns the targets, is x or y. All terms meet in float32; dS is rounded once, at the end.
+    """
+    row_tile, col_tile = program_tile(tl.program_id(0), tl.cdiv(strip_rows, BLOCK_M), tl.cdiv(stride_strip, BLOCK_N))
+    strip_row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = first_x + strip_row
+    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_ok = strip_row < strip_rows
+    col_ok = cols < num_y
+    s = (tl.load(scale) * LOG2E) * similarities(
+        x, y, rows, cols, num_x, num_y, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+    )
+
+    row_weight = tl.zeros((BLOCK_M,), tl.float32)
+    col_weight = tl.zeros((BLOCK_N,), tl.float32)
+    row_lse = row_weight
+    col_lse = col_weight
+    if ROWS:
+        row_weight = tl.load(x_weight + rows, mask=row_ok, other=0.0)
+        row_lse = tl.load(x_lse + rows, mask=row_ok, other=0.0) * LOG2E
+    if COLS:
+        col_weight = tl.load(y_weight + cols, mask=col_ok, other=0.0)
+        col_lse = tl.load(y_lse + cols, mask=col_ok, other=0.0) * LOG2E
+    grad = softmax_grad(s, row_lse, col_lse, row_weight, col_weight, row_ok, col_ok, ROWS, COLS)
+    if SMOOTHED:
+        if ROWS:
+            grad -= (row_weight * (label_smoothing / num_y))[:, None]
+        if COLS:
+            grad -= (col_weight * (label_smoothing / num_x))[None, :]
+
+    directions: tl.constexpr = (1.0 if ROWS else 0.0) + (1.0 if COLS else 0.0)
+    first_row = first_x + row_tile * BLOCK_M
+    if TARGETS_OF_X:
+        target = tl.load(targets + rows, mask=row_ok, other=-1)
+        here = (target >= col_tile * BLOCK_N) & (target < (col_tile + 1) * BLOCK_N)
+        if tl.max(here.to(tl.int32), 0) > 0:
+            hit = cols[None, :] == target[:, None]
+            grad -= tl.where(hit, ((1.0 - label_smoothing) * directions * row_weight)[:, None], 0.0)
+    else:
+        target = tl.load(targets + cols, mask=col_ok, other=-1)
+        here = (target >= first_row) & (target < first_row + BLOCK_M)
+        if tl.max(here.to(tl.int32), 0) > 0:
+            hit = rows[:, None] == target[None, :]
+            grad -= tl.where(hit, ((1.0 - label_smoothing) * directions * col_weight)[None, :], 0.0)
+
+    # The columns up to the end of the strip's row are zero: the product reads them unmasked.
+    grad = tl.where(col_ok[None, :], grad, 0.0)
+    out = strip + strip_row.to(tl.int64)[:, None] * stride_strip + cols[None, :]
+    tl.store(out, grad.to(strip.dtype.element_ty), mask=row_ok[:, None] & (cols < stride_strip)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_y", "strip_rows", "steps_per_split", "num_splits"])
+def product_kernel(
+    strip, y, partials,
+    num_y, D, stride_y, strip_rows, stride_strip, steps_per_split, num_splits,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """partials [num_splits, strip_rows, D] = dS y over a split of the columns of the strip each, in float32."""
+    split = tl.program_id(0) % num_splits
+    row_tile, feature_tile = program_tile(
+        tl.program_id(0) // num_splits, tl.cdiv(strip_rows, BLOCK_M), tl.cdiv(D, BLOCK_N)
+    )
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    features = feature_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (features < D)[None, :]
+    first = split * steps_per_split * BLOCK_K
+    end = tl.minimum(first + steps_per_split * BLOCK_K, stride_strip)
+    k = first + tl.arange(0, BLOCK_K)
+    strip_ptrs = strip + tl.minimum(rows, strip_rows - 1).to(tl.int64)[:, None] * stride_strip + k[None, :]  # [BM, BK]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(first, end, BLOCK_K):
+        # The strip is zero past num_y; the last row of y stands in for rows that do not exist.
+        y_rows = tl.minimum(start + tl.arange(0, BLOCK_K), num_y - 1).to(tl.int64) * stride_y
+        y_tile = tl.load(y + y_rows[:, None] + features[None, :], mask=inside, other=0.0)  # [BK, BN]
+        acc = dot(tl.load(strip_ptrs), y_tile, acc, PRECISION)
+        strip_ptrs += BLOCK_K
+    out = partials + (split.to(tl.int64) * strip_rows + rows.to(tl.int64)[:, None]) * D + features[None, :]
+    tl.store(out, acc, mask=(rows < strip_rows)[:, None] & inside)
+
+
+@triton.jit(do_not_specialize=["first_x", "num_features", "strip_rows", "num_splits", "first_share"])
+def merge_product_kernel(
+    partials, x, factor, grad, shares,
+    first_x, num_features, D, stride_x, strip_rows, num_splits, first_share,
+    STORE: tl.constexpr, SHARE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """grad[first_x + r] = factor * the sum of the partial products; shares: <x, sum>, part of d loss / d scale.
+
+    s = scale <q, k>, so d loss / d scale = sum_ij dS_ij <q_i, k_j> = <Q, dS K>, with no division by the scale.
+    """
+    row_tile = tl.program_id(0) // tl.cdiv(D, BLOCK_N)
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    features = tl.program_id(0) % tl.cdiv(D, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (rows < strip_rows)[:, None] & (features < num_features)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    at = partials + rows.to(tl.int64)[:, None] * D + features[None, :]
+    plane = tl.cast(strip_rows, tl.int64) * D
+    for _split in range(num_splits):
+        acc += tl.load(at, mask=inside, other=0.0)
+        at += plane
+    x_rows = (first_x + rows).to(tl.int64)[:, None]
+    if SHARE:
+        x_tile = tl.load(x + x_rows * stride_x + features[None, :], mask=inside, other=0.0).to(tl.float32)
+        tl.store(shares + first_share + tl.program_id(0), tl.sum(tl.sum(x_tile * acc, 1), 0))
+    if STORE:
+        out = grad + x_rows * num_features + features[None, :]
+        tl.store(out, (acc * tl.load(factor)).to(grad.dtype.element_ty), mask=inside)
