@@ -15,6 +15,10 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "info_nce": ("triton", "cpu", "reference"),
 }
 
+_library = torch.library.Library("mmkernels", "FRAGMENT")
+# The instruction set that the CPU kernels run with; the environment variable MMKERNELS_CPU overrides the choice.
+_library.define("cpu_variant() -> str")
+
 _COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -22,10 +22,11 @@ def main() -> None:
     as_json = parser.parse_args().json
     ops = collect()
     capability = torch.backends.cpu.get_cpu_capability()
+    variant = None if _backends.unavailable("cpu") else torch.ops.mmkernels.cpu_variant()
     if as_json:
-        print(json.dumps({"torch": torch.__version__, "cpu": capability, "ops": ops}, indent=2))
+        print(json.dumps({"torch": torch.__version__, "cpu": capability, "cpu_kernels": variant, "ops": ops}, indent=2))
         return
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads, {capability}")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads, {capability}; CPU kernels: {variant}")
     for op, implementations in ops.items():
         print(op)
         for name, answer in implementations.items():

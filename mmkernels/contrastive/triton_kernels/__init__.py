@@ -35,6 +35,9 @@ from mmkernels.contrastive.triton_kernels.info_nce import (
     product_kernel,
 )
 
+# scale * q.k is rounded before a maximum is taken from it: fused into one operation with the subtraction, the largest
+# logit less itself would not be zero, and a loss near zero at a large scale would be noise. Dots stay fused.
+NO_FUSION = {"enable_fp_fusion": False}
 MERGE_ROWS = 32  # rows of a program of _merge_product_kernel
 MERGE_FEATURES = 128  # and its features
 MERGE_BLOCK = 128  # entries of a program of the kernels without a dot product
@@ -83,7 +86,7 @@ def info_nce_forward(
         finish_forward_kernel[(blocks,)](
             row_partials, col_partials, positives, targets, losses, row_lse, col_lse,
             N, M, groups, splits, float(label_smoothing),
-            SYMMETRIC=symmetric, SMOOTHED=smoothed, BLOCK=MERGE_BLOCK,
+            SYMMETRIC=symmetric, SMOOTHED=smoothed, BLOCK=MERGE_BLOCK, **NO_FUSION,
         )  # fmt: skip
     return losses, row_lse, col_lse
 
@@ -201,7 +204,7 @@ def _product_side(
             partials, x.features, factor, x.features if grad is None else grad, shares,
             first, x.features.shape[1] if grad is None else grad.shape[1], D, x.features.stride(0), rows, splits,
             index * shares_per_strip,
-            STORE=grad is not None, SHARE=share, BLOCK_M=MERGE_ROWS, BLOCK_N=MERGE_FEATURES,
+            STORE=grad is not None, SHARE=share, BLOCK_M=MERGE_ROWS, BLOCK_N=MERGE_FEATURES, **NO_FUSION,
         )  # fmt: skip
     return shares
 
@@ -212,7 +215,7 @@ def _column_weights(weights: Tensor, targets: Tensor, num_keys: int, identity: b
         return F.pad(weights, (0, num_keys - weights.shape[0]))
     col_weights = weights.new_empty(num_keys)
     column_weights_kernel[(triton.cdiv(num_keys, MERGE_BLOCK),)](
-        targets, weights, col_weights, weights.shape[0], num_keys, BLOCK=MERGE_BLOCK
+        targets, weights, col_weights, weights.shape[0], num_keys, STEP=MERGE_ROWS, BLOCK=MERGE_BLOCK, **NO_FUSION
     )
     return col_weights
 
@@ -259,6 +262,7 @@ def launch_options(tile: Tile) -> dict[str, int]:
         "BLOCK_K": tile.block_k,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
+        **NO_FUSION,
     }
 
 

@@ -45,7 +45,7 @@ def forward_kernel(
     for row_start in range(first_row, end_row, BLOCK_M):
         rows = row_start + tl.arange(0, BLOCK_M)
         row_ok = rows < N
-        target = tl.load(targets + rows, mask=row_ok, other=-1)  # [BM]
+        target = tl.load(targets + rows, mask=row_ok, other=-1).to(tl.int32)  # [BM]
         m = tl.full((BLOCK_M,), LOWEST, tl.float32)
         z = tl.zeros((BLOCK_M,), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
@@ -143,13 +143,13 @@ def finish_forward_kernel(
 
 
 @triton.jit(do_not_specialize=["N", "M"])
-def column_weights_kernel(targets, row_weights, col_weights, N, M, BLOCK: tl.constexpr):
+def column_weights_kernel(targets, row_weights, col_weights, N, M, STEP: tl.constexpr, BLOCK: tl.constexpr):
     """w_j = sum of row_weights[i] over the queries i whose target is j, in the order of i."""
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     weight = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, N, BLOCK):
-        rows = start + tl.arange(0, BLOCK)
-        target = tl.load(targets + rows, mask=rows < N, other=-1)
+    for start in range(0, N, STEP):
+        rows = start + tl.arange(0, STEP)
+        target = tl.load(targets + rows, mask=rows < N, other=-1).to(tl.int32)
         value = tl.load(row_weights + rows, mask=rows < N, other=0.0)
         weight += tl.sum(tl.where(target[:, None] == cols[None, :], value[:, None], 0.0), 0)
     tl.store(col_weights + cols, weight, mask=cols < M)
@@ -199,13 +199,13 @@ def grad_logits_kernel(
     directions: tl.constexpr = (1.0 if ROWS else 0.0) + (1.0 if COLS else 0.0)
     first_row = first_x + row_tile * BLOCK_M
     if TARGETS_OF_X:
-        target = tl.load(targets + rows, mask=row_ok, other=-1)
+        target = tl.load(targets + rows, mask=row_ok, other=-1).to(tl.int32)
         here = (target >= col_tile * BLOCK_N) & (target < (col_tile + 1) * BLOCK_N)
         if tl.max(here.to(tl.int32), 0) > 0:
             hit = cols[None, :] == target[:, None]
             grad -= tl.where(hit, ((1.0 - label_smoothing) * directions * row_weight)[:, None], 0.0)
     else:
-        target = tl.load(targets + cols, mask=col_ok, other=-1)
+        target = tl.load(targets + cols, mask=col_ok, other=-1).to(tl.int32)
         here = (target >= first_row) & (target < first_row + BLOCK_M)
         if tl.max(here.to(tl.int32), 0) > 0:
             hit = rows[:, None] == target[None, :]

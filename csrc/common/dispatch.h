@@ -1,0 +1,45 @@
+// Which variant of the CPU kernels runs: the widest that the machine has, or the one that MMKERNELS_CPU names.
+#pragma once
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace mmkernels {
+
+enum class CpuVariant { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
+
+inline CpuVariant cpu_variant() {
+  static const CpuVariant chosen = [] {
+    struct Known {
+      const char* name;
+      CpuVariant variant;
+      bool here;
+    };
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+    const bool avx2 = false, avx512 = false, bf16 = false;
+#endif
+    const std::vector<Known> widest_first{{"avx512bf16", CpuVariant::kAvx512Bf16, bf16},
+                                          {"avx512", CpuVariant::kAvx512, avx512},
+                                          {"avx2", CpuVariant::kAvx2, avx2},
+                                          {"portable", CpuVariant::kPortable, true}};
+    const char* wanted = std::getenv("MMKERNELS_CPU");
+    for (const Known& known : widest_first) {
+      if (wanted == nullptr ? known.here : known.name == std::string(wanted)) {
+        if (!known.here) throw std::runtime_error(std::string("MMKERNELS_CPU: this machine has no ") + wanted);
+        return known.variant;
+      }
+    }
+    throw std::runtime_error(std::string("MMKERNELS_CPU: expected avx512bf16, avx512, avx2 or portable, got ") + wanted);
+  }();
+  return chosen;
+}
+
+}  // namespace mmkernels

@@ -1,0 +1,311 @@
+// Vectors of 32-bit lanes for the instruction set this file is compiled for.
+//
+// A lane holds a float, or a word of two bfloat16 for the pair product. Everything here sits in an inline namespace
+// named after the instruction set, so that the variants of one source can be linked into one library.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#ifndef MMK_VARIANT
+#error "compile with -DMMK_VARIANT=<name of the instruction set>"
+#endif
+
+#define MMK_INLINE inline __attribute__((always_inline))
+
+namespace mmkernels {
+inline namespace MMK_VARIANT {
+
+MMK_INLINE uint32_t to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+MMK_INLINE float from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+// Rounded to nearest, ties to even; a NaN stays one.
+MMK_INLINE uint16_t to_bf16(float x) {
+  const uint32_t bits = to_bits(x);
+  if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+MMK_INLINE uint16_t to_f16(float x) {
+  const uint32_t bits = to_bits(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7FFFFFFF;
+  if (rest > 0x7F800000) return static_cast<uint16_t>(sign | 0x7E00);
+  if (rest >= 0x477FF000) return static_cast<uint16_t>(sign | 0x7C00);  // 65520 and more round to infinity
+  if (rest < 0x38800000) {
+    // Subnormal: adding 0.5 leaves the result, rounded by the adder, in the low bits.
+    return static_cast<uint16_t>(sign | (to_bits(from_bits(rest) + 0.5f) - to_bits(0.5f)));
+  }
+  return static_cast<uint16_t>(sign | (rest - 0x38000000 + 0xFFF + (rest >> 13 & 1)) >> 13);
+}
+MMK_INLINE float from_f16(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, rest = half & 0x7FFF;
+  if (rest >= 0x7C00) return from_bits(sign | ((rest << 13) + 0x70000000));  // infinity and NaN
+  return from_bits(sign | to_bits(from_bits(rest << 13) * 0x1p112f));       // moves the bias, subnormals included
+}
+
+#if defined(__AVX512F__)
+
+struct Vec {
+  static constexpr int kLanes = 16;
+  __m512 v;
+
+  static MMK_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static MMK_INLINE Vec set1(float x) { return {_mm512_set1_ps(x)}; }
+  // The first n lanes from p, zero elsewhere.
+  static MMK_INLINE Vec load(const float* p, int n) { return {_mm512_maskz_loadu_ps(mask(n), p)}; }
+  static MMK_INLINE Vec load_bf16(const uint16_t* p, int n) {
+    const __m256i half = _mm256_maskz_loadu_epi16(mask(n), p);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+  }
+  static MMK_INLINE Vec load_f16(const uint16_t* p, int n) {
+    return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask(n), p))};
+  }
+  // Lane i: p[i] in the low half, q[i] in the high half.
+  static MMK_INLINE Vec load_pairs(const uint16_t* p, const uint16_t* q, int n) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask(n), p));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask(n), q));
+    return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)))};
+  }
+  // The high halves of the lanes to p, the low halves to q: the inverse of load_pairs(q, p).
+  MMK_INLINE void store_halves(uint16_t* p, uint16_t* q) const {
+    const __m512i bits = _mm512_castps_si512(v);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), _mm512_cvtepi32_epi16(bits));
+  }
+  MMK_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+  MMK_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
+  MMK_INLINE float largest() const { return _mm512_reduce_max_ps(v); }
+  static MMK_INLINE __mmask16 mask(int n) { return n >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << n) - 1); }
+};
+MMK_INLINE Vec operator+(Vec a, Vec b) {
+  return {_mm512_add_ps(a.v, b.v)};
+}
+MMK_INLINE Vec operator-(Vec a, Vec b) {
+  return {_mm512_sub_ps(a.v, b.v)};
+}
+MMK_INLINE Vec operator*(Vec a, Vec b) {
+  return {_mm512_mul_ps(a.v, b.v)};
+}
+// A NaN in b wins; one in a is lost.
+MMK_INLINE Vec max(Vec a, Vec b) {
+  return {_mm512_max_ps(a.v, b.v)};
+}
+MMK_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
+MMK_INLINE Vec round(Vec a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+// a * 2^n for whole n, with underflow to zero.
+MMK_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
+  return {_mm512_scalef_ps(a.v, n.v)};
+}
+
+#if defined(__AVX512BF16__)
+#define MMK_HAS_BF16_PRODUCT 1
+// c + the sum of the products of the two bfloat16 in each lane.
+MMK_INLINE Vec fma_pairs(Vec a, Vec b, Vec c) {
+  return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+}
+// The lanes rounded to bfloat16, to p.
+MMK_INLINE void store_bf16(Vec a, uint16_t* p) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
+}
+// Lane i: a[i] in the low half, b[i] in the high half, both rounded to bfloat16.
+MMK_INLINE Vec round_to_pairs(Vec a, Vec b) {
+  const __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
+  const __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(b.v)));
+  return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)))};
+}
+#endif
+
+#elif defined(__AVX2__)
+
+struct Vec {
+  static constexpr int kLanes = 8;
+  __m256 v;
+
+  static MMK_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static MMK_INLINE Vec set1(float x) { return {_mm256_set1_ps(x)}; }
+  static MMK_INLINE Vec load(const float* p, int n) {
+    if (n >= 8) return load(p);
+    alignas(32) float part[8] = {};
+    std::memcpy(part, p, n * sizeof(float));
+    return load(part);
+  }
+  static MMK_INLINE __m128i load_halves(const uint16_t* p, int n) {
+    if (n >= 8) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    alignas(16) uint16_t part[8] = {};
+    std::memcpy(part, p, n * sizeof(uint16_t));
+    return _mm_load_si128(reinterpret_cast<const __m128i*>(part));
+  }
+  static MMK_INLINE Vec load_bf16(const uint16_t* p, int n) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_halves(p, n)), 16))};
+  }
+  static MMK_INLINE Vec load_f16(const uint16_t* p, int n) { return {_mm256_cvtph_ps(load_halves(p, n))}; }
+  static MMK_INLINE Vec load_pairs(const uint16_t* p, const uint16_t* q, int n) {
+    const __m256i low = _mm256_cvtepu16_epi32(load_halves(p, n));
+    const __m256i high = _mm256_cvtepu16_epi32(load_halves(q, n));
+    return {_mm256_castsi256_ps(_mm256_or_si256(low, _mm256_slli_epi32(high, 16)))};
+  }
+  MMK_INLINE void store_halves(uint16_t* p, uint16_t* q) const {
+    const __m256i bits = _mm256_castps_si256(v);
+    store_low_halves(_mm256_srli_epi32(bits, 16), p);
+    store_low_halves(_mm256_and_si256(bits, _mm256_set1_epi32(0xFFFF)), q);
+  }
+  static MMK_INLINE void store_low_halves(__m256i words, uint16_t* p) {
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+  }
+  MMK_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
+  MMK_INLINE float sum() const {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+  }
+  MMK_INLINE float largest() const {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+  }
+};
+MMK_INLINE Vec operator+(Vec a, Vec b) {
+  return {_mm256_add_ps(a.v, b.v)};
+}
+MMK_INLINE Vec operator-(Vec a, Vec b) {
+  return {_mm256_sub_ps(a.v, b.v)};
+}
+MMK_INLINE Vec operator*(Vec a, Vec b) {
+  return {_mm256_mul_ps(a.v, b.v)};
+}
+MMK_INLINE Vec max(Vec a, Vec b) {
+  return {_mm256_max_ps(a.v, b.v)};
+}
+MMK_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return {_mm256_fmadd_ps(a.v, b.v, c.v)};
+}
+MMK_INLINE Vec round(Vec a) {
+  return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+MMK_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
+  // 2^n by its exponent bits. Below 2^-126 it is zero; above 2^127, infinity. max and min let a NaN in n through.
+  const __m256 clamped = _mm256_min_ps(_mm256_set1_ps(128.f), _mm256_max_ps(_mm256_set1_ps(-127.f), n.v));
+  const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(clamped), _mm256_set1_epi32(127)), 23);
+  return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(bits))};
+}
+
+#else
+
+// Portable: the compiler's own vectors (NEON on aarch64, SSE2 on plain x86-64).
+struct Vec {
+  static constexpr int kLanes = 4;
+  typedef float Floats __attribute__((vector_size(16)));
+  Floats v;
+
+  static MMK_INLINE Vec load(const float* p) {
+    Vec r;
+    std::memcpy(&r.v, p, sizeof(r.v));
+    return r;
+  }
+  static MMK_INLINE Vec set1(float x) { return {Floats{x, x, x, x}}; }
+  static MMK_INLINE Vec load(const float* p, int n) {
+    Vec r{};
+    for (int i = 0; i < kLanes && i < n; ++i) r.v[i] = p[i];
+    return r;
+  }
+  static MMK_INLINE Vec load_bf16(const uint16_t* p, int n) {
+    static const uint16_t zeros[kLanes] = {};
+    return load_pairs(zeros, p, n);
+  }
+  static MMK_INLINE Vec load_f16(const uint16_t* p, int n) {
+    Vec r{};
+    for (int i = 0; i < kLanes && i < n; ++i) r.v[i] = from_f16(p[i]);
+    return r;
+  }
+  static MMK_INLINE Vec load_pairs(const uint16_t* p, const uint16_t* q, int n) {
+    uint32_t words[kLanes] = {};
+    for (int i = 0; i < kLanes && i < n; ++i) words[i] = p[i] | static_cast<uint32_t>(q[i]) << 16;
+    Vec r;
+    std::memcpy(&r.v, words, sizeof(r.v));
+    return r;
+  }
+  MMK_INLINE void store_halves(uint16_t* p, uint16_t* q) const {
+    uint32_t words[kLanes];
+    std::memcpy(words, &v, sizeof(v));
+    for (int i = 0; i < kLanes; ++i) {
+      p[i] = static_cast<uint16_t>(words[i] >> 16);
+      q[i] = static_cast<uint16_t>(words[i]);
+    }
+  }
+  MMK_INLINE void store(float* p) const { std::memcpy(p, &v, sizeof(v)); }
+  MMK_INLINE float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
+  MMK_INLINE float largest() const {
+    const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+    return a > b ? a : b;
+  }
+};
+MMK_INLINE Vec operator+(Vec a, Vec b) {
+  return {a.v + b.v};
+}
+MMK_INLINE Vec operator-(Vec a, Vec b) {
+  return {a.v - b.v};
+}
+MMK_INLINE Vec operator*(Vec a, Vec b) {
+  return {a.v * b.v};
+}
+MMK_INLINE Vec max(Vec a, Vec b) {
+  return {a.v > b.v ? a.v : b.v};
+}
+MMK_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return {a.v * b.v + c.v};
+}
+MMK_INLINE Vec round(Vec a) {
+  // Adding and taking off 1.5 x 2^23 rounds to a whole number: no fused contraction may join the two.
+  Vec shifted = a + Vec::set1(12582912.f);
+  __asm__("" : "+m"(shifted));
+  return shifted - Vec::set1(12582912.f);
+}
+MMK_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
+  Vec r;
+  for (int i = 0; i < Vec::kLanes; ++i) {
+    const float clamped = n.v[i] < -127.f ? -127.f : n.v[i] > 128.f ? 128.f : n.v[i];
+    const uint32_t bits = clamped == clamped ? static_cast<uint32_t>(static_cast<int>(clamped) + 127) << 23 : 0x7FC00000u;
+    float power;
+    std::memcpy(&power, &bits, 4);
+    r.v[i] = a.v[i] * power;
+  }
+  return r;
+}
+
+#endif
+
+// e^x to about one unit in the last place: x = n ln 2 + f with |f| <= ln 2 / 2, e^f by a polynomial of degree 7.
+MMK_INLINE Vec exp(Vec x) {
+  // Past these bounds the result is 0 or infinity anyway; max lets a NaN in its second operand through.
+  x = max(Vec::set1(-110.f), x);
+  const Vec n = round(x * Vec::set1(1.44269504088896341f));
+  Vec f = fma(n, Vec::set1(-0.693359375f), x);
+  f = fma(n, Vec::set1(2.12194440e-4f), f);
+  Vec p = Vec::set1(1.9875691500e-4f);
+  p = fma(p, f, Vec::set1(1.3981999507e-3f));
+  p = fma(p, f, Vec::set1(8.3334519073e-3f));
+  p = fma(p, f, Vec::set1(4.1665795894e-2f));
+  p = fma(p, f, Vec::set1(1.6666665459e-1f));
+  p = fma(p, f, Vec::set1(5.0000001201e-1f));
+  p = fma(p, f * f, f) + Vec::set1(1.f);
+  return scale_by_power_of_2(p, n);
+}
+
+}  // namespace MMK_VARIANT
+}  // namespace mmkernels
