@@ -1,0 +1,737 @@
+"""CLIP: an image encoder and a text encoder trained so that an image and its caption meet.
+
+    python -m models.clip train --data emoji --out runs/clip
+    python -m models.clip eval runs/clip
+    python -m models.clip retrieve runs/clip --text "a cat with a wry smile"
+    python -m models.clip export runs/clip clip.pt2
+
+The model follows Radford et al. 2021 (arXiv:2103.00020): a Vision Transformer, a causal text Transformer read at its
+end token, a linear projection of each, and a learned temperature. The largest preset is ViT-B/32, whose parameters have
+the names of open_clip's, so that state dicts pass from one to the other as they are. A convolutional stem may stand in
+the place of the patches; the small presets have it, for it learns much faster from few images.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor, nn
+
+import mmkernels
+from models.checkpoint import CheckpointError, load_checkpoint, load_newest
+from models.data import BadDataError, Batch, BatchPlan, Splits, Tokenizer
+from models.data.augment import Augment
+from models.data.sets import BadDataLog, BadDataPolicy, decode_image
+from models.layers import ConvStem, Transformer
+from models.training import TrainConfig, Trainer, console, decay_groups, read_history
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The image encoder: of patches, or with a convolutional stem (a width for each stage, which halves the side)."""
+
+    image_size: int = 224
+    patch_size: int = 32
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    stem: tuple[int, ...] = ()
+    stem_depths: tuple[int, ...] = ()
+    pool: Literal["class", "mean"] = "class"  # the class token, as CLIP; or the mean of all, which learns faster
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text encoder."""
+
+    context_length: int = 77
+    vocab_size: int = 49408
+    width: int = 512
+    layers: int = 12
+    heads: int = 8
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """A CLIP model; ``scale`` is the logit scale (the inverse temperature) to start from."""
+
+    embed_dim: int = 512
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    quick_gelu: bool = False
+    scale: float = 1 / 0.07
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> ClipConfig:
+        """The config that :func:`dataclasses.asdict` made ``values`` from (JSON's lists become tuples again)."""
+        vision: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["vision"].items()}
+        return ClipConfig(**{**values, "vision": VisionConfig(**vision), "text": TextConfig(**values["text"])})
+
+
+PRESETS: dict[str, ClipConfig] = {
+    # A few hundred thousand parameters: for tests.
+    "nano": ClipConfig(
+        embed_dim=32,
+        vision=VisionConfig(32, 8, 32, 1, 2, (16, 32, 32), (0, 0, 0)),
+        text=TextConfig(24, 2048, 32, 1, 2),
+        scale=10.0,
+    ),
+    # What two CPU cores train in ten minutes.
+    "tiny": ClipConfig(
+        embed_dim=256,
+        vision=VisionConfig(48, 16, 256, 1, 4, (32, 64, 128, 256), (0, 1, 1, 1), "mean"),
+        text=TextConfig(32, 16384, 192, 2, 3),
+        scale=20.0,
+    ),
+    # An hour or more on two cores.
+    "small": ClipConfig(
+        embed_dim=256,
+        vision=VisionConfig(48, 16, 256, 2, 4, (32, 64, 128, 256), (0, 1, 1, 2), "mean"),
+        text=TextConfig(32, 16384, 192, 3, 3),
+        scale=20.0,
+    ),
+    "vit-b-32": ClipConfig(),
+}
+
+
+class VisionTransformer(nn.Module):
+    """Image encoder: patches (or a convolutional stem), a class token, a Transformer, a projection."""
+
+    def __init__(self, config: VisionConfig, embed_dim: int, quick_gelu: bool = False) -> None:
+        super().__init__()
+        width = config.width
+        self.pool = config.pool
+        self.conv1: nn.Module
+        if config.stem:
+            stride = 2 ** len(config.stem)
+            self.conv1 = ConvStem(config.stem, config.stem_depths, width)
+        else:
+            stride = config.patch_size
+            self.conv1 = nn.Conv2d(3, width, stride, stride=stride, bias=False)
+        if config.image_size % stride:
+            raise ValueError(f"image_size {config.image_size} is not a multiple of the {stride} pixels of a token")
+        tokens = (config.image_size // stride) ** 2 + 1
+        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
+        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(tokens, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, config.layers, config.heads, quick_gelu=quick_gelu)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, S, S] -> features [B, E]."""
+        x = self.conv1(images).flatten(2).transpose(1, 2)  # [B, HW, C]
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
+        x = self.ln_pre(x + self.positional_embedding.to(x.dtype))
+        x = self.transformer(x)
+        pooled = x[:, 0] if self.pool == "class" else x.mean(1)
+        return self.ln_post(pooled) @ self.proj
+
+
+class CLIP(nn.Module):
+    """Both encoders and the temperature, kept as the logarithm of the logit scale."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.config = config
+        text = config.text
+        self.visual = VisionTransformer(config.vision, config.embed_dim, config.quick_gelu)
+        self.transformer = Transformer(text.width, text.layers, text.heads, quick_gelu=config.quick_gelu)
+        self.token_embedding = nn.Embedding(text.vocab_size, text.width)
+        self.positional_embedding = nn.Parameter(torch.empty(text.context_length, text.width))
+        self.ln_final = nn.LayerNorm(text.width)
+        self.text_projection = nn.Parameter(torch.empty(text.width, config.embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(config.scale)))
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=text.width**-0.5)
+
+    def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
+        """images [B, 3, S, S] -> [B, E], unit vectors unless ``normalize`` is False."""
+        features = self.visual(images)
+        return F.normalize(features.float(), dim=-1) if normalize else features
+
+    def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
+        """tokens [B, L] -> [B, E], read at the end token, which has the highest id of all."""
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+        x = self.ln_final(self.transformer(x, causal=True))
+        pooled = x[torch.arange(x.shape[0], device=x.device), tokens.argmax(-1)]
+        features = pooled @ self.text_projection
+        return F.normalize(features.float(), dim=-1) if normalize else features
+
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit image features, unit text features, and the logit scale."""
+        return self.encode_image(images), self.encode_text(tokens), self.logit_scale.exp()
+
+    @torch.no_grad()
+    def clamp_scale(self, largest: float = 100.0) -> None:
+        """Keep the logit scale between 1 and ``largest``, as CLIP does: beyond it training is unstable."""
+        self.logit_scale.clamp_(0, math.log(largest))
+
+
+def trim_padding(tokens: Tensor) -> Tensor:
+    """Cut the columns that are padding in every row; exact, for the encoder is causal and read at the end token."""
+    longest = int(tokens.argmax(-1).max()) + 1
+    return tokens[:, :longest]
+
+
+def from_open_clip(state: dict[str, Tensor], config: ClipConfig = PRESETS["vit-b-32"]) -> CLIP:
+    """A model with the weights of an open_clip state dict (``open_clip.create_model("ViT-B-32").state_dict()``)."""
+    model = CLIP(config)
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys() - {"attn_mask"})
+    if missing or extra:
+        raise ValueError(
+            f"not a state dict of this model: {len(missing)} missing {missing[:3]}, {len(extra)} extra {extra[:3]}"
+        )
+    for name, value in own.items():
+        if state[name].shape != value.shape:
+            raise ValueError(f"{name}: expected the shape {tuple(value.shape)}, got {tuple(state[name].shape)}")
+    model.load_state_dict({name: state[name] for name in own})
+    return model
+
+
+def to_open_clip(model: CLIP) -> dict[str, Tensor]:
+    """The state dict under open_clip's names; a convolutional stem has no counterpart there and is refused."""
+    if model.config.vision.stem:
+        raise ValueError("open_clip's ViT has no convolutional stem: only models with patches can be saved to it")
+    return model.state_dict()
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def eager_info_nce(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
+    """What the fused loss replaces: the whole matrix of logits, and two cross-entropies of it."""
+    logits = scale * queries @ keys.T
+    labels = torch.arange(len(queries), device=queries.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+LossName = Literal["fused", "eager"]
+
+
+@dataclass
+class ClipTask:
+    """The contrastive task of :class:`models.training.Trainer`.
+
+    Each batch holds B captions and V drawings of each. A caption meets each of its drawings in a loss of its own, so
+    that one drawing of an emoji is never a wrong answer for another. ``image_weight`` adds the same loss between two
+    drawings.
+    """
+
+    plan: BatchPlan
+    loss_name: LossName = "fused"
+    image_weight: float = 0.0
+    scale_lr: float = 1.0
+
+    def batch(self, index: int) -> Batch:
+        """The batch of an index."""
+        return self.plan(index)
+
+    def contrast(self, queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
+        """Symmetric InfoNCE by the fused kernel, or eagerly."""
+        if self.loss_name == "eager":
+            return eager_info_nce(queries, keys, scale)
+        return mmkernels.info_nce(queries, keys, scale)
+
+    def losses(self, views: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+        """The loss of image features [V, B, E] and text features [B, E]."""
+        loss = torch.stack([self.contrast(view, texts, scale) for view in views]).mean()
+        if self.image_weight and len(views) > 1:
+            # The pairs of neighbours in a ring: every drawing once on each side.
+            pairs = len(views) if len(views) > 2 else 1
+            between = [self.contrast(views[i], views[(i + 1) % len(views)], scale) for i in range(pairs)]
+            loss = loss + self.image_weight * torch.stack(between).mean()
+        return loss
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """The loss of a batch, with the scale to log."""
+        views, size = batch.images.shape[:2]
+        images, texts, scale = model(batch.images.flatten(0, 1), trim_padding(batch.tokens))
+        # Features and loss in float32, also under autocast: the temperature multiplies rounding errors by up to 100.
+        with torch.autocast(images.device.type, enabled=False):
+            loss = self.losses(images.unflatten(0, (views, size)), texts, scale)
+        return loss, {"scale": scale.detach()}
+
+    def after_step(self, model: nn.Module) -> None:
+        """Clamp the temperature."""
+        assert isinstance(model, CLIP)
+        model.clamp_scale()
+
+    def param_groups(self, model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+        """Decay on matrices alone; the temperature has a learning rate of its own."""
+        assert isinstance(model, CLIP)
+        decayed, plain = decay_groups(model, config.weight_decay)
+        plain["params"] = [p for p in plain["params"] if p is not model.logit_scale]
+        scale = {"params": [model.logit_scale], "weight_decay": 0.0, "lr_scale": self.scale_lr}
+        return [decayed, plain, scale]
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DataConfig:
+    """Which data, and how it is shown in training."""
+
+    source: str = "emoji"  # "emoji", "synthetic", or the path of a folder or captions file
+    styles: tuple[str, ...] = ("openmoji", "openmoji-flat", "openmoji-line", "noto")
+    validation_style: str | None = None
+    stored_size: int = 48  # the side at which images are kept; augmentation samples from it
+    batch_size: int = 256
+    views: int = 2
+    variant_divisor: int = 5
+    keyword_share: float = 0.3
+    augment: float = 1.0
+    seed: int = 0
+    cache_dir: str = "runs/cache"
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> DataConfig:
+        """The config that :func:`dataclasses.asdict` made ``values`` from."""
+        return DataConfig(**{**values, "styles": tuple(values["styles"])})
+
+
+def load_data(config: DataConfig, bad: BadDataLog) -> Splits:
+    """Read the data a config names."""
+    if config.source == "emoji":
+        from models.data.emoji import EmojiConfig, load_emoji
+
+        return load_emoji(
+            EmojiConfig(
+                train_styles=config.styles,
+                validation_style=config.validation_style,
+                size=config.stored_size,
+                cache_dir=Path(config.cache_dir),
+            ),
+            bad,
+        )
+    if config.source == "synthetic":
+        from models.data.synthetic import load_synthetic
+
+        return load_synthetic(config.stored_size)
+    from models.data.folder import load_folder
+
+    path = Path(config.source)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"--data {config.source}: not 'emoji', 'synthetic' or an existing folder or captions file"
+        )
+    return load_folder(path, config.stored_size, bad)
+
+
+def batch_plan(splits: Splits, model: ClipConfig, data: DataConfig) -> BatchPlan:
+    """The training batches of a data set for a model."""
+    return BatchPlan(
+        splits.train,
+        Tokenizer(model.text.context_length, model.text.vocab_size),
+        Augment(model.vision.image_size, data.augment),
+        batch_size=data.batch_size,
+        views=data.views,
+        variant_divisor=data.variant_divisor,
+        keyword_share=data.keyword_share,
+        seed=data.seed,
+    )
+
+
+def load_clip(path: Path) -> tuple[CLIP, DataConfig]:
+    """The model of a run folder or a checkpoint file, with averaged weights where there are any, ready to evaluate."""
+    if path.is_dir():
+        found = load_newest(path, lambda message: console.print(f"[yellow]{message}"))
+        if found is None:
+            raise CheckpointError(f"{path} holds no checkpoint; train first: python -m models.clip train --out {path}")
+        tensors, metadata, _ = found
+    else:
+        tensors, metadata = load_checkpoint(path)
+    prefix = "average/" if any(name.startswith("average/") for name in tensors) else "model/"
+    model = CLIP(ClipConfig.from_dict(metadata["model"]["clip"]))
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    return model.eval(), DataConfig.from_dict(metadata["model"]["data"])
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Train, evaluate, search and export CLIP.")
+
+
+class Preset(str, Enum):
+    """Model sizes."""
+
+    nano = "nano"
+    tiny = "tiny"
+    small = "small"
+    vit_b_32 = "vit-b-32"
+
+
+class LossChoice(str, Enum):
+    """Implementations of the loss."""
+
+    fused = "fused"
+    eager = "eager"
+
+
+class Precision(str, Enum):
+    """Mixed precision."""
+
+    auto = "auto"
+    no = "no"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class BadChoice(str, Enum):
+    """What to do about files that cannot be read."""
+
+    skip = "skip"
+    stop = "raise"
+
+
+class Resume(str, Enum):
+    """Whether to go on from the checkpoints of a run folder."""
+
+    auto = "auto"
+    never = "never"
+
+
+def pick_precision(choice: str) -> Literal["no", "bf16", "fp16"]:
+    """bf16 where the processor multiplies it in hardware, else full precision."""
+    if choice != "auto":
+        return choice  # type: ignore[return-value]
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
+
+
+def _bad_log(choice: BadChoice) -> BadDataLog:
+    policy: BadDataPolicy = "raise" if choice is BadChoice.stop else "skip"
+    return BadDataLog(policy, lambda message: console.print(f"[yellow]{message}", highlight=False))
+
+
+def _announce(splits: Splits, bad: BadDataLog) -> None:
+    for note in splits.notes:
+        console.print(f"[dim]{note}", highlight=False, soft_wrap=True)
+    if len(bad):
+        console.print(f"[yellow]{bad.summary()}", highlight=False)
+
+
+def train_run(
+    preset: str,
+    data: DataConfig,
+    train: TrainConfig,
+    out: Path,
+    *,
+    loss: LossName = "fused",
+    image_weight: float = 0.0,
+    scale_lr: float = 1.0,
+    bad: BadDataLog | None = None,
+    resume: bool = True,
+    compile_model: bool = False,
+    cpu: bool = False,
+) -> tuple[Trainer, Splits]:
+    """Read the data, train, and leave checkpoints and logs in ``out``."""
+    bad = bad if bad is not None else BadDataLog()
+    splits = load_data(data, bad)
+    _announce(splits, bad)
+    torch.manual_seed(train.seed)
+    random.seed(train.seed)
+    config = PRESETS[preset]
+    model = CLIP(config).to(memory_format=torch.channels_last)
+    plan = batch_plan(splits, config, data)
+    task = ClipTask(plan, loss, image_weight, scale_lr)
+    if not resume and out.exists():
+        for old in [*out.glob("step-*.safetensors"), out / "history.jsonl"]:
+            old.unlink(missing_ok=True)
+        shutil.rmtree(out / "tensorboard", ignore_errors=True)
+    trainer = Trainer(
+        model,
+        task,
+        train,
+        out,
+        model_config={"clip": asdict(config), "data": asdict(data), "preset": preset, "loss": loss},
+        compile_model=compile_model,
+        cpu=cpu,
+    )
+    if resume:
+        trainer.resume()
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    console.print(
+        f"{preset}: {parameters:.1f} M parameters, {len(splits.train)} images of {len(plan.rows)} captions, "
+        f"{plan.steps_per_epoch} steps an epoch, {trainer.device}, precision {train.precision}, loss {loss}"
+    )
+    trainer.fit()
+    return trainer, splits
+
+
+def evaluate_run(model: CLIP, splits: Splits, out: Path, *, validation: bool = False) -> dict[str, Any]:
+    """Print the tables of a model, and write ``report.json`` and the pictures to ``out``."""
+    from models import plots
+    from models.clip_eval import Encoder, evaluate, print_report, save_report
+
+    text = model.config.text
+    encoder = Encoder(model, Tokenizer(text.context_length, text.vocab_size))
+    sets = splits.tests
+    if validation:
+        if splits.validation is None:
+            raise ValueError("this data has no validation set: name one with --validation-style when training")
+        sets = {"validation": splits.validation}
+    if not sets:
+        raise ValueError("this data has no test set")
+    report = evaluate(encoder, splits, sets)
+    out.mkdir(parents=True, exist_ok=True)
+    save_report(report, out / "report.json")
+    print_report(report, console)
+    gallery = next(iter(sets.values())).gallery(limit=splits.gallery_limit, variants=False)
+    images, texts = encoder.images(gallery.images), encoder.texts(gallery.names())
+    pick = torch.randperm(len(gallery), generator=torch.Generator().manual_seed(1))[:24]
+    plots.similarity(images[pick], texts[pick], gallery.select(pick), out / "similarity.png")
+    plots.retrievals(images, texts, gallery, out / "retrieval.png")
+    history = read_history(out)
+    if history:
+        plots.curves(history, out / "curves.png")
+    names = ("curves.png", "similarity.png", "retrieval.png", "report.json")
+    written = ", ".join(str(out / name) for name in names if (out / name).exists())
+    console.print(f"written: {written}", highlight=False)
+    return report
+
+
+BadOption = Annotated[BadChoice, typer.Option(help="Skip files that cannot be read, with a count, or stop.")]
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Run folder: checkpoints, logs, pictures.")] = Path("runs/clip"),
+    data: Annotated[str, typer.Option(help="'emoji', 'synthetic', or a folder with a captions file.")] = "emoji",
+    preset: Annotated[Preset, typer.Option(help="Model size.")] = Preset.tiny,
+    styles: Annotated[str, typer.Option(help="Styles to train on, with commas (emoji).")] = ",".join(DataConfig.styles),
+    validation_style: Annotated[str, typer.Option(help="Style kept for choosing hyper-parameters (emoji).")] = "",
+    steps: Annotated[int, typer.Option(min=1)] = 1000,
+    minutes: Annotated[float | None, typer.Option(help="End in this time, the decay of the rate fitted to it.")] = None,
+    batch_size: Annotated[int, typer.Option(min=2, help="Captions in a batch.")] = 256,
+    views: Annotated[int, typer.Option(min=1, help="Images of each caption in a batch.")] = 2,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches of an optimiser step.")] = 1,
+    lr: Annotated[float, typer.Option(min=0)] = 1e-3,
+    warmup: Annotated[int, typer.Option(min=0)] = 50,
+    weight_decay: Annotated[float, typer.Option(min=0)] = 0.05,
+    clip: Annotated[float, typer.Option(min=0, help="Largest norm of the gradient.")] = 1.0,
+    ema: Annotated[float, typer.Option(min=0, max=1, help="Decay of the weight average; 0: none.")] = 0.0,
+    image_weight: Annotated[float, typer.Option(min=0, help="Weight of the loss between two views.")] = 0.0,
+    scale_lr: Annotated[float, typer.Option(min=0, help="Learning rate of the temperature, as a multiple.")] = 1.0,
+    keyword_share: Annotated[float, typer.Option(min=0, max=1, help="Share of captions with keywords.")] = 0.3,
+    variant_divisor: Annotated[int, typer.Option(min=1, help="One in so many variants an epoch.")] = 5,
+    augment: Annotated[float, typer.Option(min=0, help="Strength of the augmentation.")] = 1.0,
+    precision: Annotated[Precision, typer.Option(help="Mixed precision.")] = Precision.auto,
+    loss: Annotated[LossChoice, typer.Option(help="Implementation of the loss.")] = LossChoice.fused,
+    on_bad_data: BadOption = BadChoice.skip,
+    resume: Annotated[Resume, typer.Option(help="Go on from the run folder's checkpoints, or not.")] = Resume.auto,
+    checkpoint_every: Annotated[int, typer.Option(min=1)] = 200,
+    seed: int = 0,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Use the CPU even where there is a GPU.")] = False,
+    compile_model: Annotated[bool, typer.Option("--compile", help="Run the model through torch.compile.")] = False,
+) -> None:
+    """Train a model; the same command goes on where a killed run stopped."""
+    size = PRESETS[preset.value].vision.image_size
+    source = DataConfig(
+        source=data,
+        styles=tuple(s.strip() for s in styles.split(",") if s.strip()),
+        validation_style=validation_style or None,
+        stored_size=size,
+        batch_size=batch_size,
+        views=views,
+        variant_divisor=variant_divisor,
+        keyword_share=keyword_share,
+        augment=augment,
+        seed=seed,
+    )
+    config = TrainConfig(
+        steps=steps,
+        lr=lr,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        clip=clip,
+        accumulate=accumulate,
+        precision=pick_precision(precision.value),
+        ema=ema,
+        seed=seed,
+        minutes=minutes,
+        checkpoint_every=checkpoint_every,
+    )
+    train_run(
+        preset.value,
+        source,
+        config,
+        out,
+        loss=loss.value,
+        image_weight=image_weight,
+        scale_lr=scale_lr,
+        bad=_bad_log(on_bad_data),
+        resume=resume is Resume.auto,
+        compile_model=compile_model,
+        cpu=cpu,
+    )
+    console.print(f"trained; next: python -m models.clip eval {out}", highlight=False)
+
+
+Checkpoint = Annotated[Path, typer.Argument(help="A run folder or a checkpoint file.")]
+DataOption = Annotated[str, typer.Option(help="Evaluate on other data than the run was trained on.")]
+
+
+def _data_of(run: DataConfig, other: str) -> DataConfig:
+    return replace(run, source=other, stored_size=run.stored_size) if other else run
+
+
+@app.command(name="eval")
+def eval_command(
+    checkpoint: Checkpoint,
+    data: DataOption = "",
+    out: Annotated[Path | None, typer.Option(help="Where report and pictures go; default: the run folder.")] = None,
+    validation: Annotated[bool, typer.Option("--validation", help="The validation set, not the test sets.")] = False,
+    on_bad_data: BadOption = BadChoice.skip,
+) -> None:
+    """Zero-shot accuracy and retrieval on every test set, with tables, a JSON report and pictures."""
+    model, run = load_clip(checkpoint)
+    bad = _bad_log(on_bad_data)
+    splits = load_data(_data_of(run, data), bad)
+    _announce(splits, bad)
+    folder = out or (checkpoint if checkpoint.is_dir() else checkpoint.parent)
+    evaluate_run(model, splits, folder, validation=validation)
+
+
+@app.command()
+def retrieve(
+    checkpoint: Checkpoint,
+    text: Annotated[str, typer.Option(help="Find images for this text.")] = "",
+    image: Annotated[Path | None, typer.Option(help="Find captions for this image file.")] = None,
+    data: DataOption = "",
+    top: Annotated[int, typer.Option(min=1)] = 5,
+    out: Annotated[Path | None, typer.Option(help="Save the images found as a picture.")] = None,
+) -> None:
+    """Search the first test set's images by a text, or its captions by an image."""
+    from rich.table import Table
+
+    from models.clip_eval import Encoder
+
+    if bool(text) == (image is not None):
+        raise typer.BadParameter("give either --text or --image")
+    model, run = load_clip(checkpoint)
+    bad = BadDataLog()
+    splits = load_data(_data_of(run, data), bad)
+    name, found = next(iter(splits.tests.items())) if splits.tests else ("train", splits.train)
+    gallery = found.gallery()
+    config = model.config.text
+    encoder = Encoder(model, Tokenizer(config.context_length, config.vocab_size))
+    if image is not None:
+        try:
+            pixels = decode_image(image.read_bytes(), gallery.size, name=str(image))
+        except OSError as error:
+            raise BadDataError(f"{image}: {error.strerror or error}") from error
+        scores = encoder.texts(gallery.names()) @ encoder.images(pixels.unsqueeze(0))[0]
+    else:
+        scores = encoder.images(gallery.images) @ encoder.texts([text])[0]
+    best = scores.topk(min(top, len(gallery)))
+    table = Table(title=f"{text or image} in {len(gallery)} of {name}")
+    table.add_column("cosine", justify="right")
+    table.add_column("caption of the image" if text else "caption")
+    names = gallery.names()
+    for score, row in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        table.add_row(f"{score:.3f}", names[row])
+    console.print(table)
+    if out is not None and text:
+        from models.plots import strip
+
+        strip(gallery.select(best.indices), text, out)
+        console.print(f"written: {out}", highlight=False)
+
+
+class ExportClip(nn.Module):
+    """What is exported: images and tokens to unit features and the logit scale."""
+
+    def __init__(self, model: CLIP) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`CLIP.forward`."""
+        return self.model(images, tokens)
+
+
+def export_model(model: CLIP, path: Path) -> float:
+    """Save a torch.export program with free batch sizes; returns its largest difference from the eager model."""
+    model = model.eval()
+    size, text = model.config.vision.image_size, model.config.text
+    tokenizer = Tokenizer(text.context_length, text.vocab_size)
+
+    def inputs(images: int, texts: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(images)
+        words = ["a red apple", "grinning face", "flag", "dog", "sun behind cloud"]
+        return torch.randn(images, 3, size, size, generator=generator), tokenizer(words[:texts])
+
+    shapes = ({0: torch.export.Dim("images")}, {0: torch.export.Dim("texts")})
+    program = torch.export.export(ExportClip(model), inputs(3, 4), dynamic_shapes=shapes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.export.save(program, path)
+    # Checked as a user will run it: read back from disk, with other batch sizes than it was traced with.
+    loaded, check = torch.export.load(path).module(), inputs(2, 5)
+    with torch.no_grad():
+        pairs = zip(loaded(*check), model(*check), strict=True)
+        return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+@app.command()
+def export(checkpoint: Checkpoint, path: Annotated[Path, typer.Argument(help="Where to save, e.g. clip.pt2.")]) -> None:
+    """Save a torch.export program of both encoders, checked against eager."""
+    model, _ = load_clip(checkpoint)
+    error = export_model(model, path)
+    if error > 1e-4:
+        raise RuntimeError(f"{path}: the exported program differs from eager by {error:.1e}; it should not be used")
+    console.print(f"written: {path}; largest difference from eager {error:.1e}", highlight=False)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    budget: Annotated[float, typer.Option(min=0.1, help="Minutes for everything; training takes what is left.")] = 13.5,
+    data: Annotated[str, typer.Option(help="'emoji' or, for a quick look, 'synthetic'.")] = "emoji",
+) -> None:
+    """Build, train and evaluate a small CLIP within the budget, and compare the fused loss with the eager one."""
+    from models.clip_demo import run_demo
+
+    run_demo(out, budget, data)
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    """Run the command line; foreseeable errors end it with one clear line instead of a traceback."""
+    try:
+        app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+    except typer.Exit as stop:
+        return stop.exit_code
+    except (
+        BadDataError,
+        CheckpointError,
+        FileNotFoundError,
+        ModuleNotFoundError,
+        ValueError,
+        FloatingPointError,
+    ) as error:
+        console.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    # Under its own name too, so that pickles and imports elsewhere see one module, not two.
+    sys.modules.setdefault("models.clip", sys.modules["__main__"])
+    sys.exit(main())

@@ -1,0 +1,7 @@
+"""Image-text data behind one interface: emoji drawings, a user's own folder, synthetic shapes."""
+
+from models.data.batches import Batch, BatchPlan
+from models.data.captions import Tokenizer
+from models.data.sets import BadDataError, BadDataPolicy, Concept, ImageTextSet, Splits
+
+__all__ = ["BadDataError", "BadDataPolicy", "Batch", "BatchPlan", "Concept", "ImageTextSet", "Splits", "Tokenizer"]

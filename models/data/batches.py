@@ -1,0 +1,91 @@
+"""Training batches as a pure function of (seed, step): what makes a resumed run see the same data in the same order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.data.augment import Augment
+from models.data.captions import Tokenizer, sample_caption
+from models.data.sets import ImageTextSet
+
+
+@dataclass
+class Batch:
+    """``images`` [V, B, 3, S, S] (V views of each concept), ``tokens`` [B, L], ``concept_ids`` [B]."""
+
+    images: Tensor
+    tokens: Tensor
+    concept_ids: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on ``device``."""
+        return Batch(self.images.to(device), self.tokens.to(device), self.concept_ids.to(device))
+
+
+class BatchPlan:
+    """Draws batches in which every concept occurs once, each with ``views`` different images of it where it has them.
+
+    An epoch is one pass over the concepts in a fresh order; of a group's variants (the skin tones of an emoji) one in
+    ``variant_divisor`` takes part in each epoch, another one each time, so that they do not crowd out the rest.
+    """
+
+    def __init__(
+        self,
+        data: ImageTextSet,
+        tokenizer: Tokenizer,
+        augment: Augment,
+        *,
+        batch_size: int,
+        views: int = 1,
+        variant_divisor: int = 1,
+        keyword_share: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.data, self.tokenizer, self.augment = data, tokenizer, augment
+        self.batch_size, self.views, self.seed = batch_size, views, seed
+        self.variant_divisor, self.keyword_share = variant_divisor, keyword_share
+        self.rows = data.rows_by_concept()
+        self._plain = [c for c in self.rows if not data.concepts[c].variant]
+        self._variants = [c for c in self.rows if data.concepts[c].variant]
+        self._epoch: tuple[int, Tensor] | None = None
+        concepts = len(self._plain) + len(self._variants) // variant_divisor
+        self.steps_per_epoch = concepts // batch_size
+        if self.steps_per_epoch == 0:
+            raise ValueError(f"batch size {batch_size} exceeds the {concepts} captions of an epoch: choose a smaller")
+
+    def _generator(self, *key: int) -> torch.Generator:
+        # A generator for each (seed, purpose, index): nothing depends on what was drawn before.
+        state = self.seed
+        for part in key:
+            state = (state * 6364136223846793005 + part * 1442695040888963407 + 1013904223) % 2**63
+        return torch.Generator().manual_seed(state)
+
+    def _order(self, epoch: int) -> Tensor:
+        if self._epoch is None or self._epoch[0] != epoch:
+            variants = self._variants
+            if self.variant_divisor > 1 and variants:
+                # Rounds of `variant_divisor` epochs visit every variant once.
+                cycle, part = divmod(epoch, self.variant_divisor)
+                shuffled = torch.randperm(len(variants), generator=self._generator(0, cycle)).tolist()
+                variants = [variants[i] for i in shuffled[part :: self.variant_divisor]]
+            concepts = torch.tensor(self._plain + variants)
+            self._epoch = epoch, concepts[torch.randperm(len(concepts), generator=self._generator(1, epoch))]
+        return self._epoch[1]
+
+    def __call__(self, step: int) -> Batch:
+        """The batch of one step."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        concepts = self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
+        generator = self._generator(2, step)
+        rows, captions = [], []
+        for concept in concepts.tolist():
+            own = self.rows[concept]
+            order = torch.randperm(len(own), generator=generator).tolist()
+            rows.append([own[order[view % len(own)]] for view in range(self.views)])
+            captions.append(sample_caption(self.data.concepts[concept], generator, self.keyword_share))
+        flat = torch.tensor(rows).T.reshape(-1)  # view after view
+        images = self.augment(self.data.images[flat], generator)
+        return Batch(images.unflatten(0, (self.views, len(concepts))), self.tokenizer(captions), concepts)

@@ -1,0 +1,139 @@
+"""A user's own folder of images with a captions file.
+
+The captions file is CSV with a header, or JSON lines. Each row names an image (``image``, ``file``, ``file_name``,
+``filename``, ``filepath`` or ``path``, relative to the captions file) and its caption (``caption``, ``text`` or
+``title``). Optional columns: ``split`` ("train", "validation", "test"), ``label`` (a class for zero-shot evaluation)
+and ``group`` (rows that must not be split). Without ``split`` a tenth of the groups, chosen by hash, is the test set.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from models.data.sets import BadDataError, BadDataLog, Concept, ImageTextSet, Splits, read_image
+
+IMAGE_COLUMNS = ("image", "file", "file_name", "filename", "filepath", "path")
+CAPTION_COLUMNS = ("caption", "text", "title")
+CAPTION_FILES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of a captions file with their line numbers, keys in lower case."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadDataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if path.suffix.lower() in (".jsonl", ".ndjson", ".json"):
+        for number, line in enumerate(text.splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise BadDataError(f"{path}, line {number}: not JSON ({error.msg})") from error
+            if not isinstance(row, dict):
+                raise BadDataError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
+            yield number, {str(k).lower(): str(v) for k, v in row.items() if v is not None}
+    else:
+        reader = csv.DictReader(text.splitlines(keepends=True))
+        for row in reader:
+            yield reader.line_num, {k.strip().lower(): v for k, v in row.items() if k is not None and v is not None}
+
+
+def _column(row: dict[str, str], names: tuple[str, ...]) -> str:
+    return next((row[name].strip() for name in names if row.get(name, "").strip()), "")
+
+
+def captions_file(path: Path) -> Path:
+    """The captions file that ``path`` is, or that lies in the folder ``path``."""
+    if path.is_file():
+        return path
+    found = next((path / name for name in CAPTION_FILES if (path / name).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"{path} holds no captions file: expected one of {', '.join(CAPTION_FILES)}")
+    return found
+
+
+def load_folder(path: Path, size: int, bad: BadDataLog | None = None, *, test_share: float = 0.1) -> Splits:
+    """Read images and captions; files that cannot be read are skipped with a count, or stop the run (``bad``)."""
+    bad = bad if bad is not None else BadDataLog()
+    source = captions_file(path)
+    images: list[torch.Tensor] = []
+    image_concepts: list[int] = []
+    image_splits: list[str] = []
+    texts: list[list[str]] = []  # of each concept
+    labels: list[str] = []
+    groups: list[str] = []
+    by_caption: dict[str, int] = {}
+    by_file: dict[str, int] = {}  # the row of an image that was read already
+    for number, row in _rows(source):
+        where = f"{source}, line {number}"
+        file, caption = _column(row, IMAGE_COLUMNS), _column(row, CAPTION_COLUMNS)
+        if not file:
+            bad.report(where, f"names no image (looked for the columns {', '.join(IMAGE_COLUMNS)})")
+            continue
+        if not caption:
+            bad.report(where, f"has no caption (looked for the columns {', '.join(CAPTION_COLUMNS)})")
+            continue
+        if file in by_file:
+            # A further caption of an image that is there already.
+            concept = image_concepts[by_file[file]]
+            if caption not in texts[concept]:
+                texts[concept].append(caption)
+                by_caption.setdefault(caption, concept)
+            continue
+        try:
+            image = read_image(source.parent / file, size)
+        except BadDataError as error:
+            name = str(source.parent / file)
+            bad.report(name, str(error).removeprefix(f"{name}: "))
+            continue
+        if caption not in by_caption:
+            by_caption[caption] = len(texts)
+            texts.append([caption])
+            labels.append(row.get("label", "").strip())
+            groups.append(row.get("group", "").strip() or caption)
+        by_file[file] = len(images)
+        images.append(image)
+        image_concepts.append(by_caption[caption])
+        image_splits.append(row.get("split", "").strip().lower())
+    if not images:
+        raise BadDataError(f"{source}: no usable image and caption in it" + (f" ({bad.summary()})" if len(bad) else ""))
+
+    label_names = sorted({label for label in labels if label})
+    labelled = bool(label_names) and all(labels)
+    concepts = [
+        Concept(own[0], groups[i], captions=tuple(own[1:]), labels={"label": labels[i]} if labelled else {})
+        for i, own in enumerate(texts)
+    ]
+
+    def split_of(row: int) -> str:
+        if image_splits[row]:
+            return {"val": "validation", "valid": "validation"}.get(image_splits[row], image_splits[row])
+        digest = hashlib.sha256(groups[image_concepts[row]].encode()).digest()
+        return "test" if int.from_bytes(digest[:8], "big") / 2**64 < test_share else "train"
+
+    def collect(split: str) -> ImageTextSet | None:
+        rows = [i for i in range(len(images)) if split_of(i) == split]
+        if not rows:
+            return None
+        ids = torch.tensor([image_concepts[i] for i in rows])
+        return ImageTextSet(torch.stack([images[i] for i in rows]), ids, torch.zeros_like(ids), concepts, ["folder"])
+
+    unknown = {split_of(i) for i in range(len(images))} - {"train", "validation", "test"}
+    if unknown:
+        raise BadDataError(f"{source}: unknown split {sorted(unknown)[0]!r}; use train, validation or test")
+    train, test = collect("train"), collect("test")
+    if train is None:
+        raise BadDataError(f"{source}: no row is for training")
+    notes = [f"{source}: {len(images)} images, {len(concepts)} captions"]
+    label_sets = {"label": {name: [name] for name in label_names}} if labelled else {}
+    templates = ("{}.", "a photo of {}.", "a picture of {}.")
+    tests = {"test": test} if test is not None else {}
+    return Splits("folder", train, tests, collect("validation"), label_sets, templates, 1000, notes)

@@ -1,0 +1,142 @@
+"""Pictures of a run: its curves, what it finds, and where it errs."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from models.data.sets import ImageTextSet
+
+RIGHT, WRONG, INK = "#1a7f37", "#c4442b", "#333333"
+
+
+def _on_white(image: Tensor) -> np.ndarray:
+    x = image.float() / 255
+    return (x[:3] * x[3:] + (1 - x[3:])).permute(1, 2, 0).numpy()
+
+
+def _smooth(values: Sequence[float], width: int) -> np.ndarray:
+    """A running mean over ``width`` steps, shorter at the ends."""
+    kernel = np.ones(min(width, len(values)))
+    y = np.asarray(values, dtype=float)
+    return np.convolve(y, kernel, "same") / np.convolve(np.ones_like(y), kernel, "same")
+
+
+def curves(history: Sequence[dict[str, float]], path: Path, chance: float | None = None) -> None:
+    """Loss (each step and its running mean) and logit scale against the step."""
+    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        steps = [row["step"] + 1 for row in history]
+        loss = [row["loss"] for row in history]
+        left.plot(steps, loss, color="#9db7d5", linewidth=0.7, label="each step")
+        left.plot(steps, _smooth(loss, max(1, len(loss) // 50)), color="#1f4e8c", linewidth=1.8, label="running mean")
+        if chance is not None:
+            left.axhline(chance, color=INK, linewidth=0.8, linestyle="--", label="chance")
+        left.set(xlabel="step", ylabel="InfoNCE loss", title="Loss", ylim=(0, None))
+        left.legend(frameon=False)
+        right.plot(steps, [row["scale"] for row in history], color="#1f4e8c", linewidth=1.8)
+        right.set(xlabel="step", ylabel="logit scale (1 / temperature)", title="Temperature")
+        figure.savefig(path, dpi=130)
+
+
+def similarity(images: Tensor, texts: Tensor, data: ImageTextSet, path: Path) -> None:
+    """Cosines of a test batch: captions down, images across; the diagonal should stand out."""
+    n = len(data)
+    cosines = (texts @ images.T).numpy()
+    figure = Figure(figsize=(3.4 + 0.34 * n, 1.2 + 0.34 * n), layout="constrained")
+    axes: Axes = figure.subplots()
+    shown = axes.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1)
+    for column in range(n):
+        best = int(cosines[:, column].argmax())
+        colour = RIGHT if best == column else WRONG
+        axes.add_patch(
+            matplotlib.patches.Rectangle((column - 0.5, best - 0.5), 1, 1, fill=False, edgecolor=colour, linewidth=2)
+        )
+        inset = axes.inset_axes((column / n, 1.005, 1 / n, 1 / n))
+        inset.imshow(_on_white(data.images[column]))
+        inset.axis("off")
+    axes.set_xticks([])
+    axes.set_yticks(range(n), [textwrap.shorten(name, 34, placeholder="…") for name in data.names()], fontsize=8)
+    axes.set_xlabel("each image's best caption: green where it is the right one, red where it is not")
+    figure.colorbar(shown, ax=axes, shrink=0.6, label="cosine")
+    figure.savefig(path, dpi=120)
+
+
+def retrievals(
+    images: Tensor, texts: Tensor, data: ImageTextSet, path: Path, *, queries: int = 8, top: int = 5, seed: int = 0
+) -> None:
+    """Random captions with the images they find, and random images with the captions they find."""
+    n = len(data)
+    top = min(top, n)
+    picked = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: 2 * queries].tolist()
+    by_text, by_image = picked[:queries], picked[queries:]
+    scores = texts @ images.T
+    names = data.names()
+    figure = Figure(figsize=(15, 1.25 * queries + 0.9), layout="constrained")
+    panels = np.asarray(figure.subfigures(1, 2, width_ratios=[1.15, 1]))
+    left, right = panels.tolist()
+    left.suptitle("caption → images", fontsize=13)
+    grid = left.subplots(queries, top + 1, squeeze=False, width_ratios=[2.2] + [1] * top)
+    for row, axes_row in enumerate(grid):
+        axes_row[0].axis("off")
+        if row >= len(by_text):
+            for axes in axes_row:
+                axes.axis("off")
+            continue
+        query = by_text[row]
+        axes_row[0].text(1, 0.5, textwrap.fill(names[query], 22), ha="right", va="center", fontsize=10)
+        for axes, found in zip(axes_row[1:], scores[query].topk(top).indices.tolist(), strict=True):
+            _framed(axes, data.images[found], found == query)
+    right.suptitle("image → captions", fontsize=13)
+    grid = right.subplots(queries, 2, squeeze=False, width_ratios=[1, 4.5])
+    for row, (picture, words) in enumerate(grid):
+        words.axis("off")
+        if row >= len(by_image):
+            picture.axis("off")
+            continue
+        query = by_image[row]
+        best = scores[:, query].topk(top)
+        _framed(picture, data.images[query], None)
+        for line, (score, found) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
+            text = f"{score:.2f}  {textwrap.shorten(names[found], 52, placeholder='…')}"
+            mark, colour = ("✓", RIGHT) if found == query else ("✗", WRONG)
+            words.text(
+                0,
+                0.92 - 0.21 * line,
+                f"{mark} {text}",
+                color=colour,
+                fontsize=9.5,
+                va="center",
+                weight="bold" if found == query else "normal",
+            )
+    figure.savefig(path, dpi=110)
+
+
+def strip(data: ImageTextSet, title: str, path: Path) -> None:
+    """The images of a search in a row, best first, with their captions."""
+    figure = Figure(figsize=(1.7 * len(data), 2.4), layout="constrained")
+    figure.suptitle(title)
+    for axes, image, name in zip(
+        figure.subplots(1, len(data), squeeze=False)[0], data.images, data.names(), strict=True
+    ):
+        _framed(axes, image, None)
+        axes.set_xlabel(textwrap.fill(name, 20), fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def _framed(axes: Axes, image: Tensor, right: bool | None) -> None:
+    """An image in a frame: green if right, red if wrong, grey if it is the query."""
+    axes.imshow(_on_white(image))
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set_color("#999999" if right is None else RIGHT if right else WRONG)
+        spine.set_linewidth(1 if right is None else 2.6)

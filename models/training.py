@@ -1,0 +1,358 @@
+"""The training loop that the reference models share, on top of accelerate.
+
+A model brings a *task*: its batches as a function of the step, and its loss. The loop does the rest: mixed precision,
+warm-up and cosine decay, clipping, accumulation, an average of the weights, logs, and checkpoints from which a killed
+run goes on with the very same losses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from models.checkpoint import load_newest, prune, save_checkpoint, step_path
+
+console = Console()
+
+
+@dataclass
+class TrainConfig:
+    """How to train; every field is an option of the command line.
+
+    ``minutes`` ends the run in time whatever the machine: the learning rate then follows the share of the time that is
+    gone, where that is larger than the share of the steps. Runs that shall repeat exactly leave it at None.
+    """
+
+    steps: int = 1000
+    lr: float = 1e-3
+    final_lr: float = 0.01  # the share of lr at the end
+    warmup: int = 50
+    weight_decay: float = 0.05
+    beta2: float = 0.98
+    clip: float = 1.0
+    accumulate: int = 1
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    ema: float = 0.0  # decay of the weight average; 0: none
+    seed: int = 0
+    minutes: float | None = None
+    checkpoint_every: int = 200
+    keep: int = 2
+    log_every: int = 10
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed tensors instead of giving it back to the system after every use.
+
+    A CPU training step allocates the same large tensors again and again, and having them zeroed by the kernel each time
+    took a third of the step. No effect where the C library is another one.
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep up to 2 GiB at the top of the heap
+        libc.mallopt(-2, 2**26)  # M_TOP_PAD: grow in steps of 64 MiB
+
+
+class Task(Protocol):
+    """What a model brings to the loop."""
+
+    def batch(self, index: int) -> Any:
+        """The batch number ``index``: a function of the number alone, so that a resumed run sees the same data."""
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """The loss to minimise and further numbers to log."""
+
+    def after_step(self, model: nn.Module) -> None:
+        """Called after each optimiser step, to clamp parameters, say."""
+
+    def param_groups(self, model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+        """Parameter groups for AdamW; ``lr_scale`` in a group multiplies its learning rate."""
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: matrices with weight decay; biases, norms, embeddings of position and other vectors without."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            vector = parameter.dim() < 2 or "embedding" in name
+            (plain if vector else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
+    """Linear warm-up over ``warmup`` steps, then half a cosine over ``progress`` from 0 to 1."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup))
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * warm * (config.final_lr + (1 - config.final_lr) * cosine)
+
+
+class WeightAverage:
+    """An exponential moving average of parameters and buffers; early on it forgets faster, so that it starts well."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        self.state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take one step towards the model's present weights."""
+        self.updates += 1
+        weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        pairs = [(self.state[name], value) for name, value in model.state_dict().items()]
+        floating = [(a, b) for a, b in pairs if a.is_floating_point()]
+        torch._foreach_lerp_([a for a, _ in floating], [b for _, b in floating], weight)
+        for a, b in pairs:
+            if not a.is_floating_point():
+                a.copy_(b)
+
+
+def _rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {"rng/torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
+    version, internal, gauss_next = random.getstate()
+    numpy_state = [name, np.asarray(keys).tolist(), position, has_gauss, gauss]
+    return tensors, {"python": [version, list(internal), gauss_next], "numpy": numpy_state}
+
+
+def _restore_rng(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    torch.set_rng_state(tensors["rng/torch"])
+    if "rng/cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng/cuda"])
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+
+
+class Trainer:
+    """Trains one model in one run folder: checkpoints, ``history.jsonl`` and TensorBoard logs lie there."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        config: TrainConfig,
+        run_dir: Path,
+        *,
+        model_config: dict[str, Any] | None = None,
+        compile_model: bool = False,
+        cpu: bool = False,
+        warn: Callable[[str], None] | None = None,
+    ) -> None:
+        self.task, self.config, self.run_dir = task, config, run_dir
+        self.model_config = model_config or {}
+        self.warn = warn or (lambda message: console.print(f"[yellow]{message}"))
+        run_dir.mkdir(parents=True, exist_ok=True)
+        keep_freed_memory()
+        self.accelerator = Accelerator(
+            mixed_precision=config.precision,
+            cpu=cpu,
+            # Batches come from the task, not from a DataLoader that could end in the middle of an accumulation.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=config.accumulate, sync_with_dataloader=False
+            ),
+            log_with="tensorboard",
+            project_dir=run_dir,
+        )
+        if self.accelerator.num_processes > 1:
+            raise NotImplementedError("training over several processes awaits the loss over a process group; run one")
+        groups = task.param_groups(model, config)
+        for group in groups:
+            group.setdefault("lr_scale", 1.0)
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), eps=1e-6)
+        self.raw_model = model
+        self.average = WeightAverage(model, config.ema) if config.ema > 0 else None
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if self.average is not None:
+            self.average.state = {k: v.to(self.accelerator.device) for k, v in self.average.state.items()}
+        if compile_model:
+            self.model = torch.compile(self.model)
+        self.step = 0
+        self.seconds = 0.0
+        self.history: list[dict[str, float]] = []
+
+    @property
+    def device(self) -> torch.device:
+        """The device that accelerate chose."""
+        return self.accelerator.device
+
+    def _names(self) -> dict[int, str]:
+        return {id(p): name for name, p in self.raw_model.named_parameters()}
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present step and delete the oldest ones."""
+        tensors, rng = _rng_state()
+        tensors |= {f"model/{name}": value for name, value in self.raw_model.state_dict().items()}
+        if self.average is not None:
+            tensors |= {f"average/{name}": value for name, value in self.average.state.items()}
+        names = self._names()
+        inner = self.optimizer.optimizer
+        for parameter, state in inner.state.items():
+            tensors |= {f"optimizer/{key}/{names[id(parameter)]}": value for key, value in state.items()}
+        metadata = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "rng": rng,
+            "train": asdict(self.config),
+            "model": self.model_config,
+            "updates": self.average.updates if self.average is not None else 0,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+        }
+        path = step_path(self.run_dir, self.step)
+        save_checkpoint(path, tensors, metadata)
+        prune(self.run_dir, self.config.keep)
+        return path
+
+    def resume(self) -> bool:
+        """Go on from the newest good checkpoint of the run folder; False if there is none yet."""
+        found = load_newest(self.run_dir, self.warn)
+        if found is None:
+            return False
+        tensors, metadata, path = found
+        groups: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}, "rng": {}}
+        for key, value in tensors.items():
+            head, _, rest = key.partition("/")
+            groups[head][rest] = value
+        self.raw_model.load_state_dict(groups["model"])
+        if self.average is not None and groups["average"]:
+            for name, value in groups["average"].items():
+                self.average.state[name].copy_(value)
+            self.average.updates = metadata["updates"]
+        by_name = dict(self.raw_model.named_parameters())
+        inner = self.optimizer.optimizer
+        for key, value in groups["optimizer"].items():
+            field, _, name = key.partition("/")
+            # AdamW keeps its step counter on the CPU and the moments beside the parameter.
+            device = "cpu" if field == "step" else by_name[name].device
+            inner.state[by_name[name]][field] = value.to(device)
+        if metadata["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(metadata["scaler"])
+        _restore_rng({f"rng/{k}": v for k, v in groups["rng"].items()}, metadata["rng"])
+        self.step, self.seconds = metadata["step"], metadata["seconds"]
+        self.history = [row for row in read_history(self.run_dir) if row["step"] < self.step]
+        # Rows beyond the checkpoint belong to steps that will be taken again.
+        history = self.run_dir / "history.jsonl"
+        temporary = history.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.history), encoding="utf-8")
+        os.replace(temporary, history)
+        console.print(f"resumed from {path} at step {self.step}")
+        return True
+
+    def progress(self) -> float:
+        """How far the run is, 0 to 1."""
+        share = self.step / self.config.steps
+        if self.config.minutes is not None:
+            share = max(share, self.seconds / (60 * self.config.minutes))
+        return share
+
+    def train_step(self) -> dict[str, float]:
+        """One optimiser step, over as many batches as are accumulated."""
+        rate = learning_rate(self.config, self.step, self.progress())
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        logs: dict[str, float] = {}
+        for micro in range(self.config.accumulate):
+            batch = self.task.batch(self.step * self.config.accumulate + micro).to(self.device)
+            with self.accelerator.accumulate(self.model):
+                with self.accelerator.autocast():
+                    loss, numbers = self.task.loss(self.model, batch)
+                self.accelerator.backward(loss)
+                for key, value in ({"loss": loss} | numbers).items():
+                    number = float(value.detach() if isinstance(value, Tensor) else value)
+                    logs[key] = logs.get(key, 0.0) + number / self.config.accumulate
+                if self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
+                    logs["grad_norm"] = float(norm) if norm is not None else float("nan")
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        self.task.after_step(self.raw_model)
+        if self.average is not None:
+            self.average.update(self.raw_model)
+        if not math.isfinite(logs["loss"]):
+            raise FloatingPointError(
+                f"the loss became {logs['loss']} at step {self.step}; resume with a lower --lr or --precision no"
+            )
+        return logs | {"lr": rate}
+
+    def fit(self, on_step: Callable[[Trainer], None] | None = None) -> None:
+        """Train until the steps or the minutes are over, saving as configured and once at the end."""
+        self.accelerator.init_trackers("tensorboard")
+        columns = (
+            TextColumn("[progress.description]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        history = open(self.run_dir / "history.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self.model.train()
+        # A terminal gets a moving bar; a log file gets a line now and then.
+        quiet = not console.is_terminal
+        with history, Progress(*columns, console=console, disable=quiet) as bar:
+            job = bar.add_task("training", total=self.config.steps, completed=self.step, note="")
+            while self.step < self.config.steps and self.progress() < 1:
+                began = time.perf_counter()
+                row = {"step": float(self.step)} | self.train_step()
+                self.step += 1
+                took = time.perf_counter() - began
+                self.seconds += took
+                row["seconds"] = took
+                self.history.append(row)
+                history.write(json.dumps(row) + "\n")
+                note = f"loss {row['loss']:.3f}  scale {row.get('scale', float('nan')):.1f}  {took:.2f} s/step"
+                bar.update(job, completed=self.step, note=note)
+                if self.step % self.config.log_every == 0:
+                    history.flush()
+                    self.accelerator.log({f"train/{k}": v for k, v in row.items() if k != "step"}, step=self.step)
+                if quiet and (self.step % (10 * self.config.log_every) == 0 or self.step == 1):
+                    console.print(f"step {self.step}/{self.config.steps}  {100 * self.progress():.0f} %  {note}")
+                if on_step is not None:
+                    on_step(self)
+                if self.step % self.config.checkpoint_every == 0:
+                    history.flush()
+                    self.save()
+        if self.step % self.config.checkpoint_every:
+            self.save()
+        self.accelerator.end_training()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The state dict to evaluate and export: the averaged weights where there are any."""
+        state = self.average.state if self.average is not None else self.raw_model.state_dict()
+        return {name: value.detach().clone() for name, value in state.items()}
+
+
+def read_history(run_dir: Path) -> list[dict[str, float]]:
+    """The rows of ``history.jsonl``; a last line cut off by a kill is left out."""
+    path = run_dir / "history.jsonl"
+    rows = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows

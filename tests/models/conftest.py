@@ -1,0 +1,28 @@
+"""Shared by the model tests: a small synthetic data set and a nano model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+# `models` lives in the repository and is no installed package.
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from models.clip import PRESETS, DataConfig  # noqa: E402
+from models.data import Splits  # noqa: E402
+from models.data.synthetic import load_synthetic  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def synthetic() -> Splits:
+    """The synthetic splits at the nano model's size."""
+    return load_synthetic(PRESETS["nano"].vision.image_size)
+
+
+@pytest.fixture
+def nano_data() -> DataConfig:
+    """Synthetic data in small batches."""
+    return DataConfig(source="synthetic", stored_size=32, batch_size=32, variant_divisor=1)
