@@ -37,7 +37,8 @@ inline CpuVariant cpu_variant() {
         return known.variant;
       }
     }
-    throw std::runtime_error(std::string("MMKERNELS_CPU: expected avx512bf16, avx512, avx2 or portable, got ") + wanted);
+    throw std::runtime_error(std::string("MMKERNELS_CPU: expected avx512bf16, avx512, avx2 or portable, got ") +
+                             wanted);
   }();
   return chosen;
 }

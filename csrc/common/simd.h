@@ -51,7 +51,7 @@ MMK_INLINE uint16_t to_f16(float x) {
 MMK_INLINE float from_f16(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, rest = half & 0x7FFF;
   if (rest >= 0x7C00) return from_bits(sign | ((rest << 13) + 0x70000000));  // infinity and NaN
-  return from_bits(sign | to_bits(from_bits(rest << 13) * 0x1p112f));       // moves the bias, subnormals included
+  return from_bits(sign | to_bits(from_bits(rest << 13) * 0x1p112f));        // moves the bias, subnormals included
 }
 
 #if defined(__AVX512F__)
@@ -110,6 +110,34 @@ MMK_INLINE Vec round(Vec a) {
 // a * 2^n for whole n, with underflow to zero.
 MMK_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
   return {_mm512_scalef_ps(a.v, n.v)};
+}
+
+// rows[i] lane j <-> rows[j] lane i.
+MMK_INLINE void transpose(Vec (&rows)[16]) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    a[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const __m512d x = _mm512_castps_pd(a[i + j]), y = _mm512_castps_pd(a[i + j + 2]);
+      b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+      b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+    }
+  }
+  for (int j = 0; j < 4; ++j) {
+    a[j] = _mm512_shuffle_f32x4(b[j], b[4 + j], 0x88);
+    a[4 + j] = _mm512_shuffle_f32x4(b[j], b[4 + j], 0xDD);
+    a[8 + j] = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0x88);
+    a[12 + j] = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0xDD);
+  }
+  for (int j = 0; j < 4; ++j) {
+    rows[j].v = _mm512_shuffle_f32x4(a[j], a[8 + j], 0x88);
+    rows[4 + j].v = _mm512_shuffle_f32x4(a[4 + j], a[12 + j], 0x88);
+    rows[8 + j].v = _mm512_shuffle_f32x4(a[j], a[8 + j], 0xDD);
+    rows[12 + j].v = _mm512_shuffle_f32x4(a[4 + j], a[12 + j], 0xDD);
+  }
 }
 
 #if defined(__AVX512BF16__)
@@ -280,7 +308,8 @@ MMK_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
   Vec r;
   for (int i = 0; i < Vec::kLanes; ++i) {
     const float clamped = n.v[i] < -127.f ? -127.f : n.v[i] > 128.f ? 128.f : n.v[i];
-    const uint32_t bits = clamped == clamped ? static_cast<uint32_t>(static_cast<int>(clamped) + 127) << 23 : 0x7FC00000u;
+    const uint32_t bits =
+        clamped == clamped ? static_cast<uint32_t>(static_cast<int>(clamped) + 127) << 23 : 0x7FC00000u;
     float power;
     std::memcpy(&power, &bits, 4);
     r.v[i] = a.v[i] * power;
@@ -288,6 +317,16 @@ MMK_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
   return r;
 }
 
+#endif
+
+#if !defined(__AVX512F__)
+MMK_INLINE void transpose(Vec (&rows)[Vec::kLanes]) {
+  float lanes[Vec::kLanes][Vec::kLanes], turned[Vec::kLanes][Vec::kLanes];
+  for (int i = 0; i < Vec::kLanes; ++i) rows[i].store(lanes[i]);
+  for (int i = 0; i < Vec::kLanes; ++i)
+    for (int j = 0; j < Vec::kLanes; ++j) turned[j][i] = lanes[i][j];
+  for (int i = 0; i < Vec::kLanes; ++i) rows[i] = Vec::load(turned[i]);
+}
 #endif
 
 // e^x to about one unit in the last place: x = n ln 2 + f with |f| <= ln 2 / 2, e^f by a polynomial of degree 7.

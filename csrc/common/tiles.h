@@ -4,6 +4,8 @@
 // A panel is kPanel words wide and contiguous, so that the register kernel streams it from L1.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 #include "tiles_types.h"
 
@@ -88,11 +90,23 @@ struct SplitTile {
   }
 };
 
-// tile = A B (+ tile): kRows rows of A, one panel of B, contracted over k words.
-//   A: word (i, k) at a[i * kARow + k * kAStep], and a_jump words further after every kPanel values of k.
-//   B: word (k, j) at b[k * kPanel + j].
-template <class Product, int kARow, int kAStep, class Tile>
-MMK_INLINE void multiply(int64_t k_words, const float* a, int64_t a_jump, const float* b, const Tile& tile) {
+// Where the words of the left operand lie: word (i, k) at data[i * row + k * step], and `jump` words further after
+// every kPanel values of k. Strides that are known when compiling are worth a type of their own (Left).
+template <int kRow, int kStep>
+struct FixedLeft {
+  const float* data;
+  static constexpr int64_t row = kRow, step = kStep, jump = 0;
+};
+struct RowsLeft {
+  const float* data;
+  int64_t row, jump;
+  static constexpr int64_t step = 1;
+};
+
+// tile = A B (+ tile): kRows rows of A, one panel of B, contracted over k words. Word (k, j) of B at b[k * kPanel + j].
+template <class Product, class Left, class Tile>
+MMK_INLINE void multiply(int64_t k_words, const Left& left, const float* b, const Tile& tile) {
+  const float* a = left.data;
   Vec acc[kRows][kVecs];
   for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < kVecs; ++j) acc[i][j] = Vec::set1(0.f);
@@ -103,38 +117,65 @@ MMK_INLINE void multiply(int64_t k_words, const float* a, int64_t a_jump, const 
       Vec right[kVecs];
       for (int j = 0; j < kVecs; ++j) right[j] = Vec::load(b + j * Vec::kLanes);
       for (int i = 0; i < kRows; ++i) {
-        const Vec left = Vec::set1(a[i * kARow]);
-        for (int j = 0; j < kVecs; ++j) acc[i][j] = Product::fma(left, right[j], acc[i][j]);
+        const Vec word = Vec::set1(a[i * left.row]);
+        for (int j = 0; j < kVecs; ++j) acc[i][j] = Product::fma(word, right[j], acc[i][j]);
       }
-      a += kAStep;
+      a += left.step;
       b += kPanel;
     }
-    a += a_jump;
+    a += left.jump;
   }
   for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < kVecs; ++j) tile.put(i, j, acc[i][j]);
 }
 
+// Memory that is needed soon, fetched to L2 a few lines at a time while the register kernel works.
+struct Ahead {
+  const char* at = nullptr;
+  const char* end = nullptr;
+  int64_t lines_at_once = 0;
+
+  // Rows [row, row + count) of x, in `calls` equal parts.
+  static Ahead of(const Features& x, int64_t row, int64_t count, int64_t size, int64_t calls) {
+    if (count <= 0 || x.row_stride != size) return {};
+    const int64_t bytes = x.dtype == Dtype::kFloat32 ? 4 : 2;
+    const char* first = static_cast<const char*>(x.data) + row * size * bytes;
+    const int64_t lines = (count * size * bytes + 63) / 64;
+    return {first, first + lines * 64, (lines + calls - 1) / calls};
+  }
+  MMK_INLINE void fetch() {
+    for (int64_t i = 0; i < lines_at_once && at < end; ++i, at += 64) __builtin_prefetch(at, 0, 2);
+  }
+};
+
 // One vector of words of a row, elements [at, size), zero past the end.
-template <class Product>
+template <class Product, Dtype kDtype>
 MMK_INLINE Vec load_words(const Features& x, int64_t row, int64_t at, int64_t size) {
   const int64_t left = size - at, offset = row * x.row_stride + at;
   if (left <= 0) return Vec::set1(0.f);
   if constexpr (Product::kPerWord == 1) {
     const int n = left < Vec::kLanes ? static_cast<int>(left) : Vec::kLanes;
-    switch (x.dtype) {
-      case Dtype::kFloat32:
-        return Vec::load(static_cast<const float*>(x.data) + offset, n);
-      case Dtype::kBFloat16:
-        return Vec::load_bf16(static_cast<const uint16_t*>(x.data) + offset, n);
-      default:
-        return Vec::load_f16(static_cast<const uint16_t*>(x.data) + offset, n);
-    }
+    if constexpr (kDtype == Dtype::kFloat32) return Vec::load(static_cast<const float*>(x.data) + offset, n);
+    if constexpr (kDtype == Dtype::kBFloat16) return Vec::load_bf16(static_cast<const uint16_t*>(x.data) + offset, n);
+    return Vec::load_f16(static_cast<const uint16_t*>(x.data) + offset, n);
   } else {
+    const uint16_t* from = static_cast<const uint16_t*>(x.data) + offset;
+    if (left >= 2 * Vec::kLanes) return Vec::load(reinterpret_cast<const float*>(from));
     float words[Vec::kLanes] = {};
-    const int64_t n = left < 2 * Vec::kLanes ? left : 2 * Vec::kLanes;
-    std::memcpy(words, static_cast<const uint16_t*>(x.data) + offset, n * sizeof(uint16_t));
+    std::memcpy(words, from, left * sizeof(uint16_t));
     return Vec::load(words);
+  }
+}
+
+template <class Call>
+MMK_INLINE void with_dtype(Dtype dtype, const Call& call) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return call(std::integral_constant<Dtype, Dtype::kFloat32>{});
+    case Dtype::kBFloat16:
+      return call(std::integral_constant<Dtype, Dtype::kBFloat16>{});
+    default:
+      return call(std::integral_constant<Dtype, Dtype::kFloat16>{});
   }
 }
 
@@ -142,12 +183,12 @@ MMK_INLINE Vec load_words(const Features& x, int64_t row, int64_t at, int64_t si
 template <class Product>
 void pack_rows(const Features& x, int64_t row, int64_t count, int64_t size, int64_t capacity, float* out) {
   const int64_t words = (size + Product::kPerWord - 1) / Product::kPerWord;
-  for (int64_t i = 0; i < count; ++i) {
-    float* to = out + i * kPanel;
-    for (int64_t w = 0; w < words; w += kPanel, to += capacity * kPanel)
-      for (int j = 0; j < kPanel; j += Vec::kLanes)
-        load_words<Product>(x, row + i, (w + j) * Product::kPerWord, size).store(to + j);
-  }
+  with_dtype(x.dtype, [&](auto dtype) {
+    for (int64_t w = 0; w < words; w += kPanel, out += capacity * kPanel)
+      for (int64_t i = 0; i < count; ++i)
+        for (int j = 0; j < kPanel; j += Vec::kLanes)
+          load_words<Product, dtype()>(x, row + i, (w + j) * Product::kPerWord, size).store(out + i * kPanel + j);
+  });
 }
 
 // Rows [row, row + count) to panels along the rows: out[panel][words][kPanel], word w of row i in lane i. Lanes past
@@ -155,16 +196,23 @@ void pack_rows(const Features& x, int64_t row, int64_t count, int64_t size, int6
 template <class Product>
 void pack_columns(const Features& x, int64_t row, int64_t count, int64_t size, float* out) {
   const int64_t words = (size + Product::kPerWord - 1) / Product::kPerWord;
-  for (int64_t i0 = 0; i0 < count; i0 += kPanel, out += words * kPanel) {
-    for (int64_t w = 0; w < words; w += Vec::kLanes) {
-      const int64_t n = words - w < Vec::kLanes ? words - w : Vec::kLanes;
-      for (int i = 0; i < kPanel; ++i) {
-        float lane[Vec::kLanes];
-        (i0 + i < count ? load_words<Product>(x, row + i0 + i, w * Product::kPerWord, size) : Vec::set1(0.f)).store(lane);
-        for (int64_t j = 0; j < n; ++j) out[(w + j) * kPanel + i] = lane[j];
+  with_dtype(x.dtype, [&](auto dtype) {
+    for (int64_t i0 = 0; i0 < count; i0 += kPanel, out += words * kPanel) {
+      for (int64_t w = 0; w < words; w += Vec::kLanes) {
+        const int64_t n = words - w < Vec::kLanes ? words - w : Vec::kLanes;
+        for (int i1 = 0; i1 < kPanel; i1 += Vec::kLanes) {
+          Vec lanes[Vec::kLanes];
+          for (int i = 0; i < Vec::kLanes; ++i) {
+            const int64_t at = i0 + i1 + i;
+            lanes[i] =
+                at < count ? load_words<Product, dtype()>(x, row + at, w * Product::kPerWord, size) : Vec::set1(0.f);
+          }
+          transpose(lanes);
+          for (int64_t j = 0; j < n; ++j) lanes[j].store(out + (w + j) * kPanel + i1);
+        }
       }
     }
-  }
+  });
 }
 
 #ifdef MMK_HAS_BF16_PRODUCT
@@ -173,15 +221,14 @@ void pack_columns(const Features& x, int64_t row, int64_t count, int64_t size, f
 inline void pack_row_pairs(const Features& x, int64_t row, int64_t count, int64_t size, int64_t capacity, float* out) {
   const uint16_t zeros[Vec::kLanes] = {};
   const uint16_t* from = static_cast<const uint16_t*>(x.data) + row * x.row_stride;
-  for (int64_t i = 0; i < count; i += 2, from += 2 * x.row_stride) {
-    float* to = out + i / 2 * kPanel;
-    for (int64_t w = 0; w < size; w += kPanel, to += capacity / 2 * kPanel) {
+  for (int64_t w = 0; w < size; w += kPanel, out += capacity / 2 * kPanel) {
+    for (int64_t i = 0; i < count; i += 2) {
       for (int j = 0; j < kPanel; j += Vec::kLanes) {
         const int64_t left = size - w - j;
         const int n = left >= Vec::kLanes ? Vec::kLanes : left > 0 ? static_cast<int>(left) : 0;
-        const uint16_t* first = n ? from + w + j : zeros;
+        const uint16_t* first = n ? from + i * x.row_stride + w + j : zeros;
         const uint16_t* second = n && i + 1 < count ? first + x.row_stride : zeros;
-        Vec::load_pairs(first, second, n).store(to + j);
+        Vec::load_pairs(first, second, n).store(out + i / 2 * kPanel + j);
       }
     }
   }

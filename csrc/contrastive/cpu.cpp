@@ -98,8 +98,7 @@ void run(Pass pass, const Problem& problem, const Tiling& tiling, const at::Tens
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& queries_in, const Tensor& keys_in, const Tensor& scale,
-                                           const optional<Tensor>& targets_in, bool symmetric,
-                                           double label_smoothing) {
+                                           const optional<Tensor>& targets_in, bool symmetric, double label_smoothing) {
   check_inputs(queries_in, keys_in, scale);
   const Tensor queries = with_contiguous_rows(queries_in), keys = with_contiguous_rows(keys_in);
   const int64_t n = queries.size(0), m = keys.size(0);
@@ -122,10 +121,15 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& queries_in, const Tenso
   p.col_total = col + 2 * m;
   run(kernels().info_nce_forward, p, kernels().tiling(p.logits, false, at::get_num_threads()), floats);
 
-  const Tensor losses = at::empty({n}, floats), row_lse = at::empty({n}, floats),
-               col_lse = at::empty({symmetric ? m : 0}, floats);
-  float *loss = losses.mutable_data_ptr<float>(), *lse = row_lse.mutable_data_ptr<float>();
+  const Tensor losses = at::empty({n}, floats), row_lse = at::empty({2, n}, floats),
+               col_lse = at::empty({2, symmetric ? m : 0}, floats);
+  float *loss = losses.mutable_data_ptr<float>(), *lse_of_row = row_lse.mutable_data_ptr<float>();
   float* lse_of_col = col_lse.mutable_data_ptr<float>();
+  // As the sum of two floats: see InfoNceBackward.
+  const auto split = [](double lse, float& value, float& rest) {
+    value = static_cast<float>(lse);
+    rest = static_cast<float>(lse - value);
+  };
   const double smooth = label_smoothing, sharp = 1 - smooth;
   // (max - target) + log(sum): a loss near zero keeps its digits, which lse - target would lose.
   at::parallel_for(0, n, 4096, [&](int64_t begin, int64_t end) {
@@ -133,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& queries_in, const Tenso
       const double positive = sharp * p.row_positive[i], log_sum = std::log(static_cast<double>(p.row_sum[i]));
       const double row_mean = p.totals ? p.row_total[i] / static_cast<double>(m) : 0.;
       double value = (p.row_max[i] - (positive + smooth * row_mean)) + log_sum;
-      lse[i] = static_cast<float>(p.row_max[i] + log_sum);
+      split(p.row_max[i] + log_sum, lse_of_row[i], lse_of_row[n + i]);
       if (symmetric) {
         const int64_t t = p.targets ? p.targets[i] : i;
         const double col_mean = p.totals ? p.col_total[t] / static_cast<double>(n) : 0.;
@@ -143,9 +147,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& queries_in, const Tenso
       loss[i] = static_cast<float>(value);
     }
   });
-  at::parallel_for(0, col_lse.numel(), 4096, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, symmetric ? m : 0, 4096, [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j)
-      lse_of_col[j] = static_cast<float>(p.col_max[j] + std::log(static_cast<double>(p.col_sum[j])));
+      split(p.col_max[j] + std::log(static_cast<double>(p.col_sum[j])), lse_of_col[j], lse_of_col[m + j]);
   });
   return {losses, row_lse, col_lse};
 }
@@ -162,7 +166,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_losses, const Ten
   const Tensor row_lse = row_lse_in.contiguous(), col_lse = col_lse_in.contiguous();
   const Tensor grads = grad_losses.to(at::kFloat).contiguous();
 
-  const Tensor grad_queries = at::empty(output_mask[0] ? at::IntArrayRef{n, size} : at::IntArrayRef{0}, queries.options());
+  const Tensor grad_queries =
+      at::empty(output_mask[0] ? at::IntArrayRef{n, size} : at::IntArrayRef{0}, queries.options());
   const Tensor grad_keys = at::empty(output_mask[1] ? at::IntArrayRef{m, size} : at::IntArrayRef{0}, keys.options());
   if (!output_mask[0] && !output_mask[1] && !output_mask[2]) return {grad_queries, grad_keys, at::empty({0}, floats)};
 
@@ -182,15 +187,17 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_losses, const Ten
   for (int64_t j = 0; symmetric && j < m; ++j)
     col_weight[m + j] = static_cast<float>(col_weight[j] * label_smoothing / n);
   p.row_lse = row_lse.const_data_ptr<float>();
+  p.row_lse_rest = p.row_lse + n;
   p.row_weight = row_weight;
   p.row_shift = label_smoothing != 0 ? row_weight + n : nullptr;
   p.positive_weight = row_weight + 2 * n;
   p.col_lse = symmetric ? col_lse.const_data_ptr<float>() : nullptr;
+  p.col_lse_rest = p.col_lse ? p.col_lse + m : nullptr;
   p.col_weight = col_weight;
   p.col_shift = col_weight + m;
 
   const Tiling tiling = kernels().tiling(p.logits, true, at::get_num_threads());
-  std::vector<double> scale_parts(std::max(tiling.panels, tiling.chunks), 0.);
+  std::vector<double> scale_parts(tiling.panels, 0.);
   Tensor low_keys;
   if (output_mask[0]) p.grad_queries = grad_queries.mutable_data_ptr();
   if (output_mask[1]) {

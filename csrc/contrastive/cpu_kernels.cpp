@@ -8,6 +8,7 @@
 #include "cpu_kernels.h"
 
 #include <algorithm>
+#include <cmath>
 #include <thread>
 #include <type_traits>
 
@@ -78,17 +79,37 @@ struct Buffers {
   }
 };
 
+// How often the products of one tile call the register kernel.
+int64_t calls_in_tile(const Logits& x, int64_t words, int64_t rows, int64_t cols, bool backward) {
+  const int64_t tiles = (rows + kPanel - 1) / kPanel * ((cols + kRows - 1) / kRows);
+  const int64_t panels = (x.size + kPanel - 1) / kPanel;
+  return (words + kWordsInL1 - 1) / kWordsInL1 * tiles + (backward ? panels * ((rows + kRows - 1) / kRows) : 0);
+}
+
+// The words of a chunk of keys as the left operand: where they lie if they can be read there, else packed.
+template <class Product>
+RowsLeft key_words(const Features& keys, int64_t col0, int64_t cols, int64_t size, int64_t capacity, float* packed) {
+  const int64_t element = keys.dtype == Dtype::kFloat32 ? 4 : 2, row_bytes = keys.row_stride * element;
+  const bool same_words = element * Product::kPerWord == 4 && size % Product::kPerWord == 0 && row_bytes % 4 == 0;
+  // Whole register tiles only, and rows that do not all fall on the same lines of L1.
+  if (same_words && cols % kRows == 0 && row_bytes % 4096 != 0)
+    return {reinterpret_cast<const float*>(static_cast<const char*>(keys.data) + col0 * row_bytes), row_bytes / 4, 0};
+  pack_rows<Product>(keys, col0, cols, size, capacity, packed);
+  return {packed, kPanel, (capacity - 1) * kPanel};
+}
+
 // S = K Q^T of one tile.
 template <class Product>
-void product_of_features(const Buffers<Product>& b, int64_t rows, int64_t cols, int64_t col_capacity) {
+void product_of_features(const Buffers<Product>& b, const RowsLeft& keys, int64_t rows, int64_t cols, Ahead& ahead) {
   for (int64_t w = 0; w < b.words; w += kWordsInL1) {
     const int64_t count = std::min(kWordsInL1, b.words - w);
+    const float* from = keys.data + w + w / kPanel * keys.jump;
     for (int64_t r = 0; r < rows; r += kPanel) {
       const float* right = b.query_columns + r * b.words + w * kPanel;
-      const float* left = b.key_rows + w * col_capacity;
       for (int64_t c = 0; c < cols; c += kRows) {
+        ahead.fetch();
         const FloatTile to{b.tile + c * kTileStride + r, kTileStride, w > 0};
-        multiply<Product, kPanel, 1>(count, left + c * kPanel, (col_capacity - 1) * kPanel, right, to);
+        multiply<Product>(count, RowsLeft{from + c * keys.row, keys.row, keys.jump}, right, to);
       }
     }
   }
@@ -97,15 +118,17 @@ void product_of_features(const Buffers<Product>& b, int64_t rows, int64_t cols, 
 // dQ += G^T K.
 template <class Product>
 void add_query_gradients(const Buffers<Product>& b, int64_t rows, int64_t row_capacity, int64_t cols,
-                         int64_t col_capacity, bool first) {
+                         int64_t col_capacity, bool first, Ahead& ahead) {
   constexpr int kPer = Product::kPerWord;
   const int64_t k_words = (cols + kPer - 1) / kPer;
   for (int64_t j = 0; j < b.padded_size / kPanel; ++j) {
     const float* right = b.key_pairs + j * (col_capacity / kPer) * kPanel;
     float* out = b.grad_panel + j * row_capacity * kPanel;
-    for (int64_t r = 0; r < rows; r += kRows)
-      multiply<Product, 1, kTileStride>(k_words, b.grad_pairs + r, 0, right,
-                                        FloatTile{out + r * kPanel, kPanel, !first});
+    for (int64_t r = 0; r < rows; r += kRows) {
+      ahead.fetch();
+      const FloatTile to{out + r * kPanel, kPanel, !first};
+      multiply<Product>(k_words, FixedLeft<1, kTileStride>{b.grad_pairs + r}, right, to);
+    }
   }
 }
 
@@ -119,18 +142,17 @@ void add_key_gradients(const Buffers<Product>& b, int64_t rows, int64_t row_capa
     const float* right = b.query_rows + d * (row_capacity / kPer);
     const int64_t width = std::min<int64_t>(kPanel, size - d);
     for (int64_t c = 0; c < cols; c += kRows) {
-      const float* left = b.grad_rows + c * (kTileStride / kPer);
+      const FixedLeft<kTileStride / kPer, 1> left{b.grad_rows + c * (kTileStride / kPer)};
       const int64_t height = std::min<int64_t>(kRows, cols - c);
       const Tile to = out.at(c, d);
       if (height == kRows && width == kPanel) {
-        multiply<Product, kTileStride / kPer, 1>(k_words, left, 0, right, to);
+        multiply<Product>(k_words, left, right, to);
         continue;
       }
       float part[kRows * kPanel];
-      multiply<Product, kTileStride / kPer, 1>(k_words, left, 0, right, FloatTile{part, kPanel, false});
+      multiply<Product>(k_words, left, right, FloatTile{part, kPanel, false});
       for (int64_t i = 0; i < height; ++i)
-        for (int64_t j = 0; j < width; ++j)
-          to.set(i, j, part[i * kPanel + j] + (to.accumulate ? to.get(i, j) : 0.f));
+        for (int64_t j = 0; j < width; ++j) to.set(i, j, part[i * kPanel + j] + (to.accumulate ? to.get(i, j) : 0.f));
     }
   }
 }
@@ -151,43 +173,31 @@ void round_tile(const Buffers<BFloat16Product>& b, int64_t rows, int64_t cols) {
 }
 #endif
 
-// <x, g> over one row, and g scaled and written in the dtype of the features. With several gigaflops spent on each
-// row, plain loops do here.
-double finish_row(const Features& x, int64_t row, int64_t size, const float* grad, int64_t grad_stride, float scale,
-                  void* out) {
-  double dot = 0;
-  float features[Vec::kLanes], scaled[Vec::kLanes];
+// A finished row of gradients, scaled and written in the dtype of the features. It lies in panels, one kPanel wide part
+// every grad_stride.
+void finish_row(const float* grad, int64_t grad_stride, float scale, const Features& x, int64_t row, int64_t size,
+                void* out) {
   for (int64_t d = 0; d < size; d += Vec::kLanes) {
-    const int64_t n = std::min<int64_t>(Vec::kLanes, size - d);
-    const float* g = grad + d / kPanel * grad_stride + d % kPanel;
-    load_words<Float32Product>(x, row, d, size).store(features);
-    for (int64_t i = 0; i < n; ++i) dot += static_cast<double>(features[i]) * g[i];
-    if (out == nullptr) continue;
-    for (int64_t i = 0; i < n; ++i) scaled[i] = scale * g[i];
+    const int n = static_cast<int>(std::min<int64_t>(Vec::kLanes, size - d));
+    float scaled[Vec::kLanes];
+    (Vec::load(grad + d / kPanel * grad_stride + d % kPanel, n) * Vec::set1(scale)).store(scaled);
     const int64_t at = row * size + d;
-    switch (x.dtype) {
-      case Dtype::kFloat32:
-        std::memcpy(static_cast<float*>(out) + at, scaled, n * sizeof(float));
-        break;
-      case Dtype::kBFloat16:
-        for (int64_t i = 0; i < n; ++i) static_cast<uint16_t*>(out)[at + i] = to_bf16(scaled[i]);
-        break;
-      default:
-        for (int64_t i = 0; i < n; ++i) static_cast<uint16_t*>(out)[at + i] = to_f16(scaled[i]);
+    if (x.dtype == Dtype::kFloat32) {
+      std::memcpy(static_cast<float*>(out) + at, scaled, n * sizeof(float));
+    } else {
+      for (int i = 0; i < n; ++i)
+        static_cast<uint16_t*>(out)[at + i] = x.dtype == Dtype::kBFloat16 ? to_bf16(scaled[i]) : to_f16(scaled[i]);
     }
   }
-  return dot;
 }
 
-// The gradients of the keys of a chunk are complete: scale them, round them in place. Gives their product with the keys.
+// The gradients of a chunk of keys are complete: scaled and rounded in place.
 template <class Tile>
-double finish_keys(const Logits& x, int64_t col0, int64_t cols, const Tile& grads, void* out, float* buffer) {
-  double dot = 0;
+void finish_keys(const Logits& x, int64_t col0, int64_t cols, const Tile& grads, void* out, float* buffer) {
   for (int64_t c = 0; c < cols; ++c) {
     for (int64_t d = 0; d < x.size; ++d) buffer[d] = grads.get(c, d);
-    dot += finish_row(x.keys, col0 + c, x.size, buffer, kPanel, x.scale, out);
+    finish_row(buffer, kPanel, x.scale, x.keys, col0 + c, x.size, out);
   }
-  return dot;
 }
 
 template <class Product, class Epilogue>
@@ -200,8 +210,10 @@ void forward_panels(const Logits& x, const Tiling& t, Wavefront& wave, float* sc
     epilogue.begin_panel(row0, rows);
     for (int64_t chunk = 0; chunk < t.chunks; ++chunk) {
       const int64_t col0 = chunk * t.cols, cols = std::min(t.cols, x.keys.rows - col0);
-      pack_rows<Product>(x.keys, col0, cols, x.size, col_capacity, b.key_rows);
-      product_of_features(b, rows, cols, col_capacity);
+      const RowsLeft keys = key_words<Product>(x.keys, col0, cols, x.size, col_capacity, b.key_rows);
+      const int64_t next = (chunk + 1) % t.chunks * t.cols, next_cols = std::min(t.cols, x.keys.rows - next);
+      Ahead ahead = Ahead::of(x.keys, next, next_cols, x.size, calls_in_tile(x, b.words, rows, cols, false));
+      product_of_features(b, keys, rows, cols, ahead);
       epilogue.tile(b.tile, col0, cols);
       wait_for_turn(wave.done[chunk], panel);
       epilogue.update_columns(col0, cols);
@@ -223,7 +235,6 @@ void backward_panels(const Logits& x, const Gradients& grads, const Tiling& t, W
                      Epilogue& epilogue) {
   const Buffers<Product> b(x, t, true, scratch);
   const int64_t row_capacity = round_up(t.rows, kPanel), col_capacity = round_up(t.cols, kRows);
-  const bool queries = grads.queries != nullptr || grads.keys == nullptr;
   for (int64_t panel; (panel = wave.next_panel.fetch_add(1)) < t.panels;) {
     const int64_t row0 = panel * t.rows, rows = std::min(t.rows, x.queries.rows - row0);
     pack_columns<Product>(x.queries, row0, rows, x.size, b.query_columns);
@@ -235,8 +246,10 @@ void backward_panels(const Logits& x, const Gradients& grads, const Tiling& t, W
     epilogue.begin_panel(row0, rows);
     for (int64_t chunk = 0; chunk < t.chunks; ++chunk) {
       const int64_t col0 = chunk * t.cols, cols = std::min(t.cols, x.keys.rows - col0);
-      pack_rows<Product>(x.keys, col0, cols, x.size, col_capacity, b.key_rows);
-      product_of_features(b, rows, cols, col_capacity);
+      const RowsLeft keys = key_words<Product>(x.keys, col0, cols, x.size, col_capacity, b.key_rows);
+      const int64_t next = (chunk + 1) % t.chunks * t.cols, next_cols = std::min(t.cols, x.keys.rows - next);
+      Ahead ahead = Ahead::of(x.keys, next, next_cols, x.size, calls_in_tile(x, b.words, rows, cols, true));
+      product_of_features(b, keys, rows, cols, ahead);
       epilogue.tile(b.tile, col0, cols);
       // Lanes and rows past the edge of the logits held padding: no gradient comes from there.
       const int64_t padded_rows = round_up(rows, kPanel), padded_cols = round_up(cols, kRows);
@@ -247,15 +260,15 @@ void backward_panels(const Logits& x, const Gradients& grads, const Tiling& t, W
       if constexpr (Buffers<Product>::kPairs) {
         pack_row_pairs(x.keys, col0, cols, x.size, col_capacity, b.key_pairs);
         round_tile(b, padded_rows, padded_cols);
+      } else if (grads.queries != nullptr && keys.data != b.key_rows) {
+        pack_rows<Product>(x.keys, col0, cols, x.size, col_capacity, b.key_rows);
       }
-      if (queries) add_query_gradients(b, rows, row_capacity, cols, col_capacity, chunk == 0);
+      if (grads.queries != nullptr) add_query_gradients(b, rows, row_capacity, cols, col_capacity, chunk == 0, ahead);
       if (grads.keys == nullptr) continue;
       wait_for_turn(wave.done[chunk], panel);
       const auto add = [&](const auto& out) {
         add_key_gradients(b, rows, row_capacity, cols, x.size, out);
-        if (panel < t.panels - 1) return;
-        const double dot = finish_keys(x, col0, cols, out, grads.keys, b.tile);
-        if (!queries && grads.scale != nullptr) grads.scale[chunk] = dot;
+        if (panel == t.panels - 1) finish_keys(x, col0, cols, out, grads.keys, b.tile);
       };
       if (x.keys.dtype == Dtype::kFloat32) {
         add(FloatTile{static_cast<float*>(grads.keys) + col0 * x.size, x.size, panel > 0});
@@ -265,12 +278,9 @@ void backward_panels(const Logits& x, const Gradients& grads, const Tiling& t, W
       }
       wave.done[chunk].store(static_cast<int32_t>(panel + 1), std::memory_order_release);
     }
-    if (!queries) continue;
-    double dot = 0;
-    for (int64_t r = 0; r < rows; ++r)
-      dot += finish_row(x.queries, row0 + r, x.size, b.grad_panel + r * kPanel, row_capacity * kPanel, x.scale,
-                        grads.queries);
-    if (grads.scale != nullptr) grads.scale[panel] = dot;
+    if (grads.scale != nullptr) grads.scale[panel] = epilogue.grad_scale();
+    for (int64_t r = 0; r < rows && grads.queries != nullptr; ++r)
+      finish_row(b.grad_panel + r * kPanel, row_capacity * kPanel, x.scale, x.queries, row0 + r, x.size, grads.queries);
   }
 }
 
@@ -280,6 +290,25 @@ MMK_INLINE void join(Vec& max_a, Vec& sum_a, Vec max_b, Vec sum_b, Vec reference
   const Vec both = max(max_a, max_b);
   sum_a = sum_a * exp(max_a - both) + sum_b * exp(reference - both);
   max_a = both;
+}
+
+// Calls visit(row, element of the tile) for every row of the panel whose target lies in the tile.
+template <class Visit>
+void for_each_target(const int64_t* targets, int64_t row0, int64_t rows, int64_t col0, int64_t cols, float* tile,
+                     const Visit& visit) {
+  if (targets == nullptr && (row0 + rows <= col0 || col0 + cols <= row0)) return;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t target = (targets ? targets[row0 + r] : row0 + r) - col0;
+    if (0 <= target && target < cols) visit(r, tile[target * kTileStride + r]);
+  }
+}
+
+// For the last vector of a panel of `rows`: minus infinity in the lanes past the last row, else zero.
+MMK_INLINE Vec edge_of(int64_t rows) {
+  const int64_t inside = rows - (round_up(rows, Vec::kLanes) - Vec::kLanes);
+  float lanes[Vec::kLanes];
+  for (int i = 0; i < Vec::kLanes; ++i) lanes[i] = i < inside ? 0.f : kNegativeInfinity;
+  return Vec::load(lanes);
 }
 
 // Running statistics of rows and columns: loss = lse - positive, lse = max + log(sum).
@@ -304,19 +333,9 @@ struct InfoNceStatistics {
     }
   }
 
-  // Minus infinity in the lanes past the last row, else zero.
-  MMK_INLINE Vec edge(int64_t r) const {
-    float lanes[Vec::kLanes];
-    for (int i = 0; i < Vec::kLanes; ++i) lanes[i] = r + i < rows ? 0.f : kNegativeInfinity;
-    return Vec::load(lanes);
-  }
-
   void tile(float* s, int64_t col0, int64_t cols) {
     scale_and_find_maxima(s, cols);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t target = (p.targets ? p.targets[row0 + r] : row0 + r) - col0;
-      if (0 <= target && target < cols) row_positive[r] = s[target * kTileStride + r];
-    }
+    for_each_target(p.targets, row0, rows, col0, cols, s, [&](int64_t r, float& logit) { row_positive[r] = logit; });
     // Columns past the last are repeats of it, for whole vectors.
     const int64_t padded_cols = round_up(cols, Vec::kLanes);
     Vec highest = Vec::set1(kNegativeInfinity), lowest = highest;
@@ -326,7 +345,8 @@ struct InfoNceStatistics {
     }
     if constexpr (kColumns) {
       for (int64_t c = cols; c < padded_cols; ++c) col_max[c] = col_max[cols - 1];
-      for (int64_t c = 0; c < padded_cols; c += Vec::kLanes) lowest = max(lowest, Vec::set1(0.f) - Vec::load(col_max + c));
+      for (int64_t c = 0; c < padded_cols; c += Vec::kLanes)
+        lowest = max(lowest, Vec::set1(0.f) - Vec::load(col_max + c));
     }
     const float center = highest.largest();
     if (center + lowest.largest() < kOneExponentialSpread) {
@@ -337,7 +357,7 @@ struct InfoNceStatistics {
   }
 
   void scale_and_find_maxima(float* s, int64_t cols) {
-    const Vec scale = Vec::set1(p.logits.scale), last_edge = edge(padded_rows - Vec::kLanes);
+    const Vec scale = Vec::set1(p.logits.scale), last_edge = edge_of(rows);
     for (int64_t r = 0; r < padded_rows; ++r) tile_row_max[r] = kNegativeInfinity;
     for (int64_t c = 0; c < cols; ++c) {
       float* row = s + c * kTileStride;
@@ -435,19 +455,22 @@ struct InfoNceGradient {
 
   const InfoNceBackward& p;
   int64_t row0 = 0, rows = 0, padded_rows = 0;
-  float row_lse[kMaxRows], row_weight[kMaxRows], row_shift[kMaxRows];
+  float row_lse[kMaxRows], row_lse_rest[kMaxRows], row_weight[kMaxRows], row_shift[kMaxRows];
   float row_factor[kMaxRows], col_lse[kMaxCols], col_factor[kMaxCols];
   float lowest_row = 0.f, highest_row = 0.f;
+  double product_of_logits = 0.;  // <d loss / d logits, logits / scale> of the panel
 
   void begin_panel(int64_t first_row, int64_t count) {
     row0 = first_row;
     rows = count;
     padded_rows = round_up(count, Vec::kLanes);
+    product_of_logits = 0.;
     const auto read = [&](const float* from, float* to) {
       std::memcpy(to, from + row0, rows * sizeof(float));
       for (int64_t r = rows; r < padded_rows; ++r) to[r] = to[rows - 1];
     };
     read(p.row_lse, row_lse);
+    read(p.row_lse_rest, row_lse_rest);
     read(p.row_weight, row_weight);
     if constexpr (kShift) read(p.row_shift, row_shift);
     range(row_lse, padded_rows, lowest_row, highest_row);
@@ -478,48 +501,59 @@ struct InfoNceGradient {
       highest = high > highest ? high : highest;
       if (low != low) highest = low;  // a NaN among the columns: no common reference
     }
-    const float center = 0.5f * (lowest + highest);
+    // Whole, so that the logits near it lose nothing when it is taken off.
+    const float center = std::nearbyint(0.5f * (lowest + highest));
+    for_each_target(p.targets, row0, rows, col0, cols, s, [&](int64_t r, float& product) {
+      product_of_logits -= static_cast<double>(p.positive_weight[row0 + r]) * product;
+    });
     if (highest - lowest < kOneExponentialSpread) {
       differentiate<true>(s, col0, cols, center);
     } else {
       differentiate<false>(s, col0, cols, center);
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t target = (p.targets ? p.targets[row0 + r] : row0 + r) - col0;
-      if (0 <= target && target < cols) s[target * kTileStride + r] -= p.positive_weight[row0 + r];
-    }
+    for_each_target(p.targets, row0, rows, col0, cols, s,
+                    [&](int64_t r, float& grad) { grad -= p.positive_weight[row0 + r]; });
   }
+
+  double grad_scale() const { return product_of_logits; }
 
   template <bool kOne>
   void differentiate(float* s, int64_t col0, int64_t cols, float center) {
-    const Vec scale = Vec::set1(p.logits.scale), middle = Vec::set1(center);
+    const Vec scale = Vec::set1(p.logits.scale), middle = Vec::set1(center), last_edge = edge_of(rows);
     if constexpr (kOne) {
       for (int64_t r = 0; r < padded_rows; r += Vec::kLanes)
-        (Vec::load(row_weight + r) * exp(middle - Vec::load(row_lse + r))).store(row_factor + r);
+        (Vec::load(row_weight + r) * exp((middle - Vec::load(row_lse + r)) - Vec::load(row_lse_rest + r)))
+            .store(row_factor + r);
       for (int64_t c = 0; kColumns && c < cols; c += Vec::kLanes) {
         const int n = static_cast<int>(std::min<int64_t>(Vec::kLanes, cols - c));
-        (Vec::load(p.col_weight + col0 + c, n) * exp(middle - Vec::load(col_lse + c))).store(col_factor + c);
+        const Vec rest = Vec::load(p.col_lse_rest + col0 + c, n);
+        (Vec::load(p.col_weight + col0 + c, n) * exp((middle - Vec::load(col_lse + c)) - rest)).store(col_factor + c);
       }
     }
     for (int64_t c = 0; c < cols; ++c) {
       float* row = s + c * kTileStride;
       const Vec lse = Vec::set1(kColumns ? col_lse[c] : 0.f);
+      const Vec lse_rest = Vec::set1(kColumns ? p.col_lse_rest[col0 + c] : 0.f);
       const Vec weight = Vec::set1(!kColumns ? 0.f : kOne ? col_factor[c] : p.col_weight[col0 + c]);
       const Vec shift = Vec::set1(kColumns && kShift ? p.col_shift[col0 + c] : 0.f);
+      Vec sum = Vec::set1(0.f);
       for (int64_t r = 0; r < padded_rows; r += Vec::kLanes) {
         const Vec product = Vec::load(row + r);
-        Vec g;
+        Vec logits = product * scale, g;
+        if (r + Vec::kLanes == padded_rows) logits = logits + last_edge;
         if constexpr (kOne) {
           const Vec both = kColumns ? Vec::load(row_factor + r) + weight : Vec::load(row_factor + r);
-          g = exp(fma(product, scale, Vec::set1(0.f) - middle)) * both;
+          g = exp(logits - middle) * both;
         } else {
-          const Vec logits = product * scale;
-          g = exp(logits - Vec::load(row_lse + r)) * Vec::load(row_weight + r);
-          if constexpr (kColumns) g = fma(exp(logits - lse), weight, g);
+          const Vec row_rest = Vec::load(row_lse_rest + r);
+          g = exp((logits - Vec::load(row_lse + r)) - row_rest) * Vec::load(row_weight + r);
+          if constexpr (kColumns) g = fma(exp((logits - lse) - lse_rest), weight, g);
         }
         if constexpr (kShift) g = g - (Vec::load(row_shift + r) + shift);
+        sum = fma(g, product, sum);
         g.store(row + r);
       }
+      product_of_logits += sum.sum();
     }
   }
 };
@@ -530,7 +564,7 @@ Tiling choose_tiling(const Logits& x, bool backward, int64_t threads) {
   Tiling t{};
   // Wide features get lower panels, so that a panel stays near the core.
   const int64_t highest = std::min(kMaxRows, std::max<int64_t>(kPanel, kPanelElements / x.size / kPanel * kPanel));
-  t.rows = std::min(highest, std::max<int64_t>(64, round_up((n + 15) / 16, kPanel)));
+  t.rows = std::min(highest, std::max<int64_t>(64, round_up((n + 7) / 8, kPanel)));
   t.cols = std::min(kMaxCols, round_up(m, kRows));
   t.panels = (n + t.rows - 1) / t.rows;
   t.chunks = (m + t.cols - 1) / t.cols;

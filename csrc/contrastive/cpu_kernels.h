@@ -47,13 +47,14 @@ struct InfoNceBackward {
   const int64_t* targets;
   // d loss / d logit (i, j) = row_weight[i] p_row(i, j) + col_weight[j] p_col(i, j) - row_shift[i] - col_shift[j]
   //                           - positive_weight[i] [j = target i], p = e^(logit - lse)
-  const float *row_lse, *row_weight, *row_shift, *positive_weight;  // [n]
-  const float *col_lse, *col_weight, *col_shift;                    // [m]; null: rows alone
+  // An lse is the sum of two floats: at logits of 100 one alone would put 4e-6 of noise on every probability.
+  const float *row_lse, *row_lse_rest, *row_weight, *row_shift, *positive_weight;  // [n]
+  const float *col_lse, *col_lse_rest, *col_weight, *col_shift;                    // [m]; null: rows alone
   // Outputs, in the dtype of the features; null: not wanted.
   void* grad_queries;  // [n, size]
   void* grad_keys;     // [m, size]
   uint16_t* low_keys;  // [m, size], the low halves of grad_keys until it is complete; null for float32
-  double* grad_scale;  // [panels] or, without grad_queries, [chunks]: the parts of d loss / d scale
+  double* grad_scale;  // [panels], the parts of d loss / d scale
 };
 
 struct ContrastiveKernels {

@@ -9,7 +9,8 @@ from torch.autograd.function import once_differentiable
 
 _library = torch.library.Library("mmkernels", "FRAGMENT")
 
-# losses [N], row_lse [N], col_lse [M] (or [0] if not symmetric): float32
+# losses [N]; row_lse [2, N], col_lse [2, M] ([2, 0] if not symmetric), each the rounded value and what rounding took
+# off; float32
 _FORWARD = (
     "(Tensor queries, Tensor keys, Tensor scale, Tensor? targets, bool symmetric, float label_smoothing)"
     " -> (Tensor losses, Tensor row_lse, Tensor col_lse)"
@@ -25,8 +26,8 @@ _BACKWARD = (
 def _forward_fake(
     queries: Tensor, keys: Tensor, scale: Tensor, targets: Tensor | None, symmetric: bool, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = scale.new_empty(queries.shape[0])
-    return rows, torch.empty_like(rows), scale.new_empty(keys.shape[0] if symmetric else 0)
+    num_queries, num_keys = queries.shape[0], keys.shape[0] if symmetric else 0
+    return scale.new_empty(num_queries), scale.new_empty(2, num_queries), scale.new_empty(2, num_keys)
 
 
 def _backward_fake(

@@ -1,0 +1,50 @@
+# make help lists the targets. Everything runs in .venv, which each target makes and fills by itself.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+
+.DEFAULT_GOAL := help
+.PHONY: help env test test-all lint format bench gpu-check docs clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+env: $(STAMP) ## Make .venv, install the dependencies, build the kernels
+
+# Built against the torch that is installed: build isolation would fetch a second one.
+$(STAMP): pyproject.toml setup.py $(SOURCES)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q "torch>=2.13" torchvision numpy "setuptools>=77" wheel ninja
+	$(PY) -m pip install -q --no-build-isolation -e ".[bench,dev,models]"
+	touch $@
+
+test: env ## Run the fast tests: parity, memory, compile checks, models
+	$(PY) -m pytest tests -m "not slow"
+
+test-all: env ## Run every test, those over a minute too
+	$(PY) -m pytest tests
+
+lint: env ## ruff, mypy and clang-format, without changing a file
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror csrc/*/*.h csrc/*/*.cpp
+
+format: env ## Let ruff and clang-format rewrite the files
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/clang-format -i csrc/*/*.h csrc/*/*.cpp
+
+bench: env ## Compare the kernels with what users run today; tables and plots into docs/figures
+	$(PY) -m benchmarks.report
+
+gpu-check: env ## Parity, speed and memory on this machine's GPU; says so if there is none
+	$(PY) -m benchmarks.gpu_check
+
+docs: env ## Check that the code blocks and links of README.md and docs/ hold
+	$(PY) -m pytest tests/test_docs.py
+
+clean: ## Remove what was built
+	rm -rf build mmkernels/_C*.so *.egg-info $(STAMP)

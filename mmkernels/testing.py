@@ -1,0 +1,67 @@
+"""Inputs and the error budget of the tests, for users' own tests too."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# The unit roundoff of a result in this dtype.
+_ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+def features(
+    rows: int,
+    size: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    seed: int = 0,
+    like: Tensor | None = None,
+    mean_cosine: float = 0.0,
+) -> Tensor:
+    """Rows of unit length, [rows, size], from a generator of their own.
+
+    With `like`, row i is drawn near row i of it (mod its length); `mean_cosine` sets how near: 1 copies it, -1 turns
+    it round.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = F.normalize(torch.randn(rows, size, generator=generator, dtype=torch.float64), dim=1)
+    if like is not None:
+        anchor = like.double()[torch.arange(rows) % like.shape[0]]
+        x = F.normalize(mean_cosine * anchor + math.sqrt(1 - mean_cosine**2) * x, dim=1)
+    return x.to(dtype)
+
+
+def error_budget(eager: Tensor, exact: Tensor, dtype: torch.dtype, *, bits: float = 3.0) -> tuple[float, float]:
+    """What an implementation may be off by: (largest error, root mean square error).
+
+    Twice the error of eager in the same precision plus a rounding band: 2^bits units of roundoff of the largest
+    exact value, one unit for the root mean square.
+    """
+    exact = exact.double()
+    off = eager.double() - exact
+    unit = _ROUNDING[dtype] * exact.abs().max().item()
+    return 2 * off.abs().max().item() + 2**bits * unit, 2 * off.square().mean().sqrt().item() + unit
+
+
+def assert_within_budget(
+    actual: Tensor, eager: Tensor, exact: Tensor, *, dtype: torch.dtype | None = None, name: str = "result"
+) -> None:
+    """Raise AssertionError unless `actual` is finite and within the error budget around `exact`.
+
+    Args:
+        actual: what the implementation under test gave.
+        eager: what eager PyTorch gives for the same inputs in the same precision.
+        exact: what float64 gives for the same inputs.
+        dtype: the precision of the computation; default: the dtype of `actual`.
+        name: names the tensor in the message.
+    """
+    assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    assert torch.isfinite(actual).all(), f"{name}: {int((~torch.isfinite(actual)).sum())} values are not finite"
+    if actual.numel() == 0:
+        return
+    largest, rms = error_budget(eager, exact, dtype or actual.dtype)
+    off = actual.double() - exact.double()
+    got, got_rms = off.abs().max().item(), off.square().mean().sqrt().item()
+    assert got <= largest, f"{name}: largest error {got:.3g}, budget {largest:.3g}"
+    assert got_rms <= rms, f"{name}: root mean square error {got_rms:.3g}, budget {rms:.3g}"
