@@ -10,7 +10,7 @@ dQ in registers, holds 64 rows x 512 features at most: its narrow tiles are boun
 512 features it computes dS once more (4 G + 2 G at D = 1024, + 6 G at D = 2048).
 
 Memory beyond inputs and outputs, in bytes, e = bytes of an element:
-    forward   4 N + 4 (2 or 3) (min(32, N / tile) M + min(32, M / tile) N)
+    forward   4 N + 8 (min(32, N / tile) M + min(32, M / tile) N)
     backward  one strip: at most max(32 MiB, 128 e max(N, M)); partial products: at most 32 MiB + 512 KiB; O(N + M)
     and a padded copy of the features where D or the row stride is no multiple of 16 or the address none of 16 bytes.
 
@@ -40,7 +40,8 @@ from mmkernels.contrastive.triton_kernels.info_nce import (
 NO_FUSION = {"enable_fp_fusion": False}
 MERGE_ROWS = 32  # rows of a program of _merge_product_kernel
 MERGE_FEATURES = 128  # and its features
-MERGE_BLOCK = 128  # entries of a program of the kernels without a dot product
+MERGE_STEP = 16  # depth of a step of the kernels without a dot product
+MERGE_BLOCK = 128  # and the entries of one of their programs
 
 _MAX_PARTIALS = 32  # partial statistics of a row or a column
 _STRIP_BYTES = 32 << 20  # about what the L2 cache of an H100 holds beside the features
@@ -69,24 +70,26 @@ def info_nce_forward(
     tiles_per_split = triton.cdiv(col_tiles, _MAX_PARTIALS)
     groups, splits = triton.cdiv(row_tiles, tiles_per_group), triton.cdiv(col_tiles, tiles_per_split)
     smoothed = label_smoothing > 0
-    statistics = 3 if smoothed else 2
     losses, row_lse, positives = (scale.new_empty(N) for _ in range(3))
     col_lse = scale.new_empty(M if symmetric else 0)
-    row_partials = scale.new_empty(statistics, splits, N)
-    col_partials = scale.new_empty(statistics, groups, M) if symmetric else row_partials
+    row_partials = scale.new_empty(2, splits, N)
+    col_partials = scale.new_empty(2, groups, M) if symmetric else row_partials
 
     with _on(queries.device):
         forward_kernel[(groups * splits,)](
             queries, keys, scale, targets, positives, row_partials, col_partials,
             N, M, queries.shape[1], queries.stride(0), keys.stride(0),
             tiles_per_group, tiles_per_split, groups, splits,
-            SYMMETRIC=symmetric, SMOOTHED=smoothed, PRECISION=precision, **launch_options(tile),
+            SYMMETRIC=symmetric, PRECISION=precision, **launch_options(tile),
         )  # fmt: skip
+        query_sum = queries.sum(0, dtype=torch.float32) if smoothed and symmetric else scale
+        key_sum = keys.sum(0, dtype=torch.float32) if smoothed else scale
         blocks = triton.cdiv(N, MERGE_BLOCK) + (triton.cdiv(M, MERGE_BLOCK) if symmetric else 0)
         finish_forward_kernel[(blocks,)](
             row_partials, col_partials, positives, targets, losses, row_lse, col_lse,
-            N, M, groups, splits, float(label_smoothing),
-            SYMMETRIC=symmetric, SMOOTHED=smoothed, BLOCK=MERGE_BLOCK, **NO_FUSION,
+            queries, keys, query_sum, key_sum, scale,
+            N, M, queries.shape[1], queries.stride(0), keys.stride(0), groups, splits, float(label_smoothing),
+            SYMMETRIC=symmetric, SMOOTHED=smoothed, STEP=MERGE_STEP, BLOCK=MERGE_BLOCK, **NO_FUSION,
         )  # fmt: skip
     return losses, row_lse, col_lse
 
@@ -215,7 +218,7 @@ def _column_weights(weights: Tensor, targets: Tensor, num_keys: int, identity: b
         return F.pad(weights, (0, num_keys - weights.shape[0]))
     col_weights = weights.new_empty(num_keys)
     column_weights_kernel[(triton.cdiv(num_keys, MERGE_BLOCK),)](
-        targets, weights, col_weights, weights.shape[0], num_keys, STEP=MERGE_ROWS, BLOCK=MERGE_BLOCK, **NO_FUSION
+        targets, weights, col_weights, weights.shape[0], num_keys, STEP=MERGE_STEP, BLOCK=MERGE_BLOCK, **NO_FUSION
     )
     return col_weights
 

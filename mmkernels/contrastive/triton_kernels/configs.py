@@ -29,19 +29,19 @@ class Config(NamedTuple):
 CONFIGS: dict[str, dict[str, Config]] = {
     # Shared memory stays below 99 KB, which the chips of 8.6, 8.9 and 12.0 have, too.
     "sm_80": {
-        "half": Config(Tile(128, 128, 32, 8, 4), Tile(128, 128, 32, 8, 4), Tile(128, 128, 32, 8, 4)),
-        "tf32x3": Config(Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
-        "ieee": Config(Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2)),
+        "half": Config(Tile(128, 128, 32, 8, 4), Tile(128, 128, 32, 8, 4), Tile(128, 256, 32, 8, 4)),
+        "tf32x3": Config(Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3)),
+        "ieee": Config(Tile(64, 64, 16, 4, 2), Tile(64, 64, 16, 4, 2), Tile(64, 64, 32, 8, 2)),
     },
     "sm_90": {
-        "half": Config(Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 3)),
-        "tf32x3": Config(Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
-        "ieee": Config(Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2)),
+        "half": Config(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4)),
+        "tf32x3": Config(Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3)),
+        "ieee": Config(Tile(64, 64, 16, 4, 2), Tile(64, 64, 16, 4, 2), Tile(64, 64, 32, 8, 2)),
     },
     "sm_100": {
-        "half": Config(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4)),
-        "tf32x3": Config(Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
-        "ieee": Config(Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2)),
+        "half": Config(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4)),
+        "tf32x3": Config(Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3)),
+        "ieee": Config(Tile(64, 64, 16, 4, 2), Tile(64, 64, 16, 4, 2), Tile(64, 64, 32, 8, 2)),
     },
     # The matrix cores of gfx942 multiply fp32 as IEEE asks.
     "gfx942": {

@@ -12,9 +12,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Where a maximum starts: finite, so that the first rescaling is 2^(LOWEST - m) = 0 and never inf - inf.
 LOWEST = tl.constexpr(-3.0e38)
-# Tiles whose maxima (of rows and columns) lie within 2^16 share one exponential: what that rounds away is less than
-# what the logits themselves were rounded by. In the backward pass overflow alone limits the range, at 2^127.
-_FORWARD_SPREAD = tl.constexpr(16.0)
+# A tile whose rows and columns all sum to over 2^-32 of its largest exponential needs one exponential an entry: then
+# s - peak rounds away no more than the logits were rounded by.
+_LEAST_SUM = tl.constexpr(2.0**-32)
+# In the backward pass overflow alone limits how far the log-sum-exps of a tile may lie apart, at 2^127.
 _BACKWARD_SPREAD = tl.constexpr(60.0)
 _BAND = tl.constexpr(8)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -61,6 +62,14 @@ def similarities(
 
 
 @triton.jit
+def halves(tile):
+    """The left and the right half of the columns of a tile."""
+    M: tl.constexpr = tile.shape[0]
+    N: tl.constexpr = tile.shape[1]
+    return tl.split(tl.permute(tl.reshape(tile, (M, 2, N // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def merge(m, z, m_other, z_other):
     """The statistics (maximum m, sum z of 2^(s - m)) of two parts of a row together."""
     top = tl.maximum(m, m_other)
@@ -68,28 +77,39 @@ def merge(m, z, m_other, z_other):
 
 
 @triton.jit
+def _scaled(peak, total):
+    """(peak, total) with the power of two of the total moved into the peak: a logit near the true maximum."""
+    exponent = total.to(tl.int32, bitcast=True) >> 23
+    # The bits of 2^-power; times a NaN that is a NaN, too.
+    factor = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    return peak + (exponent - 127).to(tl.float32), total * factor
+
+
+@triton.jit
 def tile_statistics(s, row_ok, col_ok, COLUMNS: tl.constexpr):
-    """Maximum and sum of 2^(s - maximum) of every row and column of a tile; masked entries of s are -inf."""
-    row_max = tl.maximum(tl.max(s, 1), LOWEST)  # [BM]
+    """(m, z), z = sum of 2^(s - m), of every row and column of a tile; masked entries of s are -inf."""
     if COLUMNS:
-        col_max = tl.maximum(tl.max(s, 0), LOWEST)  # [BN]
-        peak = tl.max(row_max, 0)
-        lowest_row = tl.min(tl.where(row_ok, row_max, peak), 0)
-        lowest_col = tl.min(tl.where(col_ok, col_max, peak), 0)
-        # A NaN makes the comparison false or stays in its own row and column.
-        if peak - tl.minimum(lowest_row, lowest_col) < _FORWARD_SPREAD:
-            # sum_j 2^(s_ij - m_i) = 2^(c - m_i) sum_j 2^(s_ij - c): one exponential serves rows and columns.
-            e = tl.exp2(s - peak)
-            row_sum = tl.sum(e, 1) * tl.exp2(peak - row_max)
-            col_sum = tl.sum(e, 0) * tl.exp2(peak - col_max)
+        peak = tl.maximum(tl.max(tl.max(s, 1), 0), LOWEST)
+        e = tl.exp2(s - peak)
+        row_z = tl.sum(e, 1)  # [BM]
+        col_z = tl.sum(e, 0)  # [BN]
+        least = tl.minimum(tl.min(tl.where(row_ok, row_z, 1.0), 0), tl.min(tl.where(col_ok, col_z, 1.0), 0))
+        # One exponential serves rows and columns where all of them reach near the maximum of the tile. A NaN makes the
+        # comparison false or stays in its own row and column.
+        if least > _LEAST_SUM:
+            row_m, row_z = _scaled(peak, row_z)
+            col_m, col_z = _scaled(peak, col_z)
         else:
-            row_sum = tl.sum(tl.exp2(s - row_max[:, None]), 1)
-            col_sum = tl.sum(tl.exp2(s - col_max[None, :]), 0)
+            row_m = tl.maximum(tl.max(s, 1), LOWEST)
+            row_z = tl.sum(tl.exp2(s - row_m[:, None]), 1)
+            col_m = tl.maximum(tl.max(s, 0), LOWEST)
+            col_z = tl.sum(tl.exp2(s - col_m[None, :]), 0)
     else:
-        row_sum = tl.sum(tl.exp2(s - row_max[:, None]), 1)
-        col_max = row_max
-        col_sum = row_sum
-    return row_max, row_sum, col_max, col_sum
+        row_m = tl.maximum(tl.max(s, 1), LOWEST)
+        row_z = tl.sum(tl.exp2(s - row_m[:, None]), 1)
+        col_m = row_m
+        col_z = row_z
+    return row_m, row_z, col_m, col_z
 
 
 @triton.jit

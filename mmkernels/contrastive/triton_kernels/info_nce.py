@@ -10,6 +10,7 @@ from mmkernels.contrastive.triton_kernels.engine import (
     LOG2E,
     LOWEST,
     dot,
+    halves,
     merge,
     program_tile,
     similarities,
@@ -18,18 +19,47 @@ from mmkernels.contrastive.triton_kernels.engine import (
 )
 
 
+@triton.jit
+def _add_to_statistics(
+    s, m, z, rows, target, positives, col_out, col_plane, col_start, N, M, first,
+    SYMMETRIC: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The rows' (m, z) with the columns col_start and following; the columns' in memory, anew if `first`."""
+    cols = col_start + tl.arange(0, WIDTH)
+    row_ok = rows < N
+    col_ok = cols < M
+    s = tl.where(row_ok[:, None] & col_ok[None, :], s, float("-inf"))
+    here = (target >= col_start) & (target < col_start + WIDTH)
+    if tl.max(here.to(tl.int32), 0) > 0:
+        positive = tl.sum(tl.where(cols[None, :] == target[:, None], s, 0.0), 1)
+        tl.store(positives + rows, positive, mask=here)
+
+    row_m, row_z, tile_m, tile_z = tile_statistics(s, row_ok, col_ok, SYMMETRIC)
+    m, z = merge(m, z, row_m, row_z)
+    if SYMMETRIC:
+        old = cols < tl.where(first, 0, M)
+        # Both statistics in one tile, so that they are spread over the threads: each alone would be held by all.
+        pair = tl.arange(0, 2)
+        at = col_out + cols[:, None] + pair[None, :] * col_plane  # [BN, 2]
+        none = tl.where(pair == 0, LOWEST, 0.0)
+        col_m, col_z = tl.split(tl.load(at, mask=old[:, None], other=none[None, :]))
+        col_m, col_z = merge(col_m, col_z, tile_m, tile_z)
+        tl.store(at, tl.join(col_m, col_z), mask=col_ok[:, None])
+    return m, z
+
+
 @triton.jit(do_not_specialize=["N", "M", "tiles_per_group", "tiles_per_split", "num_groups", "num_splits"])
 def forward_kernel(
     queries, keys, scale, targets, positives, row_partials, col_partials,
     N, M, D, stride_q, stride_k, tiles_per_group, tiles_per_split, num_groups, num_splits,
-    SYMMETRIC: tl.constexpr, SMOOTHED: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Statistics of a group of rows against a split of the columns.
 
-    row_partials [2 or 3, num_splits, N] and col_partials [2 or 3, num_groups, M] take maximum, sum and, for label
-    smoothing, the plain sum of the logits; positives [N] takes s[i, targets[i]], from the very tile that the statistics
-    saw. The columns' statistics grow in col_partials itself: this program alone owns its part of them.
+    row_partials [2, num_splits, N] and col_partials [2, num_groups, M] take (m, z), z = sum of 2^(s - m); positives [N]
+    takes s[i, targets[i]], from the very tile that the statistics saw. The columns' statistics grow in col_partials
+    itself: this program alone owns its part of them.
     """
     group, split = program_tile(tl.program_id(0), num_groups, num_splits)
     scale2 = tl.load(scale) * LOG2E
@@ -42,76 +72,71 @@ def forward_kernel(
     first_col = split * tiles_per_split * BLOCK_N
     end_row = tl.minimum(first_row + tiles_per_group * BLOCK_M, N)
     end_col = tl.minimum(first_col + tiles_per_split * BLOCK_N, M)
-    for row_start in range(first_row, end_row, BLOCK_M):
+    for row_start in tl.range(first_row, end_row, BLOCK_M, disable_licm=True):
         rows = row_start + tl.arange(0, BLOCK_M)
         row_ok = rows < N
         target = tl.load(targets + rows, mask=row_ok, other=-1).to(tl.int32)  # [BM]
         m = tl.full((BLOCK_M,), LOWEST, tl.float32)
         z = tl.zeros((BLOCK_M,), tl.float32)
-        total = tl.zeros((BLOCK_M,), tl.float32)
         if SYMMETRIC:
             # What other threads of this program wrote to col_partials for the tiles above is read below.
             tl.debug_barrier()
-        for col_start in range(first_col, end_col, BLOCK_N):
-            cols = col_start + tl.arange(0, BLOCK_N)
-            col_ok = cols < M
+        for col_start in tl.range(first_col, end_col, BLOCK_N, disable_licm=True):
             s = scale2 * similarities(
-                queries, keys, rows, cols, N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
-            )
-            if (row_start + BLOCK_M > N) | (col_start + BLOCK_N > M):
-                s = tl.where(row_ok[:, None] & col_ok[None, :], s, float("-inf"))
-
-            here = (target >= col_start) & (target < col_start + BLOCK_N)
-            if tl.max(here.to(tl.int32), 0) > 0:
-                positive = tl.sum(tl.where(cols[None, :] == target[:, None], s, 0.0), 1)
-                tl.store(positives + rows, positive, mask=here)
-
-            row_max, row_sum, col_max, col_sum = tile_statistics(s, row_ok, col_ok, SYMMETRIC)
-            m, z = merge(m, z, row_max, row_sum)
-            if SMOOTHED:
-                finite = tl.where(row_ok[:, None] & col_ok[None, :], s, 0.0)
-                total += tl.sum(finite, 1)
-            if SYMMETRIC:
-                old = cols < tl.where(row_start > first_row, M, 0)
-                col_m = tl.load(col_out + cols, mask=old, other=LOWEST)
-                col_z = tl.load(col_out + col_plane + cols, mask=old, other=0.0)
-                col_m, col_z = merge(col_m, col_z, col_max, col_sum)
-                tl.store(col_out + cols, col_m, mask=col_ok)
-                tl.store(col_out + col_plane + cols, col_z, mask=col_ok)
-                if SMOOTHED:
-                    col_total = tl.load(col_out + 2 * col_plane + cols, mask=old, other=0.0) + tl.sum(finite, 0)
-                    tl.store(col_out + 2 * col_plane + cols, col_total, mask=col_ok)
+                queries, keys, rows, col_start + tl.arange(0, BLOCK_N),
+                N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+            )  # fmt: skip
+            first = row_start == first_row
+            # Half a tile at a time: what the second half takes is not held in registers during the first.
+            HALF: tl.constexpr = BLOCK_N // 2
+            left, right = halves(s)
+            m, z = _add_to_statistics(
+                left, m, z, rows, target, positives, col_out, col_plane, col_start, N, M, first,
+                SYMMETRIC, HALF,
+            )  # fmt: skip
+            m, z = _add_to_statistics(
+                right, m, z, rows, target, positives, col_out, col_plane, col_start + HALF, N, M, first,
+                SYMMETRIC, HALF,
+            )  # fmt: skip
         tl.store(row_out + rows, m, mask=row_ok)
         tl.store(row_out + row_plane + rows, z, mask=row_ok)
-        if SMOOTHED:
-            tl.store(row_out + 2 * row_plane + rows, total, mask=row_ok)
 
 
 @triton.jit
-def _merge_partials(partials, plane, length, count, index, ok, SMOOTHED: tl.constexpr, BLOCK: tl.constexpr):
-    """Maximum, log2 of the sum and plain sum of the entries `index` over `count` partial statistics."""
+def _merge_partials(partials, plane, length, count, index, ok, BLOCK: tl.constexpr):
+    """m and log2 z of the entries `index` over `count` partial statistics."""
     m = tl.full((BLOCK,), LOWEST, tl.float32)
     z = tl.zeros((BLOCK,), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
     for part in range(count):
         at = partials + tl.cast(part, tl.int64) * length + index
-        m, z = merge(
-            m, z, tl.load(at, mask=ok, other=LOWEST), tl.load(at + plane, mask=ok, other=0.0)
-        )  # fmt: skip
-        if SMOOTHED:
-            total += tl.load(at + 2 * plane, mask=ok, other=0.0)
-    return m, tl.log2(z), total
+        m, z = merge(m, z, tl.load(at, mask=ok, other=LOWEST), tl.load(at + plane, mask=ok, other=0.0))
+    return m, tl.log2(z)
+
+
+@triton.jit
+def _product_with(vector, x, rows, ok, stride_x, D, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """<x_row, vector>, [BLOCK]."""
+    k = tl.arange(0, STEP)
+    x_rows = x + rows.to(tl.int64)[:, None] * stride_x
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, D, STEP):
+        inside = start + k < D
+        x_tile = tl.load(x_rows + (start + k)[None, :], mask=ok[:, None] & inside[None, :], other=0.0)
+        total += tl.sum(x_tile.to(tl.float32) * tl.load(vector + start + k, mask=inside, other=0.0)[None, :], 1)
+    return total
 
 
 @triton.jit(do_not_specialize=["N", "M", "num_groups", "num_splits", "label_smoothing"])
 def finish_forward_kernel(
     row_partials, col_partials, positives, targets, losses, row_lse, col_lse,
-    N, M, num_groups, num_splits, label_smoothing,
-    SYMMETRIC: tl.constexpr, SMOOTHED: tl.constexpr, BLOCK: tl.constexpr,
+    queries, keys, query_sum, key_sum, scale,
+    N, M, D, stride_q, stride_k, num_groups, num_splits, label_smoothing,
+    SYMMETRIC: tl.constexpr, SMOOTHED: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """losses_i = a ((m_i - p_i) + log z_i + eps (p_i - mean_i)), likewise for column t_i; and the log-sum-exps.
+    """losses_i = a ((m_i - p_i) + log z_i + eps (p_i - mean_j s_ij)), likewise for column t_i; and the log-sum-exps.
 
     m - p comes before the logarithm: a loss near zero at large logits keeps its digits.
+    mean_j s_ij = scale <q_i, sum of the keys> / M needs no tile of logits.
     """
     program = tl.program_id(0)
     row_blocks = tl.cdiv(N, BLOCK)
@@ -120,25 +145,28 @@ def finish_forward_kernel(
     if program < row_blocks:
         rows = program * BLOCK + tl.arange(0, BLOCK)
         ok = rows < N
-        m, log_z, total = _merge_partials(row_partials, row_plane, N, num_splits, rows, ok, SMOOTHED, BLOCK)
+        m, log_z = _merge_partials(row_partials, row_plane, N, num_splits, rows, ok, BLOCK)
         tl.store(row_lse + rows, (m + log_z) * LN2, mask=ok)
         positive = tl.load(positives + rows, mask=ok, other=0.0)
         loss = (m - positive) + log_z
         if SMOOTHED:
-            loss += label_smoothing * (positive - total / M)
+            scale2 = tl.load(scale) * LOG2E
+            mean = scale2 * _product_with(key_sum, queries, rows, ok, stride_q, D, BLOCK, STEP) / M
+            loss += label_smoothing * (positive - mean)
         if SYMMETRIC:
             target = tl.load(targets + rows, mask=ok, other=0)
             legal = ok & (target >= 0) & (target < M)
-            m, log_z, total = _merge_partials(col_partials, col_plane, M, num_groups, target, legal, SMOOTHED, BLOCK)
+            m, log_z = _merge_partials(col_partials, col_plane, M, num_groups, target, legal, BLOCK)
             loss += (m - positive) + log_z
             if SMOOTHED:
-                loss += label_smoothing * (positive - total / N)
+                mean = scale2 * _product_with(query_sum, keys, target, legal, stride_k, D, BLOCK, STEP) / N
+                loss += label_smoothing * (positive - mean)
             loss *= 0.5
         tl.store(losses + rows, loss * LN2, mask=ok)
     elif SYMMETRIC:
         cols = (program - row_blocks) * BLOCK + tl.arange(0, BLOCK)
         ok = cols < M
-        m, log_z, total = _merge_partials(col_partials, col_plane, M, num_groups, cols, ok, False, BLOCK)
+        m, log_z = _merge_partials(col_partials, col_plane, M, num_groups, cols, ok, BLOCK)
         tl.store(col_lse + cols, (m + log_z) * LN2, mask=ok)
 
 
@@ -155,32 +183,22 @@ def column_weights_kernel(targets, row_weights, col_weights, N, M, STEP: tl.cons
     tl.store(col_weights + cols, weight, mask=cols < M)
 
 
-@triton.jit(do_not_specialize=["first_x", "num_x", "num_y", "strip_rows", "label_smoothing"])
-def grad_logits_kernel(
-    x, y, scale, targets, x_lse, y_lse, x_weight, y_weight, strip,
-    first_x, num_x, num_y, D, stride_x, stride_y, strip_rows, stride_strip, label_smoothing,
+@triton.jit
+def _store_grad(
+    s, targets, x_lse, y_lse, x_weight, y_weight, strip,
+    strip_row, first_x, first_col, num_x, num_y, strip_rows, stride_strip, label_smoothing,
     ROWS: tl.constexpr, COLS: tl.constexpr, TARGETS_OF_X: tl.constexpr, SMOOTHED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """strip [strip_rows, stride_strip] = dS of the rows first_x and following of x against all of y; zero past num_y.
-
-    dS_ij = u_i e^(s_ij - lse_i) + w_j e^(s_ij - lse_j) - (1 - eps) (directions) g [i and j match]
-            - eps u_i / num_y - eps w_j / num_x
-    u, w: x_weight, y_weight, the gradients of the rows' and columns' cross-entropies (ROWS, COLS: which of them exist).
-    The queries' side, which owns the targets, is x or y. All terms meet in float32; dS is rounded once, at the end.
-    """
-    row_tile, col_tile = program_tile(tl.program_id(0), tl.cdiv(strip_rows, BLOCK_M), tl.cdiv(stride_strip, BLOCK_N))
-    strip_row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = first_x + strip_row
-    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_ok = strip_row < strip_rows
+    """dS of a tile of logits: rows strip_row and following of the strip, columns first_col and following."""
+    strip_rows_here = strip_row + tl.arange(0, HEIGHT)
+    rows = first_x + strip_rows_here
+    cols = first_col + tl.arange(0, WIDTH)
+    row_ok = strip_rows_here < strip_rows
     col_ok = cols < num_y
-    s = (tl.load(scale) * LOG2E) * similarities(
-        x, y, rows, cols, num_x, num_y, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
-    )
 
-    row_weight = tl.zeros((BLOCK_M,), tl.float32)
-    col_weight = tl.zeros((BLOCK_N,), tl.float32)
+    row_weight = tl.zeros((HEIGHT,), tl.float32)
+    col_weight = tl.zeros((WIDTH,), tl.float32)
     row_lse = row_weight
     col_lse = col_weight
     if ROWS:
@@ -197,24 +215,58 @@ def grad_logits_kernel(
             grad -= (col_weight * (label_smoothing / num_x))[None, :]
 
     directions: tl.constexpr = (1.0 if ROWS else 0.0) + (1.0 if COLS else 0.0)
-    first_row = first_x + row_tile * BLOCK_M
     if TARGETS_OF_X:
         target = tl.load(targets + rows, mask=row_ok, other=-1).to(tl.int32)
-        here = (target >= col_tile * BLOCK_N) & (target < (col_tile + 1) * BLOCK_N)
+        here = (target >= first_col) & (target < first_col + WIDTH)
         if tl.max(here.to(tl.int32), 0) > 0:
             hit = cols[None, :] == target[:, None]
             grad -= tl.where(hit, ((1.0 - label_smoothing) * directions * row_weight)[:, None], 0.0)
     else:
         target = tl.load(targets + cols, mask=col_ok, other=-1).to(tl.int32)
-        here = (target >= first_row) & (target < first_row + BLOCK_M)
+        here = (target >= first_x + strip_row) & (target < first_x + strip_row + HEIGHT)
         if tl.max(here.to(tl.int32), 0) > 0:
             hit = rows[:, None] == target[None, :]
             grad -= tl.where(hit, ((1.0 - label_smoothing) * directions * col_weight)[None, :], 0.0)
 
     # The columns up to the end of the strip's row are zero: the product reads them unmasked.
     grad = tl.where(col_ok[None, :], grad, 0.0)
-    out = strip + strip_row.to(tl.int64)[:, None] * stride_strip + cols[None, :]
+    out = strip + strip_rows_here.to(tl.int64)[:, None] * stride_strip + cols[None, :]
     tl.store(out, grad.to(strip.dtype.element_ty), mask=row_ok[:, None] & (cols < stride_strip)[None, :])
+
+
+@triton.jit(do_not_specialize=["first_x", "num_x", "num_y", "strip_rows", "label_smoothing"])
+def grad_logits_kernel(
+    x, y, scale, targets, x_lse, y_lse, x_weight, y_weight, strip,
+    first_x, num_x, num_y, D, stride_x, stride_y, strip_rows, stride_strip, label_smoothing,
+    ROWS: tl.constexpr, COLS: tl.constexpr, TARGETS_OF_X: tl.constexpr, SMOOTHED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """strip [strip_rows, stride_strip] = dS of the rows first_x and following of x against all of y; zero past num_y.
+
+    dS_ij = u_i e^(s_ij - lse_i) + w_j e^(s_ij - lse_j) - (1 - eps) (directions) g [i and j match]
+            - eps u_i / num_y - eps w_j / num_x
+    u, w: x_weight, y_weight, the gradients of the rows' and columns' cross-entropies (ROWS, COLS: which of them exist).
+    The queries, which own the targets and g, are x or y. All terms meet in float32; dS is rounded once, at the end.
+    """
+    row_tile, col_tile = program_tile(tl.program_id(0), tl.cdiv(strip_rows, BLOCK_M), tl.cdiv(stride_strip, BLOCK_N))
+    strip_row = row_tile * BLOCK_M
+    first_col = col_tile * BLOCK_N
+    s = (tl.load(scale) * LOG2E) * similarities(
+        x, y, first_x + strip_row + tl.arange(0, BLOCK_M), first_col + tl.arange(0, BLOCK_N),
+        num_x, num_y, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    left, right = halves(s)
+    HALF: tl.constexpr = BLOCK_N // 2
+    _store_grad(
+        left, targets, x_lse, y_lse, x_weight, y_weight, strip,
+        strip_row, first_x, first_col, num_x, num_y, strip_rows, stride_strip, label_smoothing,
+        ROWS, COLS, TARGETS_OF_X, SMOOTHED, BLOCK_M, HALF,
+    )  # fmt: skip
+    _store_grad(
+        right, targets, x_lse, y_lse, x_weight, y_weight, strip,
+        strip_row, first_x, first_col + HALF, num_x, num_y, strip_rows, stride_strip, label_smoothing,
+        ROWS, COLS, TARGETS_OF_X, SMOOTHED, BLOCK_M, HALF,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_y", "strip_rows", "steps_per_split", "num_splits"])
