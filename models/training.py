@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from models.checkpoint import load_newest, prune, save_checkpoint, step_path
+from models.checkpoint import CheckpointError, load_newest, prune, save_checkpoint, step_path
 
 console = Console()
 
@@ -232,6 +232,15 @@ class Trainer:
         if found is None:
             return False
         tensors, metadata, path = found
+        here = json.loads(json.dumps(self.model_config))  # as JSON gives it back: tuples are lists there
+        changed = sorted(
+            key for key in here.keys() | metadata["model"].keys() if here.get(key) != metadata["model"].get(key)
+        )
+        if changed:
+            raise CheckpointError(
+                f"{path} was trained with another {' and '.join(changed)} configuration; choose another --out, "
+                "give the options of that run, or start anew with --resume never"
+            )
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}, "rng": {}}
         for key, value in tensors.items():
             head, _, rest = key.partition("/")

@@ -44,7 +44,7 @@ def sample_caption(concept: Concept, generator: torch.Generator, keyword_share: 
     caption = choices[int(torch.randint(len(choices), (), generator=generator))] if len(choices) > 1 else choices[0]
     if not concept.keywords or float(torch.rand((), generator=generator)) >= keyword_share:
         return caption
-    order = torch.randperm(len(concept.keywords), generator=generator).tolist()[:3]
+    order = torch.randperm(len(concept.keywords), generator=generator).tolist()[:2]
     words = [concept.keywords[i] for i in order]
     # Half of these captions leave the name out, so that a keyword alone learns to find its image.
     if float(torch.rand((), generator=generator)) < 0.5:

@@ -177,9 +177,13 @@ def _codes_by_name() -> dict[str, str]:
     return names
 
 
+def _npm_folder(name: str, cache_dir: Path) -> Path:
+    return cache_dir / "npm" / name.replace("/", "-").lstrip("@")
+
+
 def _npm_package(name: str, cache_dir: Path) -> Path:
     """The unpacked folder of an npm package, fetched once by npm's own client."""
-    folder = cache_dir / "npm" / name.replace("/", "-").lstrip("@")
+    folder = _npm_folder(name, cache_dir)
     if (folder / "package" / "icons.json").is_file():
         return folder / "package"
     npm = shutil.which("npm")
@@ -237,6 +241,15 @@ NPM_STYLES = {
 }
 PIP_STYLES = ("openmoji", "openmoji-flat", "openmoji-line", "noto", "twemoji")
 DEMO_STYLES = ("openmoji", "openmoji-flat", "openmoji-line", "noto")
+
+
+def all_train_styles(cache_dir: Path) -> tuple[str, ...]:
+    """Every style to train on that can be had here: the demo's, and those from npm if it is here or they are cached."""
+
+    def at_hand(package: str) -> bool:
+        return (_npm_folder(package, cache_dir) / "package" / "icons.json").is_file() or shutil.which("npm") is not None
+
+    return DEMO_STYLES + tuple(name for name, (package, _) in NPM_STYLES.items() if at_hand(package))
 
 
 def style(name: str, cache_dir: Path) -> Style:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState, GradientState
 
 # `models` lives in the repository and is no installed package.
 ROOT = Path(__file__).resolve().parents[2]
@@ -14,6 +16,14 @@ sys.path.insert(0, str(ROOT))
 from models.clip import PRESETS, DataConfig  # noqa: E402
 from models.data import Splits  # noqa: E402
 from models.data.synthetic import load_synthetic  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps precision and device for the whole process: forget them after each test."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import resource
 import signal
@@ -63,10 +64,10 @@ def test_killed_run_resumes_with_the_same_losses(tmp_path: Path) -> None:
 
 
 def test_training_learns_the_synthetic_captions(tmp_path: Path, nano_data: DataConfig) -> None:
-    config = replace(CONFIG, steps=60, warmup=10, checkpoint_every=100)
-    trainer, _ = train_run("nano", nano_data, config, tmp_path)
-    losses = [row["loss"] for row in trainer.history]
-    assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
+    config = replace(CONFIG, steps=200, lr=2e-3, warmup=10, checkpoint_every=1000)
+    trainer, _ = train_run("nano", replace(nano_data, augment=0.2, keyword_share=0.0), config, tmp_path)
+    # Features that know nothing give ln 32 at best.
+    assert sum(row["loss"] for row in trainer.history[-10:]) / 10 < 0.7 * math.log(32)
 
 
 def test_accumulated_batches_give_the_mean_gradient(tmp_path: Path, nano_data: DataConfig) -> None:
@@ -178,3 +179,10 @@ def test_disk_that_fills_up_in_the_middle_of_a_write(tmp_path: Path) -> None:
 def test_history_ignores_a_line_cut_off_by_a_kill(tmp_path: Path) -> None:
     (tmp_path / "history.jsonl").write_text(json.dumps({"step": 0.0}) + '\n{"step": 1.0, "lo')
     assert read_history(tmp_path) == [{"step": 0.0}]
+
+
+def test_resume_refuses_another_model_or_data(tmp_path: Path, nano_data: DataConfig) -> None:
+    train_run("nano", nano_data, replace(CONFIG, steps=2), tmp_path)
+    with pytest.raises(CheckpointError, match=r"step-0000002.safetensors was trained with another data configuration"):
+        train_run("nano", replace(nano_data, keyword_share=0.9), CONFIG, tmp_path)
+    train_run("nano", replace(nano_data, keyword_share=0.9), replace(CONFIG, steps=1), tmp_path, resume=False)
