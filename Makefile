@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
 .DEFAULT_GOAL := help
-.PHONY: demo train-clip help env test test-all lint format bench gpu-check docs clean
+.PHONY: demo train-clip help env test test-slow lint format bench gpu-check docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -23,8 +23,8 @@ $(STAMP): pyproject.toml setup.py $(SOURCES)
 test: env ## Run the fast tests: parity, memory, compile checks, models
 	$(PY) -m pytest tests -m "not slow"
 
-test-all: env ## Run every test, those over a minute too
-	$(PY) -m pytest tests
+test-slow: env ## Run the tests that take over a minute
+	$(PY) -m pytest tests -m slow
 
 lint: env ## ruff, mypy and clang-format, without changing a file
 	$(VENV)/bin/ruff format --check .

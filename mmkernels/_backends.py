@@ -66,7 +66,6 @@ def refuses(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def choose(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str:
     """The implementation of `op` to run. "auto" takes the best that can; any other name runs or raises."""
     names = IMPLEMENTATIONS[op]
@@ -78,6 +77,11 @@ def choose(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str:
         return impl
     reasons = "".join(f"\n  {name}: {refuses(name, device_type, dtype) or 'can run'}" for name in names)
     raise RuntimeError(f"mmkernels.{op}: impl={impl!r} cannot run on {device_type} tensors of {dtype}:{reasons}")
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo: compiled code takes the choice
+# for a constant.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -1,10 +1,13 @@
 """Inputs and the error budget of the tests, for users' own tests too."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 # The unit roundoff of a result in this dtype.
 _ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -32,20 +35,29 @@ def features(
     return x.to(dtype)
 
 
-def error_budget(eager: Tensor, exact: Tensor, dtype: torch.dtype, *, bits: float = 3.0) -> tuple[float, float]:
+def error_budget(
+    eager: Tensor, exact: Tensor, dtype: torch.dtype, *, terms: float = 0.0, bits: float = 3.0
+) -> tuple[float, float]:
     """What an implementation may be off by: (largest error, root mean square error).
 
     Twice the error of eager in the same precision plus a rounding band: 2^bits units of roundoff of the largest
-    exact value, one unit for the root mean square.
+    exact value, half of that for the root mean square. Where the result is a difference of larger terms, `terms` is
+    their size, and the band is relative to it.
     """
     exact = exact.double()
     off = eager.double() - exact
-    unit = _ROUNDING[dtype] * exact.abs().max().item()
-    return 2 * off.abs().max().item() + 2**bits * unit, 2 * off.square().mean().sqrt().item() + unit
+    unit = _ROUNDING[dtype] * max(exact.abs().max().item(), terms)
+    return 2 * off.abs().max().item() + 2**bits * unit, 2 * off.square().mean().sqrt().item() + 2 ** (bits - 1) * unit
 
 
 def assert_within_budget(
-    actual: Tensor, eager: Tensor, exact: Tensor, *, dtype: torch.dtype | None = None, name: str = "result"
+    actual: Tensor,
+    eager: Tensor,
+    exact: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    terms: float = 0.0,
+    name: str = "result",
 ) -> None:
     """Raise AssertionError unless `actual` is finite and within the error budget around `exact`.
 
@@ -54,14 +66,32 @@ def assert_within_budget(
         eager: what eager PyTorch gives for the same inputs in the same precision.
         exact: what float64 gives for the same inputs.
         dtype: the precision of the computation; default: the dtype of `actual`.
+        terms: the size of the terms that the result is a difference of, if they are larger than it.
         name: names the tensor in the message.
     """
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     assert torch.isfinite(actual).all(), f"{name}: {int((~torch.isfinite(actual)).sum())} values are not finite"
     if actual.numel() == 0:
         return
-    largest, rms = error_budget(eager, exact, dtype or actual.dtype)
+    largest, rms = error_budget(eager, exact, dtype or actual.dtype, terms=terms)
     off = actual.double() - exact.double()
     got, got_rms = off.abs().max().item(), off.square().mean().sqrt().item()
     assert got <= largest, f"{name}: largest error {got:.3g}, budget {largest:.3g}"
     assert got_rms <= rms, f"{name}: root mean square error {got_rms:.3g}, budget {rms:.3g}"
+
+
+def peak_allocated(function: Callable[[], Any]) -> int:
+    """Bytes that torch holds at most at one time of what it allocates on the CPU while `function` runs.
+
+    Exact: read from torch's own records of allocations, not from the size of the process. What `function` returns
+    counts as held.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        kept = function()
+    del kept
+    in_use = peak = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            in_use += event.nbytes()
+            peak = max(peak, in_use)
+    return peak

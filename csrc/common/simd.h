@@ -10,6 +10,8 @@
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #ifndef MMK_VARIANT
@@ -296,7 +298,11 @@ MMK_INLINE Vec max(Vec a, Vec b) {
   return {a.v > b.v ? a.v : b.v};
 }
 MMK_INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__ARM_NEON)
+  return {vfmaq_f32(c.v, a.v, b.v)};
+#else
   return {a.v * b.v + c.v};
+#endif
 }
 MMK_INLINE Vec round(Vec a) {
   // Adding and taking off 1.5 x 2^23 rounds to a whole number: no fused contraction may join the two.

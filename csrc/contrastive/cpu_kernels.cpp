@@ -571,8 +571,10 @@ Tiling choose_tiling(const Logits& x, bool backward, int64_t threads) {
   t.scratch_floats = Buffers<Product>(x, t, backward, nullptr).floats;
 
   const int64_t element = x.queries.dtype == Dtype::kFloat32 ? 4 : 2;
-  // Half-precision inputs: a half of their size goes to the low halves of the accumulators.
-  const int64_t features = (n + m) * x.size * element - (element == 2 ? m * x.size * 2 : 0);
+  // All that is held beside inputs and gradients stays within the size of the inputs: statistics, some ten floats a
+  // row; for half precision the low halves of the accumulators; and scratch, which bounds the threads.
+  const int64_t held = (n + m) * 48 + (element == 2 ? m * x.size * 2 : 0);
+  const int64_t features = (n + m) * x.size * element - held;
   const int64_t allowed = std::max(features, kFreeScratchBytes) / (t.scratch_floats * 4);
   // A small problem is over before a second thread has woken up.
   const bool small = n * m * x.size < (int64_t{1} << 20);

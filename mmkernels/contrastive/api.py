@@ -111,7 +111,9 @@ def _check(
         if features.ndim != 2:
             raise ValueError(f"{name}: expected 2 dimensions [rows, D], got shape {tuple(features.shape)}")
         if features.shape[0] == 0:
-            raise ValueError(f"{name}: expected at least one row, got shape {tuple(features.shape)}; skip empty batches")
+            raise ValueError(
+                f"{name}: expected at least one row, got shape {tuple(features.shape)}; skip empty batches"
+            )
         if features.shape[1] == 0:
             raise ValueError(f"{name}: expected D >= 1, got shape {tuple(features.shape)}")
     if queries.shape[1] != keys.shape[1]:

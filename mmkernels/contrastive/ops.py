@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _library = torch.library.Library("mmkernels", "FRAGMENT")
 
@@ -93,24 +92,43 @@ class _InfoNCE(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, scale, targets, row_lse, col_lse = ctx.saved_tensors
         mask = list(ctx.needs_input_grad[:3])
         backward = getattr(torch.ops.mmkernels, f"info_nce_{ctx.backend}_backward")
-        grads = backward(
-            grad_losses,
-            queries,
-            keys,
-            scale,
-            targets,
-            row_lse,
-            col_lse,
-            ctx.symmetric,
-            ctx.label_smoothing,
-            mask,
-        )
+        with torch.no_grad():
+            grads = backward(
+                grad_losses,
+                queries,
+                keys,
+                scale,
+                targets,
+                row_lse,
+                col_lse,
+                ctx.symmetric,
+                ctx.label_smoothing,
+                mask,
+            )
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = _NoSecondDerivative.apply(grad_losses, queries, keys, scale, *grads)
         return *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), None, None, None, None
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Ties the gradients to what they were made from, so that differentiating them raises and is never silently zero.
+
+    torch's once_differentiable does so only where the incoming gradient itself requires one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, grad_losses: Tensor, queries: Tensor, keys: Tensor, scale: Tensor, *grads: Tensor
+    ) -> tuple[Tensor, ...]:
+        return tuple(grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
+        raise RuntimeError("mmkernels.info_nce: second derivatives are not implemented; impl='reference' has them")
 
 
 def info_nce(

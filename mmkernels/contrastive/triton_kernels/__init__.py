@@ -4,10 +4,10 @@ Forward, G = 2 N M D FLOP: a program owns a block of tiles. Every tile updates t
 rows and of its columns; the partial statistics, at most 32 for each row and each column, are merged in a fixed order.
 
 Backward, 4 G: for a strip of queries the gradient of the logits, dS, is computed and stored in the dtype of the
-features; dQ of the strip is then a plain product dS K. The same kernels with the two sides exchanged give dK from
-strips of keys. A product over a stored strip keeps its tiles square at every D. The alternative, one kernel that holds
-dQ in registers, holds 64 rows x 512 features at most: its narrow tiles are bound by the L2 cache, and for each further
-512 features it computes dS once more (4 G + 2 G at D = 1024, + 6 G at D = 2048).
+features; dQ of the strip is then a plain product dS K. Strips of keys, stored transposed, give dK in the same way.
+A product over a stored strip keeps its tiles large at every D. The alternative, one kernel that holds dQ in registers,
+holds 64 rows x 512 features at most: its narrow tiles are bound by the L2 cache, and for each further 512 features it
+computes dS once more (2 G more at D = 1024, 6 G more at D = 2048).
 
 Memory beyond inputs and outputs, in bytes, e = bytes of an element:
     forward   4 N + 8 (min(32, N / tile) M + min(32, M / tile) N)
@@ -58,7 +58,10 @@ def info_nce_forward(
     symmetric: bool,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The losses [N] and the log-sum-exps of the rows [N] and of the columns [M] ([0] unless symmetric)."""
+    """The losses [N] and the log-sum-exps of the rows [2, N] and of the columns [2, M] ([2, 0] unless symmetric).
+
+    The log-sum-exps are in base 2, each as the rounded value and what rounding took.
+    """
     N, M = queries.shape[0], keys.shape[0]
     config, precision = choose(queries)
     tile = config.forward
@@ -70,8 +73,8 @@ def info_nce_forward(
     tiles_per_split = triton.cdiv(col_tiles, _MAX_PARTIALS)
     groups, splits = triton.cdiv(row_tiles, tiles_per_group), triton.cdiv(col_tiles, tiles_per_split)
     smoothed = label_smoothing > 0
-    losses, row_lse, positives = (scale.new_empty(N) for _ in range(3))
-    col_lse = scale.new_empty(M if symmetric else 0)
+    losses, positives = scale.new_empty(N), scale.new_empty(N)
+    row_lse, col_lse = scale.new_empty(2, N), scale.new_empty(2, M if symmetric else 0)
     row_partials = scale.new_empty(2, splits, N)
     col_partials = scale.new_empty(2, groups, M) if symmetric else row_partials
 
@@ -100,8 +103,8 @@ def info_nce_backward(
     keys: Tensor,  # [M, D]
     scale: Tensor,  # []
     targets: Tensor | None,  # [N]
-    row_lse: Tensor,  # [N]
-    col_lse: Tensor,  # [M]
+    row_lse: Tensor,  # [2, N]
+    col_lse: Tensor,  # [2, M]
     symmetric: bool,
     label_smoothing: float,
     output_mask: list[bool],
@@ -130,16 +133,14 @@ def info_nce_backward(
         # <Q, dQ> = <K, dK>: the scale takes its gradient from whichever product is made anyway.
         shares = scale.new_empty(0)
         for_queries = output_mask[0] or (output_mask[2] and not output_mask[1])
-        common = (scale, targets, factor, symmetric, label_smoothing, config, precision)
-        queries_side = _Side(padded_queries, row_lse, weights)
-        keys_side = _Side(padded_keys, col_lse, col_weights)
+        logits = _Logits(
+            padded_queries, padded_keys, scale, targets, row_lse, col_lse, weights, col_weights,
+            symmetric, label_smoothing, config, precision,
+        )  # fmt: skip
         if for_queries:
-            grad = grad_queries if output_mask[0] else None
-            shares = _product_side(queries_side, keys_side, grad, output_mask[2], True, *common)
+            shares = _product_side(logits, False, factor, grad_queries if output_mask[0] else None, output_mask[2])
         if output_mask[1]:
-            key_shares = _product_side(
-                keys_side, queries_side, grad_keys, output_mask[2] and not for_queries, False, *common
-            )
+            key_shares = _product_side(logits, True, factor, grad_keys, output_mask[2] and not for_queries)
             shares = shares if for_queries else key_shares
     if not output_mask[2]:
         return grad_queries, grad_keys, scale.new_empty(0)
@@ -147,34 +148,32 @@ def info_nce_backward(
     return grad_queries, grad_keys, grad_scale if unit is None else grad_scale * unit
 
 
-class _Side(NamedTuple):
-    """What the backward pass knows of the queries or of the keys."""
+class _Logits(NamedTuple):
+    """All that the gradient of the logits is made from."""
 
-    features: Tensor  # [rows, D]
-    lse: Tensor  # [rows]
-    weights: Tensor  # [rows], the gradient of each row's cross-entropy
+    queries: Tensor  # [N, D]
+    keys: Tensor  # [M, D]
+    scale: Tensor  # []
+    targets: Tensor  # [N]
+    row_lse: Tensor  # [2, N]
+    col_lse: Tensor  # [2, M]
+    row_weights: Tensor  # [N], the gradient of the cross-entropy of each row
+    col_weights: Tensor  # [M], of each column
+    symmetric: bool
+    label_smoothing: float
+    config: Config
+    precision: str
 
 
-def _product_side(
-    x: _Side,
-    y: _Side,
-    grad: Tensor | None,  # [rows of x, D]
-    share: bool,
-    x_is_queries: bool,
-    scale: Tensor,
-    targets: Tensor,
-    factor: Tensor,
-    symmetric: bool,
-    label_smoothing: float,
-    config: Config,
-    precision: str,
-) -> Tensor:
-    """Fill grad = factor * dS y, strip by strip; the shares of the gradient of the scale if `share`."""
-    num_x, D = x.features.shape
-    num_y = y.features.shape[0]
-    tile, product = config.grad_logits, config.product
+def _product_side(logits: _Logits, of_keys: bool, factor: Tensor, grad: Tensor | None, share: bool) -> Tensor:
+    """Fill grad = factor * dS K (of_keys: dS^T Q) strip by strip; returns shares of the scale's gradient if `share`."""
+    queries, keys = logits.queries, logits.keys
+    x, y = (keys, queries) if of_keys else (queries, keys)
+    num_x, D = x.shape
+    num_y = y.shape[0]
+    tile, product = logits.config.grad_logits, logits.config.product
     width = _round_up(num_y, 64)
-    element = x.features.element_size()
+    element = x.element_size()
     strip_rows = min(_STRIP_BYTES // (element * width), _STRIP_BYTES // (4 * D)) // _STRIP_ROWS * _STRIP_ROWS
     strip_rows = min(max(strip_rows, _STRIP_ROWS), num_x)
     tiles = triton.cdiv(strip_rows, product.block_m) * triton.cdiv(D, product.block_n)
@@ -183,30 +182,32 @@ def _product_side(
     steps_per_split = triton.cdiv(steps, splits)
     splits = triton.cdiv(steps, steps_per_split)
 
-    strip = x.features.new_empty(strip_rows, width)
-    partials = scale.new_empty(splits, strip_rows, D)
+    strip = x.new_empty(strip_rows, width)
+    partials = factor.new_empty(splits, strip_rows, D)
     features = triton.cdiv(D, MERGE_FEATURES)
     starts = range(0, num_x, strip_rows)
     shares_per_strip = triton.cdiv(strip_rows, MERGE_ROWS) * features
     num_shares = (len(starts) - 1) * shares_per_strip + triton.cdiv(num_x - starts[-1], MERGE_ROWS) * features
-    shares = scale.new_empty(num_shares if share else 0)
+    shares = factor.new_empty(num_shares if share else 0)
     for index, first in enumerate(starts):
         rows = min(strip_rows, num_x - first)
-        grad_logits_kernel[(triton.cdiv(rows, tile.block_m) * triton.cdiv(width, tile.block_n),)](
-            x.features, y.features, scale, targets, x.lse, y.lse, x.weights, y.weights, strip,
-            first, num_x, num_y, D, x.features.stride(0), y.features.stride(0), rows, width, float(label_smoothing),
-            ROWS=symmetric or x_is_queries, COLS=symmetric or not x_is_queries, TARGETS_OF_X=x_is_queries,
-            SMOOTHED=label_smoothing > 0, PRECISION=precision, **launch_options(tile),
+        height, breadth = (width, rows) if of_keys else (rows, width)
+        grad_logits_kernel[(triton.cdiv(height, tile.block_m) * triton.cdiv(breadth, tile.block_n),)](
+            queries, keys, logits.scale, logits.targets, logits.row_lse, logits.col_lse, logits.row_weights,
+            logits.col_weights, strip,
+            first, rows, len(queries), len(keys), D, queries.stride(0), keys.stride(0), width,
+            float(logits.label_smoothing),
+            SYMMETRIC=logits.symmetric, OF_KEYS=of_keys, SMOOTHED=logits.label_smoothing > 0,
+            PRECISION=logits.precision, **launch_options(tile),
         )  # fmt: skip
         product_kernel[(triton.cdiv(rows, product.block_m) * triton.cdiv(D, product.block_n) * splits,)](
-            strip, y.features, partials,
-            num_y, D, y.features.stride(0), rows, width, steps_per_split, splits,
-            PRECISION=precision, **launch_options(product),
+            strip, y, partials,
+            num_y, D, y.stride(0), rows, width, steps_per_split, splits,
+            PRECISION=logits.precision, **launch_options(product),
         )  # fmt: skip
         merge_product_kernel[(triton.cdiv(rows, MERGE_ROWS) * features,)](
-            partials, x.features, factor, x.features if grad is None else grad, shares,
-            first, x.features.shape[1] if grad is None else grad.shape[1], D, x.features.stride(0), rows, splits,
-            index * shares_per_strip,
+            partials, x, factor, x if grad is None else grad, shares,
+            first, D if grad is None else grad.shape[1], D, x.stride(0), rows, splits, index * shares_per_strip,
             STORE=grad is not None, SHARE=share, BLOCK_M=MERGE_ROWS, BLOCK_N=MERGE_FEATURES, **NO_FUSION,
         )  # fmt: skip
     return shares

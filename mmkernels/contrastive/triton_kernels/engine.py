@@ -14,9 +14,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.0e38)
 # A tile whose rows and columns all sum to over 2^-32 of its largest exponential needs one exponential an entry: then
 # s - peak rounds away no more than the logits were rounded by.
-_LEAST_SUM = tl.constexpr(2.0**-32)
-# In the backward pass overflow alone limits how far the log-sum-exps of a tile may lie apart, at 2^127.
-_BACKWARD_SPREAD = tl.constexpr(60.0)
+_LEAST_SUM = tl.constexpr(2.0**-8)
+# A tile whose log-sum-exps lie within 2^32 needs one exponential an entry in the backward pass, for the same reason.
+_BACKWARD_SPREAD = tl.constexpr(8.0)
 _BAND = tl.constexpr(8)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -113,26 +113,30 @@ def tile_statistics(s, row_ok, col_ok, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def softmax_grad(s, row_lse, col_lse, row_weight, col_weight, row_ok, col_ok, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """u_i e^(s - lse_i) + w_j e^(s - lse_j): the softmax part of dS, [BM, BN], of the directions asked for."""
-    if ROWS and COLS:
-        highest = tl.maximum(
-            tl.max(tl.where(row_ok, row_lse, float("-inf")), 0), tl.max(tl.where(col_ok, col_lse, float("-inf")), 0)
-        )
-        lowest = tl.minimum(
-            tl.min(tl.where(row_ok, row_lse, float("inf")), 0), tl.min(tl.where(col_ok, col_lse, float("inf")), 0)
-        )
-        if highest - lowest < _BACKWARD_SPREAD:
-            # e^(s - c) (u_i e^(c - lse_i) + w_j e^(c - lse_j)): one exponential serves both softmaxes.
-            c = (highest + lowest) * 0.5
-            row_factor = row_weight * tl.exp2(c - row_lse)
-            col_factor = col_weight * tl.exp2(c - col_lse)
-            p = tl.exp2(s - c) * (row_factor[:, None] + col_factor[None, :])
-        else:
-            p = row_weight[:, None] * tl.exp2(s - row_lse[:, None])
-            p += col_weight[None, :] * tl.exp2(s - col_lse[None, :])
-    elif ROWS:
-        p = row_weight[:, None] * tl.exp2(s - row_lse[:, None])
+def softmax_grad(s, lse, rest, weight):
+    """u_i 2^(s - lse_i), [BM, BN]; lse + rest is the log-sum-exp: rounded at 100 it leaves probabilities 4e-6 off."""
+    return weight[:, None] * tl.exp2((s - lse[:, None]) - rest[:, None])
+
+
+@triton.jit
+def softmax_grad_both(
+    s, row_lse, row_rest, col_lse, col_rest, row_weight, col_weight, row_ok, col_ok, exact,
+):  # fmt: skip
+    """u_i 2^(s - lse_i) + w_j 2^(s - lse_j), [BM, BN]; `exact` > 0 asks for what can be compared with u_i and w_j."""
+    highest = tl.maximum(
+        tl.max(tl.where(row_ok, row_lse, float("-inf")), 0), tl.max(tl.where(col_ok, col_lse, float("-inf")), 0)
+    )
+    lowest = tl.minimum(
+        tl.min(tl.where(row_ok, row_lse, float("inf")), 0), tl.min(tl.where(col_ok, col_lse, float("inf")), 0)
+    )
+    if (highest - lowest < _BACKWARD_SPREAD) & (exact == 0):
+        # 2^(s - c) (u_i 2^(c - lse_i) + w_j 2^(c - lse_j)): one exponential serves both softmaxes. c is an integer: to
+        # subtract it rounds little.
+        c = tl.floor((highest + lowest) * 0.5)
+        row_factor = row_weight * tl.exp2((c - row_lse) - row_rest)
+        col_factor = col_weight * tl.exp2((c - col_lse) - col_rest)
+        p = tl.exp2(s - c) * (row_factor[:, None] + col_factor[None, :])
     else:
-        p = col_weight[None, :] * tl.exp2(s - col_lse[None, :])
+        p = row_weight[:, None] * tl.exp2((s - row_lse[:, None]) - row_rest[:, None])
+        p += col_weight[None, :] * tl.exp2((s - col_lse[None, :]) - col_rest[None, :])
     return p

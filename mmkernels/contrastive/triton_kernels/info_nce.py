@@ -15,6 +15,7 @@ from mmkernels.contrastive.triton_kernels.engine import (
     program_tile,
     similarities,
     softmax_grad,
+    softmax_grad_both,
     tile_statistics,
 )
 
@@ -82,14 +83,14 @@ def forward_kernel(
             # What other threads of this program wrote to col_partials for the tiles above is read below.
             tl.debug_barrier()
         for col_start in tl.range(first_col, end_col, BLOCK_N, disable_licm=True):
-            s = scale2 * similarities(
+            tile = similarities(
                 queries, keys, rows, col_start + tl.arange(0, BLOCK_N),
                 N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
             )  # fmt: skip
             first = row_start == first_row
             # Half a tile at a time: what the second half takes is not held in registers during the first.
             HALF: tl.constexpr = BLOCK_N // 2
-            left, right = halves(s)
+            left, right = halves(scale2 * tile)
             m, z = _add_to_statistics(
                 left, m, z, rows, target, positives, col_out, col_plane, col_start, N, M, first,
                 SYMMETRIC, HALF,
@@ -104,13 +105,21 @@ def forward_kernel(
 
 @triton.jit
 def _merge_partials(partials, plane, length, count, index, ok, BLOCK: tl.constexpr):
-    """m and log2 z of the entries `index` over `count` partial statistics."""
+    """m and log2 z of the entries `index` over `count` partial statistics, in float64."""
     m = tl.full((BLOCK,), LOWEST, tl.float32)
     z = tl.zeros((BLOCK,), tl.float32)
     for part in range(count):
         at = partials + tl.cast(part, tl.int64) * length + index
         m, z = merge(m, z, tl.load(at, mask=ok, other=LOWEST), tl.load(at + plane, mask=ok, other=0.0))
-    return m, tl.log2(z)
+    return m.to(tl.float64), tl.log2(z.to(tl.float64))
+
+
+@triton.jit
+def _store_in_two(out, plane, index, value, ok):
+    """The value in float32, and `plane` further on what rounding took."""
+    rounded = value.to(tl.float32)
+    tl.store(out + index, rounded, mask=ok)
+    tl.store(out + plane + index, (value - rounded.to(tl.float64)).to(tl.float32), mask=ok)
 
 
 @triton.jit
@@ -135,7 +144,8 @@ def finish_forward_kernel(
 ):  # fmt: skip
     """losses_i = a ((m_i - p_i) + log z_i + eps (p_i - mean_j s_ij)), likewise for column t_i; and the log-sum-exps.
 
-    m - p comes before the logarithm: a loss near zero at large logits keeps its digits.
+    row_lse [2, N] and col_lse [2, M], in base 2, are the rounded value and what rounding took.
+    In float64, as there is little of it: a loss near zero at large logits keeps its digits.
     mean_j s_ij = scale <q_i, sum of the keys> / M needs no tile of logits.
     """
     program = tl.program_id(0)
@@ -146,11 +156,11 @@ def finish_forward_kernel(
         rows = program * BLOCK + tl.arange(0, BLOCK)
         ok = rows < N
         m, log_z = _merge_partials(row_partials, row_plane, N, num_splits, rows, ok, BLOCK)
-        tl.store(row_lse + rows, (m + log_z) * LN2, mask=ok)
+        _store_in_two(row_lse, N, rows, m + log_z, ok)
         positive = tl.load(positives + rows, mask=ok, other=0.0)
         loss = (m - positive) + log_z
+        scale2 = tl.load(scale) * LOG2E
         if SMOOTHED:
-            scale2 = tl.load(scale) * LOG2E
             mean = scale2 * _product_with(key_sum, queries, rows, ok, stride_q, D, BLOCK, STEP) / M
             loss += label_smoothing * (positive - mean)
         if SYMMETRIC:
@@ -162,12 +172,12 @@ def finish_forward_kernel(
                 mean = scale2 * _product_with(query_sum, keys, target, legal, stride_k, D, BLOCK, STEP) / N
                 loss += label_smoothing * (positive - mean)
             loss *= 0.5
-        tl.store(losses + rows, loss * LN2, mask=ok)
+        tl.store(losses + rows, (loss * LN2).to(tl.float32), mask=ok)
     elif SYMMETRIC:
         cols = (program - row_blocks) * BLOCK + tl.arange(0, BLOCK)
         ok = cols < M
         m, log_z = _merge_partials(col_partials, col_plane, M, num_groups, cols, ok, BLOCK)
-        tl.store(col_lse + cols, (m + log_z) * LN2, mask=ok)
+        _store_in_two(col_lse, M, cols, m + log_z, ok)
 
 
 @triton.jit(do_not_specialize=["N", "M"])
@@ -185,87 +195,95 @@ def column_weights_kernel(targets, row_weights, col_weights, N, M, STEP: tl.cons
 
 @triton.jit
 def _store_grad(
-    s, targets, x_lse, y_lse, x_weight, y_weight, strip,
-    strip_row, first_x, first_col, num_x, num_y, strip_rows, stride_strip, label_smoothing,
-    ROWS: tl.constexpr, COLS: tl.constexpr, TARGETS_OF_X: tl.constexpr, SMOOTHED: tl.constexpr,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    s, targets, row_lse, col_lse, row_weights, col_weights, strip,
+    first_row, first_col, row_in_strip, col_in_strip, height, width, N, M, stride_row, stride_col, label_smoothing,
+    SYMMETRIC: tl.constexpr, SMOOTHED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dS of a tile of logits: rows strip_row and following of the strip, columns first_col and following."""
-    strip_rows_here = strip_row + tl.arange(0, HEIGHT)
-    rows = first_x + strip_rows_here
-    cols = first_col + tl.arange(0, WIDTH)
-    row_ok = strip_rows_here < strip_rows
-    col_ok = cols < num_y
+    """dS of a tile of logits into the strip [height, width] that begins at first_row, first_col of the logits."""
+    in_rows = row_in_strip + tl.arange(0, BLOCK_M)
+    in_cols = col_in_strip + tl.arange(0, BLOCK_N)
+    rows = first_row + in_rows
+    cols = first_col + in_cols
+    row_ok = rows < N
+    col_ok = cols < M
 
-    row_weight = tl.zeros((HEIGHT,), tl.float32)
-    col_weight = tl.zeros((WIDTH,), tl.float32)
-    row_lse = row_weight
-    col_lse = col_weight
-    if ROWS:
-        row_weight = tl.load(x_weight + rows, mask=row_ok, other=0.0)
-        row_lse = tl.load(x_lse + rows, mask=row_ok, other=0.0) * LOG2E
-    if COLS:
-        col_weight = tl.load(y_weight + cols, mask=col_ok, other=0.0)
-        col_lse = tl.load(y_lse + cols, mask=col_ok, other=0.0) * LOG2E
-    grad = softmax_grad(s, row_lse, col_lse, row_weight, col_weight, row_ok, col_ok, ROWS, COLS)
-    if SMOOTHED:
-        if ROWS:
-            grad -= (row_weight * (label_smoothing / num_y))[:, None]
-        if COLS:
-            grad -= (col_weight * (label_smoothing / num_x))[None, :]
-
-    directions: tl.constexpr = (1.0 if ROWS else 0.0) + (1.0 if COLS else 0.0)
-    if TARGETS_OF_X:
-        target = tl.load(targets + rows, mask=row_ok, other=-1).to(tl.int32)
-        here = (target >= first_col) & (target < first_col + WIDTH)
-        if tl.max(here.to(tl.int32), 0) > 0:
-            hit = cols[None, :] == target[:, None]
-            grad -= tl.where(hit, ((1.0 - label_smoothing) * directions * row_weight)[:, None], 0.0)
+    weight = tl.load(row_weights + rows, mask=row_ok, other=0.0)
+    lse = tl.load(row_lse + rows, mask=row_ok, other=0.0)
+    rest = tl.load(row_lse + N + rows, mask=row_ok, other=0.0)
+    target = tl.load(targets + rows, mask=row_ok, other=-1).to(tl.int32)
+    here = (target >= first_col + col_in_strip) & (target < first_col + col_in_strip + BLOCK_N)
+    matches = tl.max(here.to(tl.int32), 0)
+    if SYMMETRIC:
+        other_weight = tl.load(col_weights + cols, mask=col_ok, other=0.0)
+        other_lse = tl.load(col_lse + cols, mask=col_ok, other=0.0)
+        other_rest = tl.load(col_lse + M + cols, mask=col_ok, other=0.0)
+        grad = softmax_grad_both(
+            s, lse, rest, other_lse, other_rest, weight, other_weight, row_ok, col_ok, matches
+        )  # fmt: skip
     else:
-        target = tl.load(targets + cols, mask=col_ok, other=-1).to(tl.int32)
-        here = (target >= first_x + strip_row) & (target < first_x + strip_row + HEIGHT)
-        if tl.max(here.to(tl.int32), 0) > 0:
-            hit = rows[:, None] == target[None, :]
-            grad -= tl.where(hit, ((1.0 - label_smoothing) * directions * col_weight)[None, :], 0.0)
+        grad = softmax_grad(s, lse, rest, weight)
+    if SMOOTHED:
+        grad -= (weight * (label_smoothing / M))[:, None]
+        if SYMMETRIC:
+            grad -= (other_weight * (label_smoothing / N))[None, :]
+    if matches > 0:
+        directions: tl.constexpr = 2.0 if SYMMETRIC else 1.0
+        of_target = weight * ((1.0 - label_smoothing) * directions)
+        grad -= tl.where(cols[None, :] == target[:, None], of_target[:, None], 0.0)
 
-    # The columns up to the end of the strip's row are zero: the product reads them unmasked.
-    grad = tl.where(col_ok[None, :], grad, 0.0)
-    out = strip + strip_rows_here.to(tl.int64)[:, None] * stride_strip + cols[None, :]
-    tl.store(out, grad.to(strip.dtype.element_ty), mask=row_ok[:, None] & (cols < stride_strip)[None, :])
+    # Past the ends of the logits the strip is zero: the product reads it unmasked.
+    grad = tl.where(row_ok[:, None] & col_ok[None, :], grad, 0.0)
+    out = strip + in_rows.to(tl.int64)[:, None] * stride_row + in_cols.to(tl.int64)[None, :] * stride_col
+    tl.store(out, grad.to(strip.dtype.element_ty), mask=(in_rows < height)[:, None] & (in_cols < width)[None, :])
 
 
-@triton.jit(do_not_specialize=["first_x", "num_x", "num_y", "strip_rows", "label_smoothing"])
+@triton.jit(do_not_specialize=["first", "length", "N", "M", "label_smoothing"])
 def grad_logits_kernel(
-    x, y, scale, targets, x_lse, y_lse, x_weight, y_weight, strip,
-    first_x, num_x, num_y, D, stride_x, stride_y, strip_rows, stride_strip, label_smoothing,
-    ROWS: tl.constexpr, COLS: tl.constexpr, TARGETS_OF_X: tl.constexpr, SMOOTHED: tl.constexpr,
+    queries, keys, scale, targets, row_lse, col_lse, row_weights, col_weights, strip,
+    first, length, N, M, D, stride_q, stride_k, stride_strip, label_smoothing,
+    SYMMETRIC: tl.constexpr, OF_KEYS: tl.constexpr, SMOOTHED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """strip [strip_rows, stride_strip] = dS of the rows first_x and following of x against all of y; zero past num_y.
+    """strip [length, stride_strip] = rows first and following of dS; OF_KEYS: of dS transposed. Zero past its end.
 
-    dS_ij = u_i e^(s_ij - lse_i) + w_j e^(s_ij - lse_j) - (1 - eps) (directions) g [i and j match]
-            - eps u_i / num_y - eps w_j / num_x
-    u, w: x_weight, y_weight, the gradients of the rows' and columns' cross-entropies (ROWS, COLS: which of them exist).
-    The queries, which own the targets and g, are x or y. All terms meet in float32; dS is rounded once, at the end.
+    dS_ij = u_i e^(s_ij - lse_i) + w_j e^(s_ij - lse_j) - 2 (1 - eps) u_i [j = t_i] - eps u_i / M - eps w_j / N
+    u, w: row_weights, col_weights, the gradients of the cross-entropies of rows and columns. Without SYMMETRIC there is
+    no w, and 1 in place of 2. All terms meet in float32, and dS is rounded once. The tile of logits is made as in the
+    forward pass for both sides: the very bits that the log-sum-exps were made from.
     """
-    row_tile, col_tile = program_tile(tl.program_id(0), tl.cdiv(strip_rows, BLOCK_M), tl.cdiv(stride_strip, BLOCK_N))
-    strip_row = row_tile * BLOCK_M
-    first_col = col_tile * BLOCK_N
-    s = (tl.load(scale) * LOG2E) * similarities(
-        x, y, first_x + strip_row + tl.arange(0, BLOCK_M), first_col + tl.arange(0, BLOCK_N),
-        num_x, num_y, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+    if OF_KEYS:
+        first_row = 0
+        first_col = first
+        height = stride_strip
+        width = length
+        stride_row = 1
+        stride_col = stride_strip
+    else:
+        first_row = first
+        first_col = 0
+        height = length
+        width = stride_strip
+        stride_row = stride_strip
+        stride_col = 1
+    row_tile, col_tile = program_tile(tl.program_id(0), tl.cdiv(height, BLOCK_M), tl.cdiv(width, BLOCK_N))
+    row_in_strip = row_tile * BLOCK_M
+    col_in_strip = col_tile * BLOCK_N
+    rows = first_row + row_in_strip + tl.arange(0, BLOCK_M)
+    cols = first_col + col_in_strip + tl.arange(0, BLOCK_N)
+    tile = similarities(
+        queries, keys, rows, cols, N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
-    left, right = halves(s)
+    left, right = halves((tl.load(scale) * LOG2E) * tile)
     HALF: tl.constexpr = BLOCK_N // 2
     _store_grad(
-        left, targets, x_lse, y_lse, x_weight, y_weight, strip,
-        strip_row, first_x, first_col, num_x, num_y, strip_rows, stride_strip, label_smoothing,
-        ROWS, COLS, TARGETS_OF_X, SMOOTHED, BLOCK_M, HALF,
+        left, targets, row_lse, col_lse, row_weights, col_weights, strip,
+        first_row, first_col, row_in_strip, col_in_strip, height, width, N, M, stride_row, stride_col, label_smoothing,
+        SYMMETRIC, SMOOTHED, BLOCK_M, HALF,
     )  # fmt: skip
     _store_grad(
-        right, targets, x_lse, y_lse, x_weight, y_weight, strip,
-        strip_row, first_x, first_col + HALF, num_x, num_y, strip_rows, stride_strip, label_smoothing,
-        ROWS, COLS, TARGETS_OF_X, SMOOTHED, BLOCK_M, HALF,
+        right, targets, row_lse, col_lse, row_weights, col_weights, strip,
+        first_row, first_col, row_in_strip, col_in_strip + HALF, height, width, N, M, stride_row, stride_col,
+        label_smoothing, SYMMETRIC, SMOOTHED, BLOCK_M, HALF,
     )  # fmt: skip
 
 

@@ -1,0 +1,103 @@
+"""What can run and why not; importing; installing without a compiler."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmkernels import _backends
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+
+
+def test_info_names_every_implementation():
+    result = subprocess.run([sys.executable, "-m", "mmkernels.info"], capture_output=True, text=True, check=True)
+    for op, names in _backends.IMPLEMENTATIONS.items():
+        assert op in result.stdout
+        assert all(name in result.stdout for name in names)
+    machine = subprocess.run([sys.executable, "-m", "mmkernels.info", "--json"], capture_output=True, check=True)
+    assert json.loads(machine.stdout)["ops"]["info_nce"]["reference"] == "yes"
+
+
+def test_import_is_quiet_and_loads_neither_triton_nor_the_library():
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import mmkernels\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "assert 'triton' not in new or 'triton' in before, new\n"
+        "assert not torch.ops.loaded_libraries, torch.ops.loaded_libraries\n"
+    )
+    result = python(code)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_choice_is_logged_once_at_debug():
+    code = (
+        "import logging, torch, mmkernels\n"
+        "logging.basicConfig(level=logging.DEBUG)\n"
+        "logging.getLogger('torch').setLevel(logging.WARNING)\n"
+        "x = torch.ones(2, 2)\n"
+        "mmkernels.info_nce(x, x, 1.0); mmkernels.info_nce(x, x, 1.0)\n"
+    )
+    lines = [line for line in python(code).stderr.splitlines() if "mmkernels" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("DEBUG:mmkernels:info_nce on cpu, torch.float32: ")
+
+
+@pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason="no compiled library")
+def test_unknown_instruction_set_is_refused():
+    result = python(
+        "import torch, mmkernels as m; m.info_nce(torch.ones(2, 2), torch.ones(2, 2), 1.)", MMKERNELS_CPU="z80"
+    )
+    assert "MMKERNELS_CPU: expected avx512bf16, avx512, avx2 or portable, got z80" in result.stderr
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of the sources, without what was built."""
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "mmkernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    return tmp_path
+
+
+def test_without_a_compiler_the_package_builds_and_runs_the_reference(source):
+    environment = {**os.environ, "PATH": "/nonexistent", "CXX": ""}
+    command = [sys.executable, "setup.py", "build"]
+    result = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "no C++ compiler found" in result.stdout
+    assert not list(source.rglob("_C*"))
+    code = (
+        "import torch, mmkernels, mmkernels._backends as b\n"
+        "print(mmkernels.info_nce(torch.ones(2, 2), torch.ones(2, 2), 1.).item(), b.unavailable('cpu'))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("0.693")
+    assert "installed without a C++ compiler" in run.stdout
+
+
+def test_forced_cuda_without_a_toolkit_is_refused(source):
+    environment = {**os.environ, "FORCE_CUDA": "1", "CUDA_HOME": ""}
+    code = (
+        "import sys, torch.utils.cpp_extension as c\n"
+        "c.CUDA_HOME = None\n"
+        "sys.argv = ['setup.py', 'build_ext']\n"
+        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__name__': '__main__', '__file__': 'setup.py'})"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=source, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode != 0
+    assert "FORCE_CUDA=1, but no CUDA toolkit was found" in result.stderr

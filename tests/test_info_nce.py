@@ -1,0 +1,369 @@
+"""info_nce on the CPU: numbers, gradients, memory, compilation and the refusal of bad input."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from info_nce_cases import CASES, Case, assert_results, check_case, run, run_eager
+
+import mmkernels
+from mmkernels import _backends
+from mmkernels.testing import assert_within_budget, features, peak_allocated
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+needs_library = pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason="no compiled library")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@needs_library
+def test_cpu_matches_float64(case, dtype):
+    check_case(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reference_is_the_eager_code(case):
+    queries, keys = case.inputs(torch.float32)
+    exact = run(queries.double(), keys.double(), case.scale, "reference", **case.options)
+    actual = run(queries, keys, case.scale, "reference", **case.options)
+    assert_results(actual, run_eager(queries, keys, case.scale, **case.options), exact, queries, keys, case.scale)
+
+
+@pytest.mark.parametrize("variant", ["avx512", "avx2", "portable"])
+@needs_library
+def test_every_instruction_set(variant):
+    """The variants that this machine would not choose, in a process of their own."""
+    code = (
+        "import torch, info_nce_cases as c\n"
+        f"for case in c.CASES[{'::3' if variant == 'portable' else ':'}]:\n"
+        "    for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
+        "        c.check_case(case, dtype, 'cpu')\n"
+        "print(torch.ops.mmkernels.cpu_variant())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "MMKERNELS_CPU": variant, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "this machine has no" in result.stderr:
+        pytest.skip(f"this machine has no {variant}")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == variant
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [
+        pytest.param(torch.ones(65, 8), torch.ones(65, 8), id="all logits equal"),
+        pytest.param(1e4 * torch.eye(40), torch.eye(40), id="logits of 1e4 on the diagonal"),
+        pytest.param(-1e4 * torch.eye(40), torch.eye(40), id="logits of -1e4 on the diagonal"),
+        pytest.param(torch.linspace(-1e4, 1e4, 300)[:, None], torch.ones(300, 1), id="rows far apart"),
+        pytest.param(torch.ones(300, 1), torch.linspace(-1e4, 1e4, 300)[:, None], id="columns far apart"),
+        pytest.param(torch.full((33, 1), -90.0), torch.ones(33, 1), id="every logit at -90"),
+    ],
+)
+@needs_library
+def test_extreme_logits(queries, keys):
+    exact = run(queries.double(), keys.double(), 1.0, "reference")
+    assert_results(run(queries, keys, 1.0, "cpu"), run_eager(queries, keys, 1.0), exact, queries, keys, 1.0)
+
+
+@needs_library
+def test_loss_near_zero_keeps_its_digits():
+    """lse - positive at logits of 100 would be off by 4e-6; the loss here is some 1e-4."""
+    queries = features(300, 64, seed=1)
+    keys = features(300, 64, seed=2, like=queries, mean_cosine=0.99)
+    exact = run(queries.double(), keys.double(), 100.0, "reference")[0]
+    actual = run(queries, keys, 100.0, "cpu")[0]
+    small = exact < 1e-4
+    assert small.sum() > 100
+    assert (actual[small].double() - exact[small]).abs().max() < 2e-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_library
+def test_strides_are_honoured(dtype):
+    wide = features(130, 200, dtype)
+    for queries, keys in [
+        (wide[:, :96], wide[:, 100:196]),  # rows further apart than they are long
+        (wide[:, 1:96], wide[:, 101:196]),  # unaligned, odd
+        (wide.T[:96], wide.T[100:196]),  # columns
+        (wide[::2], wide[1::2]),
+        (wide[:1].expand(130, 200), wide),  # stride 0
+    ]:
+        in_place, copied = run(queries, keys, 10.0, "cpu"), run(queries.contiguous(), keys.contiguous(), 10.0, "cpu")
+        for a, b in zip(in_place, copied, strict=True):
+            # Keys are read in place or packed: the same products, but for the order of the sums over D.
+            torch.testing.assert_close(a, b, rtol=1e-2 if dtype != torch.float32 else 1e-4, atol=2e-3)
+
+
+@pytest.mark.parametrize("mask", list(itertools.product([True, False], repeat=3))[:-1], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@needs_library
+def test_only_the_gradients_that_are_needed(mask, dtype):
+    case = Case(300, 310, 70)
+    queries, keys = case.inputs(dtype)
+    everything = run(queries, keys, 10.0, "cpu")[1:]
+    leaves = [queries, keys, torch.tensor(10.0)]
+    for leaf, needed in zip(leaves, mask, strict=True):
+        leaf.requires_grad_(needed)
+    weights = torch.linspace(0.5, 1.5, 300)
+    (mmkernels.info_nce(*leaves, reduction="none", impl="cpu") * weights).sum().backward()
+    for leaf, needed, full in zip(leaves, mask, everything, strict=True):
+        assert (leaf.grad is not None) == needed
+        if needed:
+            assert torch.equal(leaf.grad, full)
+
+
+@needs_library
+def test_reductions_are_torchs():
+    queries, keys = Case(100, 120, 30).inputs(torch.float32)
+    losses = mmkernels.info_nce(queries, keys, 7.0, reduction="none")
+    assert losses.shape == (100,)
+    torch.testing.assert_close(mmkernels.info_nce(queries, keys, 7.0), losses.mean())
+    torch.testing.assert_close(mmkernels.info_nce(queries, keys, 7.0, reduction="sum"), losses.sum())
+
+
+@needs_library
+def test_gradient_of_the_scale_is_the_product_with_the_features():
+    """d loss / d scale = <Q, dQ> / scale = <K, dK> / scale: three ways to one number."""
+    queries, keys = Case(400, 500, 64).inputs(torch.float32)
+    _, grad_queries, grad_keys, grad_scale = run(queries, keys, 20.0, "cpu")
+    by_queries = (queries.double() * grad_queries.double()).sum() / 20
+    by_keys = (keys.double() * grad_keys.double()).sum() / 20
+    torch.testing.assert_close(by_queries, by_keys, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(grad_scale.double(), by_queries, rtol=1e-5, atol=1e-7)
+
+
+@needs_library
+def test_second_backward_with_retain_graph():
+    queries, keys = (x.requires_grad_() for x in Case(100, 100, 32).inputs(torch.float32))
+    loss = mmkernels.info_nce(queries, keys, 10.0, impl="cpu")
+    first = torch.autograd.grad(loss, (queries, keys), retain_graph=True)
+    second = torch.autograd.grad(2 * loss, (queries, keys))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(2 * a, b, rtol=1e-6, atol=0)
+
+
+@needs_library
+def test_double_backward_is_refused_and_the_reference_offers_it():
+    def second_derivative(impl):
+        queries, keys = (x.requires_grad_() for x in Case(10, 10, 8).inputs(torch.float32))
+        (grad,) = torch.autograd.grad(mmkernels.info_nce(queries, keys, 2.0, impl=impl), queries, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), keys)[0]
+
+    with pytest.raises(RuntimeError, match="second derivatives are not implemented; impl='reference'"):
+        second_derivative("cpu")
+    assert second_derivative("reference").abs().max() > 0
+
+
+@needs_library
+def test_same_bits_whatever_the_number_of_threads():
+    queries, keys = Case(1100, 900, 64, options={"targets": None}).inputs(torch.bfloat16)
+    targets = torch.arange(1100) % 900
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            results += [run(queries, keys, 20.0, "cpu", targets=targets) for _ in range(3)]
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("where", ["queries", "keys", "scale"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@needs_library
+def test_nan_in_nan_out(where, value):
+    queries, keys = Case(300, 300, 40).inputs(torch.float32)
+    scale = value if where == "scale" else 10.0
+    if where == "queries":
+        queries[7, 3] = value
+    if where == "keys":
+        keys[7, 3] = value
+    actual, eager = run(queries, keys, scale, "cpu"), run(queries, keys, scale, "reference")
+    for a, b in zip(actual, eager, strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite()) or (b.isnan() <= ~a.isfinite()).all()
+    assert not actual[0][7].isfinite()
+    assert actual[3].isnan()
+
+
+def memory_beyond_inputs_and_gradients(queries, keys, threads) -> int:
+    """Bytes that torch holds at most at one time in a forward and backward pass, by its own records of allocations."""
+    leaves = [queries.requires_grad_(), keys.requires_grad_()]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        peak = peak_allocated(lambda: torch.autograd.grad(mmkernels.info_nce(*leaves, 10.0, impl="cpu"), leaves))
+    finally:
+        torch.set_num_threads(before)
+    gradients = queries.nbytes + keys.nbytes
+    assert peak > gradients, "no allocation was seen"
+    return peak - gradients
+
+
+@pytest.mark.parametrize("threads", [1, 2, 16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_library
+def test_memory_stays_below_the_inputs(dtype, threads):
+    queries, keys = Case(16384, 16384, 64).inputs(dtype)
+    inputs = queries.nbytes + keys.nbytes
+    # Beside small inputs several threads may keep scratch of up to 64 MiB; one stays below the inputs anyway.
+    assert memory_beyond_inputs_and_gradients(queries, keys, threads) <= (inputs if threads == 1 else 64 << 20)
+
+
+@pytest.mark.slow
+@needs_library
+def test_65536_pairs_in_the_memory_of_their_inputs_at_any_number_of_threads():
+    queries, keys = Case(65536, 65536, 512).inputs(torch.bfloat16)
+    assert memory_beyond_inputs_and_gradients(queries, keys, threads=64) <= queries.nbytes + keys.nbytes
+
+
+@needs_library
+def test_opcheck():
+    for dtype, symmetric in itertools.product([torch.float32, torch.bfloat16], [True, False]):
+        queries, keys = Case(70, 80, 33).inputs(dtype)
+        common = (queries, keys, torch.tensor(5.0), torch.arange(70))
+        torch.library.opcheck(torch.ops.mmkernels.info_nce_cpu_forward, (*common, symmetric, 0.1))
+        losses, row_lse, col_lse = torch.ops.mmkernels.info_nce_cpu_forward(*common, symmetric, 0.1)
+        for mask in ([True, True, True], [False, True, False]):
+            arguments = (torch.ones_like(losses), *common, row_lse, col_lse, symmetric, 0.1, mask)
+            torch.library.opcheck(torch.ops.mmkernels.info_nce_cpu_backward, arguments)
+
+
+@needs_library
+def test_compile_whole_graph_with_dynamic_shapes():
+    def loss(queries, keys, scale):
+        return mmkernels.info_nce(F.normalize(queries, dim=1), F.normalize(keys, dim=1), scale.exp(), impl="cpu")
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    for n in (33, 64, 130):
+        eager_inputs = [torch.randn(n, 24, requires_grad=True), torch.randn(n + 5, 24, requires_grad=True)]
+        eager_inputs.append(torch.tensor(1.5, requires_grad=True))
+        inputs = [x.detach().clone().requires_grad_() for x in eager_inputs]
+        compiled(*inputs).backward()
+        loss(*eager_inputs).backward()
+        for a, b in zip(inputs, eager_inputs, strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@needs_library
+def test_autocast(dtype):
+    queries, keys = (x.requires_grad_() for x in Case(100, 100, 32).inputs(torch.float32))
+    with torch.autocast("cpu", dtype=dtype):
+        loss = mmkernels.info_nce(queries, keys, 10.0, impl="cpu")
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, mmkernels.info_nce(queries.to(dtype), keys.to(dtype), 10.0))
+    loss.backward()
+    assert queries.grad.dtype == torch.float32
+
+
+@needs_library
+def test_a_scale_of_any_form():
+    queries, keys = Case(20, 20, 8).inputs(torch.float32)
+    expected = mmkernels.info_nce(queries, keys, 3.0)
+    for scale in (3, torch.tensor(3.0), torch.tensor([3.0]), torch.tensor([[3.0]], dtype=torch.float64)):
+        assert torch.equal(mmkernels.info_nce(queries, keys, scale), expected)
+    scale = torch.tensor([3.0], dtype=torch.float16, requires_grad=True)
+    mmkernels.info_nce(queries, keys, scale).backward()
+    assert scale.grad.shape == (1,)
+    assert scale.grad.dtype == torch.float16
+
+
+def test_float64_runs_in_the_reference():
+    queries, keys = Case(20, 20, 8).inputs(torch.float64)
+    assert mmkernels.info_nce(queries, keys, 3.0).dtype == torch.float64
+    with pytest.raises(RuntimeError, match=r"(?s)impl='cpu' cannot run.*triton:.*cpu: .*float64.*reference: can run"):
+        mmkernels.info_nce(queries, keys, 3.0, impl="cpu")
+
+
+def bad_inputs():
+    q, k = torch.zeros(4, 8), torch.zeros(6, 8)
+    return {
+        "queries: expected a tensor": (TypeError, ([1.0], k, 1.0), {}),
+        "keys: expected float32, bfloat16": (TypeError, (q, k.long(), 1.0), {}),
+        "keys: expected the dtype of queries": (TypeError, (q, k.half(), 1.0), {}),
+        "queries: expected 2 dimensions": (ValueError, (q[0], k, 1.0), {}),
+        "keys: expected 2 dimensions": (ValueError, (q, k[None], 1.0), {}),
+        "queries: expected at least one row": (ValueError, (q[:0], k, 1.0), {}),
+        "keys: expected at least one row": (ValueError, (q, k[:0], 1.0), {}),
+        "queries: expected D >= 1": (ValueError, (q[:, :0], k[:, :0], 1.0), {}),
+        "keys: expected D = 8": (ValueError, (q, k[:, :5], 1.0), {}),
+        "keys: expected device cpu": (ValueError, (q, k.to("meta"), 1.0), {}),
+        "logit_scale: expected one element": (ValueError, (q, k, torch.ones(2)), {}),
+        "logit_scale: expected a floating": (TypeError, (q, k, torch.tensor(3)), {}),
+        "logit_scale: expected a float or": (TypeError, (q, k, "3"), {}),
+        "targets: 6 queries and 4 keys": (ValueError, (k, q, 1.0), {}),
+        "targets: expected an int64 tensor": (TypeError, (q, k, 1.0), {"targets": [0, 1, 2, 3]}),
+        "targets: expected int64": (TypeError, (q, k, 1.0), {"targets": torch.zeros(4)}),
+        r"targets: expected shape \(4,\)": (ValueError, (q, k, 1.0), {"targets": torch.zeros(6).long()}),
+        "targets: expected indices of the 6 keys, 0 to 5, got 6": (
+            ValueError,
+            (q, k, 1.0),
+            {"targets": torch.tensor([0, 6, 1, 2])},
+        ),
+        "0 to 5, got -1": (ValueError, (q, k, 1.0), {"targets": torch.tensor([0, -1, 1, 2])}),
+        "label_smoothing: expected a float": (TypeError, (q, k, 1.0), {"label_smoothing": None}),
+        r"label_smoothing: expected a value in \[0, 1\], got 1.5": (ValueError, (q, k, 1.0), {"label_smoothing": 1.5}),
+        r"label_smoothing: expected a value in \[0, 1\], got nan": (
+            ValueError,
+            (q, k, 1.0),
+            {"label_smoothing": float("nan")},
+        ),
+        "reduction: expected": (ValueError, (q, k, 1.0), {"reduction": "avg"}),
+        "impl: expected 'auto' or one of": (ValueError, (q, k, 1.0), {"impl": "cuda13"}),
+        "query_groups, key_groups": (NotImplementedError, (q, k, 1.0), {"query_groups": torch.zeros(4)}),
+        "process_group": (NotImplementedError, (q, k, 1.0), {"process_group": object()}),
+    }
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("text", bad_inputs())
+def test_bad_input_is_named(text, impl):
+    error, arguments, options = bad_inputs()[text]
+    with pytest.raises(error, match=text):
+        mmkernels.info_nce(*arguments, **{"impl": impl, **options})
+
+
+def test_bad_input_is_named_under_compile():
+    compiled = torch.compile(lambda q, k: mmkernels.info_nce(q, k, 1.0))
+    with pytest.raises(ValueError, match="keys: expected D = 8"):
+        compiled(torch.zeros(4, 8), torch.zeros(6, 5))
+    whole = torch.compile(lambda q, k: mmkernels.info_nce(q, k, 1.0), fullgraph=True)
+    with pytest.raises(Exception, match="keys: expected D = 8"):
+        whole(torch.zeros(4, 8), torch.zeros(6, 5))
+
+
+def test_triton_is_refused_with_every_reason():
+    if torch.cuda.is_available() or _backends.triton_interprets():
+        pytest.skip("Triton can run here")
+    queries, keys = Case(4, 4, 4).inputs(torch.float32)
+    with pytest.raises(RuntimeError, match=r"(?s)impl='triton' cannot run.*triton: .+cpu: .+reference: can run"):
+        mmkernels.info_nce(queries, keys, 1.0, impl="triton")
+
+
+@pytest.mark.parametrize("fault", ["zero", "off by one"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_budget_fails_for(fault, dtype):
+    case = Case(257, 257, 64)
+    queries, keys = case.inputs(dtype)
+    exact = run(queries.double(), keys.double(), case.scale, "reference")
+    eager = run_eager(queries, keys, case.scale)
+    if fault == "zero":
+        wrong = [torch.zeros_like(x) for x in eager]
+    else:
+        shifted = (torch.arange(257) + 1).clamp(max=256)
+        wrong = run(queries, keys, case.scale, "reference", targets=shifted)
+    for a, b, c in zip(wrong, eager, exact, strict=True):
+        with pytest.raises(AssertionError, match=r"error .* budget"):
+            assert_within_budget(a.to(b.dtype), b, c, dtype=dtype)

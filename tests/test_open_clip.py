@@ -1,0 +1,64 @@
+"""mmkernels.ClipLoss against the real open_clip class: the same constructor, calls, losses and gradients."""
+
+import inspect
+
+import pytest
+import torch
+
+import mmkernels
+from mmkernels.testing import features
+
+open_clip = pytest.importorskip("open_clip.loss")
+
+
+def step(loss_class, n, bias=None, **call):
+    images = features(n, 96, seed=1).requires_grad_()
+    texts = features(n, 96, seed=2, like=images.detach(), mean_cosine=0.2).requires_grad_()
+    scale = torch.tensor(2.5).exp().requires_grad_()
+    leaves = [images, texts, scale]
+    if bias is not None:
+        bias = torch.tensor(bias, requires_grad=True)
+        leaves.append(bias)
+        call["logit_bias"] = bias
+    loss = loss_class(cache_labels=True)(images, texts, scale, **call)
+    value = loss["contrastive_loss"] if isinstance(loss, dict) else loss
+    return loss, value, torch.autograd.grad(3 * value, leaves)
+
+
+@pytest.mark.parametrize("n", [1, 2, 63, 300])
+@pytest.mark.parametrize("bias", [None, -10.0])
+@pytest.mark.parametrize("output_dict", [False, True])
+def test_loss_and_gradients_are_open_clips(n, bias, output_dict):
+    ours, value, grads = step(mmkernels.ClipLoss, n, bias, output_dict=output_dict)
+    theirs, expected, expected_grads = step(open_clip.ClipLoss, n, bias, output_dict=output_dict)
+    assert type(ours) is type(theirs)
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=2e-6)
+    for a, b in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-6)
+
+
+def test_same_constructor_and_call():
+    for name in ("__init__", "forward"):
+        ours = inspect.signature(getattr(mmkernels.ClipLoss, name)).parameters
+        theirs = inspect.signature(getattr(open_clip.ClipLoss, name)).parameters
+        assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in theirs.values()]
+
+
+def test_state_dict_is_empty_like_open_clips():
+    assert mmkernels.ClipLoss().state_dict() == open_clip.ClipLoss().state_dict()
+
+
+@pytest.mark.parametrize("options", [{"world_size": 2}, {"use_horovod": True}])
+def test_more_ranks_are_refused(options):
+    with pytest.raises(NotImplementedError, match="world_size: expected 1"):
+        mmkernels.ClipLoss(**options)
+
+
+def test_nan_bias_shows():
+    images = features(4, 8)
+    assert mmkernels.ClipLoss()(images, images, 5.0, logit_bias=torch.tensor(float("nan"))).isnan()
+
+
+def test_shapes_are_checked():
+    with pytest.raises(ValueError, match="text_features: expected the shape of image_features"):
+        mmkernels.ClipLoss()(torch.zeros(4, 8), torch.zeros(5, 8), 1.0)
