@@ -50,7 +50,8 @@ class VisionConfig:
     heads: int = 12
     stem: tuple[int, ...] = ()
     stem_depths: tuple[int, ...] = ()
-    pool: Literal["class", "mean"] = "class"  # the class token, as CLIP; or the mean of all, which learns faster
+    # The class token, as CLIP; the mean of all tokens; or all patches side by side, which keeps what is where.
+    pool: Literal["class", "mean", "grid"] = "class"
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ PRESETS: dict[str, ClipConfig] = {
     # What two CPU cores train in ten minutes.
     "tiny": ClipConfig(
         embed_dim=256,
-        vision=VisionConfig(48, 16, 256, 1, 4, (32, 64, 128, 256), (0, 1, 1, 1), "mean"),
+        vision=VisionConfig(48, 16, 256, 1, 4, (32, 64, 128, 256), (0, 1, 1, 1), "grid"),
         text=TextConfig(32, 16384, 192, 2, 3),
         scale=20.0,
         centred=True,
@@ -106,7 +107,7 @@ PRESETS: dict[str, ClipConfig] = {
     # An hour or more on two cores.
     "small": ClipConfig(
         embed_dim=256,
-        vision=VisionConfig(48, 16, 256, 2, 4, (32, 64, 128, 256), (0, 1, 1, 2), "mean"),
+        vision=VisionConfig(48, 16, 256, 2, 4, (32, 64, 128, 256), (0, 1, 1, 2), "grid"),
         text=TextConfig(32, 16384, 192, 2, 3),
         scale=20.0,
         centred=True,
@@ -137,7 +138,8 @@ class VisionTransformer(nn.Module):
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, config.layers, config.heads, quick_gelu=quick_gelu)
         self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
+        pooled = width * (tokens - 1) if config.pool == "grid" else width
+        self.proj = nn.Parameter(pooled**-0.5 * torch.randn(pooled, embed_dim))
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, S, S] -> features [B, E]."""
@@ -145,8 +147,9 @@ class VisionTransformer(nn.Module):
         x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         x = self.ln_pre(x + self.positional_embedding.to(x.dtype))
         x = self.transformer(x)
-        pooled = x[:, 0] if self.pool == "class" else x.mean(1)
-        return self.ln_post(pooled) @ self.proj
+        if self.pool == "grid":
+            return self.ln_post(x[:, 1:]).flatten(1) @ self.proj
+        return self.ln_post(x[:, 0] if self.pool == "class" else x.mean(1)) @ self.proj
 
 
 class CLIP(nn.Module):
@@ -503,8 +506,13 @@ def train_run(
     return trainer, splits
 
 
-def evaluate_run(model: CLIP, splits: Splits, out: Path, *, validation: bool = False) -> dict[str, Any]:
-    """Print the tables of a model, and write ``report.json`` and the pictures to ``out``."""
+def evaluate_run(
+    model: CLIP, splits: Splits, out: Path, *, validation: bool = False, batch_size: int | None = None
+) -> dict[str, Any]:
+    """Print the tables of a model, and write ``report.json`` and the pictures to ``out``.
+
+    ``batch_size``, the captions in a training batch, places the chance line in the plot of the loss.
+    """
     from models import plots
     from models.clip_eval import Encoder, evaluate, print_report, save_report
 
@@ -528,7 +536,7 @@ def evaluate_run(model: CLIP, splits: Splits, out: Path, *, validation: bool = F
     plots.retrievals(images, texts, gallery, out / "retrieval.png")
     history = read_history(out)
     if history:
-        plots.curves(history, out / "curves.png")
+        plots.curves(history, out / "curves.png", math.log(batch_size) if batch_size else None)
     names = ("curves.png", "similarity.png", "retrieval.png", "report.json")
     written = ", ".join(str(out / name) for name in names if (out / name).exists())
     console.print(f"written: {written}", highlight=False, soft_wrap=True)
@@ -636,7 +644,7 @@ def eval_command(
     splits = load_data(_data_of(run, data), bad)
     _announce(splits, bad)
     folder = out or (checkpoint if checkpoint.is_dir() else checkpoint.parent)
-    evaluate_run(model, splits, folder, validation=validation)
+    evaluate_run(model, splits, folder, validation=validation, batch_size=run.batch_size)
 
 
 @app.command()

@@ -58,17 +58,17 @@ class Encoder:
         return torch.stack(rows)
 
 
-def retrieval(images: Tensor, texts: Tensor, baseline_scores: Tensor) -> dict[str, dict[str, Retrieval]]:
-    """Both directions of one gallery, from features [n, E] and the baseline's scores [n, n]."""
+def retrieval(images: Tensor, texts: Tensor, baselines: Mapping[str, Tensor]) -> dict[str, dict[str, Retrieval]]:
+    """Both directions of one gallery, from features [n, E] and the scores [n, n] of each baseline."""
     return {
         "image to text": {
             "model": Retrieval.from_ranks(ranks_of_diagonal(images, texts)),
-            "pixels": Retrieval.from_ranks(ranks_of_scores(baseline_scores)),
+            **{name: Retrieval.from_ranks(ranks_of_scores(scores)) for name, scores in baselines.items()},
             "chance": Retrieval.chance(len(images)),
         },
         "text to image": {
             "model": Retrieval.from_ranks(ranks_of_diagonal(texts, images)),
-            "pixels": Retrieval.from_ranks(ranks_of_scores(baseline_scores.T.contiguous())),
+            **{name: Retrieval.from_ranks(ranks_of_scores(scores.T)) for name, scores in baselines.items()},
             "chance": Retrieval.chance(len(images)),
         },
     }
@@ -87,18 +87,22 @@ def evaluate(encoder: Encoder, splits: Splits, sets: Mapping[str, ImageTextSet] 
     """
     encoder.model.eval()
     train = splits.train
-    pixels = PixelBaseline(train.images, train.concept_ids, [c.name for c in train.concepts])
+    names = [c.name for c in train.concepts]
+    pixels = PixelBaseline(train.images, train.concept_ids, names)
+    unframed = PixelBaseline(train.plain, train.concept_ids, names) if train.plain is not None else None
     report: dict[str, Any] = {"data": splits.name, "notes": list(splits.notes), "sets": {}}
     prototypes = {name: encoder.classes(words, splits.templates) for name, words in splits.label_sets.items()}
     for name, data in (splits.tests if sets is None else sets).items():
         full = data.gallery()
         images, texts = encoder.images(full.images), encoder.texts(full.names())
-        scores = pixels.scores(full.images, full.concept_ids, full.names())
+        scores = {"pixels": pixels.scores(full.images, full.concept_ids, full.names())}
+        if unframed is not None and full.plain is not None:
+            scores["pixels, unframed"] = unframed.scores(full.plain, full.concept_ids, full.names())
         row_of = {concept: row for row, concept in enumerate(full.concept_ids.tolist())}
         entry: dict[str, Any] = {"retrieval": {}, "zero_shot": {}}
         for kind, part in galleries(data, splits.gallery_limit).items():
             rows = torch.tensor([row_of[c] for c in part.concept_ids.tolist()])
-            result = retrieval(images[rows], texts[rows], scores[rows][:, rows])
+            result = retrieval(images[rows], texts[rows], {who: s[rows][:, rows] for who, s in scores.items()})
             entry["retrieval"][kind] = {"size": len(part)} | {
                 way: {who: as_dict(value) for who, value in found.items()} for way, found in result.items()
             }
@@ -128,7 +132,7 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     for name, entry in report["sets"].items():
         for kind, found in entry["retrieval"].items():
             for way in ("image to text", "text to image"):
-                for who in ("model", "pixels", "chance"):
+                for who in found[way]:
                     value, first = found[way][who], who == "model"
                     table.add_row(
                         name if first and way == "image to text" else "",

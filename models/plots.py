@@ -54,7 +54,8 @@ def similarity(images: Tensor, texts: Tensor, data: ImageTextSet, path: Path) ->
     cosines = (texts @ images.T).numpy()
     figure = Figure(figsize=(3.4 + 0.34 * n, 1.2 + 0.34 * n), layout="constrained")
     axes: Axes = figure.subplots()
-    shown = axes.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1)
+    limit = max(0.1, float(np.abs(cosines).max()))
+    shown = axes.imshow(cosines, cmap="RdBu_r", vmin=-limit, vmax=limit)
     for column in range(n):
         best = int(cosines[:, column].argmax())
         colour = RIGHT if best == column else WRONG
@@ -84,7 +85,7 @@ def retrievals(
     figure = Figure(figsize=(15, 1.25 * queries + 0.9), layout="constrained")
     panels = np.asarray(figure.subfigures(1, 2, width_ratios=[1.15, 1]))
     left, right = panels.tolist()
-    left.suptitle("caption → images", fontsize=13)
+    left.suptitle("caption → images (green frame: the right one)", fontsize=13)
     grid = left.subplots(queries, top + 1, squeeze=False, width_ratios=[2.2] + [1] * top)
     for row, axes_row in enumerate(grid):
         axes_row[0].axis("off")

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from models.checkpoint import CheckpointError, load_newest, prune, save_checkpoint, step_path
 
-console = Console()
+# Tables and lines in a log file need not fit the 80 columns that rich assumes there.
+console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 @dataclass

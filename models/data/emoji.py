@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.data.sets import BadDataError, BadDataLog, Concept, ImageTextSet, Splits, decode_image
+from models.data.sets import (
+    BadDataError,
+    BadDataLog,
+    Concept,
+    ImageTextSet,
+    Splits,
+    fit_square,
+    open_image,
+    to_tensor,
+)
 
 TONES = {chr(c) for c in range(0x1F3FB, 0x1F400)}
 ZWJ, VS16 = "\u200d", "\ufe0f"
@@ -290,8 +300,15 @@ def style(name: str, cache_dir: Path) -> Style:
     raise ValueError(f"no drawing style {name!r}; there are {', '.join([*PIP_STYLES, *NPM_STYLES])}")
 
 
-def load_style(name: str, size: int, cache_dir: Path, bad: BadDataLog) -> dict[str, Tensor]:
-    """The drawings of one style by emoji code, uint8 [4, size, size]; rendered once, then kept under ``cache_dir``."""
+class Drawing(NamedTuple):
+    """One emoji in one style: framed as the model sees it, and small and unframed for the pixel baseline."""
+
+    image: Tensor  # uint8 [4, size, size]
+    plain: Tensor  # uint8 [4, 16, 16]
+
+
+def load_style(name: str, size: int, cache_dir: Path, bad: BadDataLog) -> dict[str, Drawing]:
+    """The drawings of one style by emoji code; rendered once, then kept under ``cache_dir``."""
     source = style(name, cache_dir)
     known = {entry.code for entry in catalogue()}
     path = cache_dir / f"emoji-{name}-{source.version()}-{size}.safetensors"
@@ -299,16 +316,18 @@ def load_style(name: str, size: int, cache_dir: Path, bad: BadDataLog) -> dict[s
         try:
             with safe_open(path, "pt") as file:
                 codes = file.metadata()["codes"].split()
-                return dict(zip(codes, file.get_tensor("images"), strict=True))
+                pairs = zip(file.get_tensor("images"), file.get_tensor("plain"), strict=True)
+                return {code: Drawing(*pair) for code, pair in zip(codes, pairs, strict=True)}
         except (SafetensorError, ValueError, KeyError):
             path.unlink()  # a cache is cheap to make again
-    drawings: dict[str, Tensor] = {}
+    drawings: dict[str, Drawing] = {}
     skipped = len(bad)
     for code, file_name, draw in source.files():
         if code not in known or code in drawings:
             continue
         try:
-            drawings[code] = decode_image(draw(2 * size), size, name=file_name)
+            image = open_image(draw(2 * size), name=file_name)
+            drawings[code] = Drawing(fit_square(image, size), to_tensor(image, 16))
         except BadDataError as error:
             bad.report(file_name, str(error).removeprefix(f"{file_name}: "))
         except (OSError, ValueError) as error:
@@ -318,7 +337,8 @@ def load_style(name: str, size: int, cache_dir: Path, bad: BadDataLog) -> dict[s
     if len(bad) == skipped:  # a cache would hide the count of bad files from the next run
         cache_dir.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        save_file({"images": torch.stack(list(drawings.values()))}, temporary, {"codes": " ".join(drawings)})
+        images, plain = (torch.stack(list(part)) for part in zip(*drawings.values(), strict=True))
+        save_file({"images": images, "plain": plain}, temporary, {"codes": " ".join(drawings)})
         temporary.replace(path)
     return drawings
 
@@ -335,13 +355,13 @@ def pixel_features(images: Tensor, side: int = 16) -> Tensor:
     return F.normalize(small - small.mean(1, keepdim=True), dim=1, eps=1e-6)
 
 
-def near_copies(drawings: Mapping[str, Tensor], reference: Mapping[str, Tensor], threshold: float) -> set[str]:
+def near_copies(drawings: Mapping[str, Drawing], reference: Mapping[str, Drawing], threshold: float) -> set[str]:
     """Codes drawn all but alike in both styles: cosine of 32 x 32 centred pixels above ``threshold``."""
     shared = sorted(drawings.keys() & reference.keys())
     if not shared:
         return set()
-    a = pixel_features(torch.stack([drawings[c] for c in shared]), 32)
-    b = pixel_features(torch.stack([reference[c] for c in shared]), 32)
+    a = pixel_features(torch.stack([drawings[c].image for c in shared]), 32)
+    b = pixel_features(torch.stack([reference[c].image for c in shared]), 32)
     return {code for code, cosine in zip(shared, (a * b).sum(1).tolist(), strict=True) if cosine > threshold}
 
 
@@ -408,7 +428,7 @@ def load_emoji(config: EmojiConfig, bad: BadDataLog | None = None) -> Splits:
             else near_copies(drawings[name], drawings[config.test_style], config.near_copy)
         )
         for code in sorted(drawings[name], key=index.__getitem__):
-            digest = _digest(drawings[name][code])
+            digest = _digest(drawings[name][code].image)
             if digest in seen:
                 del drawings[name][code]
                 repeated += 1
@@ -431,10 +451,9 @@ def load_emoji(config: EmojiConfig, bad: BadDataLog | None = None) -> Splits:
         ]
         if not picked:
             raise BadDataError(f"no drawing is left for the styles {', '.join(styles)}")
-        images, concept_ids, style_ids = zip(*picked, strict=True)
-        return ImageTextSet(
-            torch.stack(images), torch.tensor(concept_ids), torch.tensor(style_ids), concepts, list(styles)
-        )
+        drawn, concept_ids, style_ids = zip(*picked, strict=True)
+        images, plain = torch.stack([d.image for d in drawn]), torch.stack([d.plain for d in drawn])
+        return ImageTextSet(images, torch.tensor(concept_ids), torch.tensor(style_ids), concepts, list(styles), plain)
 
     def is_held(code: str) -> bool:
         return entries[code].family in held

@@ -45,13 +45,18 @@ class Concept:
 
 @dataclass
 class ImageTextSet:
-    """Images [n, 4, S, S] (uint8, straight alpha), each with the index of its concept and of its style."""
+    """Images [n, 4, S, S] (uint8, straight alpha), each with the index of its concept and of its style.
+
+    ``plain``, where the source keeps it, holds small versions of the same images [n, 4, s, s] without framing: a pixel
+    baseline on them shows how much the framing alone gives.
+    """
 
     images: Tensor
     concept_ids: Tensor
     style_ids: Tensor
     concepts: Sequence[Concept]
     styles: Sequence[str]
+    plain: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = len(self.images)
@@ -73,7 +78,9 @@ class ImageTextSet:
 
     def select(self, rows: Tensor) -> ImageTextSet:
         """The images of ``rows``; concepts and styles keep their indices."""
-        return ImageTextSet(self.images[rows], self.concept_ids[rows], self.style_ids[rows], self.concepts, self.styles)
+        plain = self.plain[rows] if self.plain is not None else None
+        ids, styles = self.concept_ids[rows], self.style_ids[rows]
+        return ImageTextSet(self.images[rows], ids, styles, self.concepts, self.styles, plain)
 
     def rows_by_concept(self) -> dict[int, list[int]]:
         """The rows that show each concept, in order."""
@@ -159,20 +166,28 @@ class BadDataLog:
         return f"skipped {len(self.files)} bad file(s): {', '.join(self.files[:3])}{more}"
 
 
-def decode_image(data: bytes, size: int, *, name: str) -> Tensor:
-    """Decode an image file's bytes to uint8 [4, size, size], its content cropped square and scaled.
-
-    Raises :class:`BadDataError`, naming ``name``, where the bytes are no whole image.
-    """
+def open_image(data: bytes, *, name: str) -> Image.Image:
+    """Decode an image file's bytes; raises :class:`BadDataError`, naming ``name``, where they are no whole image."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()  # decodes all of it: a truncated file shows only now
-            rgba = image.convert("RGBA")
+            return image.convert("RGBA")
     except UnidentifiedImageError:
         raise BadDataError(f"{name}: not an image") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadDataError(f"{name}: cannot be decoded ({error})") from error
-    return fit_square(rgba, size)
+
+
+def decode_image(data: bytes, size: int, *, name: str) -> Tensor:
+    """Decode an image file's bytes to uint8 [4, size, size], framed by :func:`fit_square`."""
+    return fit_square(open_image(data, name=name), size)
+
+
+def to_tensor(image: Image.Image, size: int) -> Tensor:
+    """Scale a square RGBA image to uint8 [4, size, size]."""
+    # "RGBa" is premultiplied: scaling straight alpha would bleed the colour of invisible pixels into the edges.
+    scaled = image.convert("RGBa").resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0).convert("RGBA")
+    return torch.from_numpy(np.array(scaled)).permute(2, 0, 1).contiguous()
 
 
 def fit_square(image: Image.Image, size: int, *, margin: float = 0.04) -> Tensor:
@@ -193,9 +208,7 @@ def fit_square(image: Image.Image, size: int, *, margin: float = 0.04) -> Tensor
         side = max(1, round(max(image.size) * (1 + 2 * margin)))
         square = Image.new("RGBA", (side, side))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    # "RGBa" is premultiplied: scaling straight alpha would bleed the colour of invisible pixels into the edges.
-    scaled = square.convert("RGBa").resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0).convert("RGBA")
-    return torch.from_numpy(np.array(scaled)).permute(2, 0, 1).contiguous()
+    return to_tensor(square, size)
 
 
 def read_image(path: Path, size: int) -> Tensor:

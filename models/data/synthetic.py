@@ -74,7 +74,7 @@ def load_synthetic(size: int = 32, seed: int = 0) -> Splits:
     """320 captions ("a red circle at the top") in three styles: the third is the new style, a tenth is unseen."""
     concepts, images, styles = [], {}, STYLES
     for colour, shape, (place, where) in itertools.product(COLOURS, SHAPES, PLACES.items()):
-        name = f"a {colour} {shape} {place}"
+        name = f"{'an' if colour == 'orange' else 'a'} {colour} {shape} {place}"
         concepts.append(Concept(name, group=name, keywords=(colour, shape), labels={"shape": shape, "colour": colour}))
         for style in styles:
             drawn = _draw(shape, COLOURS[colour], where, style, size)

@@ -15,6 +15,7 @@ from models.data import BadDataError, BatchPlan, Splits, Tokenizer
 from models.data.augment import Augment, prepare
 from models.data.captions import sample_caption
 from models.data.emoji import (
+    Drawing,
     EmojiConfig,
     catalogue,
     code_of,
@@ -108,7 +109,8 @@ def test_near_copies_are_found() -> None:
     almost = images.clone()
     almost[0, 0, 0, 0] ^= 4
     almost[1] = almost[2]
-    style, reference = dict(zip("abc", almost, strict=True)), dict(zip("abc", images, strict=True))
+    style = {code: Drawing(image, image) for code, image in zip("abc", almost, strict=True)}
+    reference = {code: Drawing(image, image) for code, image in zip("abc", images, strict=True)}
     assert near_copies(style, reference, 0.97) == {"a", "c"}
 
 
@@ -145,7 +147,8 @@ def test_damaged_cache_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
     cached = next((tmp_path / "cache").iterdir())
     cached.write_bytes(cached.read_bytes()[:-5])
     again = load_style("twemoji", 16, tmp_path / "cache", BadDataLog())
-    assert torch.equal(first["1f600"], again["1f600"])
+    assert torch.equal(first["1f600"].image, again["1f600"].image)
+    assert torch.equal(first["1f600"].plain, again["1f600"].plain)
 
 
 def test_batches_are_a_function_of_the_step(synthetic: Splits) -> None:

@@ -99,6 +99,7 @@ def test_small_vocabulary_keeps_common_words_whole() -> None:
     text = ["a face with tears of joy"]
     ids = small(text)
     assert int(ids.max()) == 4095
+    assert max(small._bpe.encoder.values()) == 4093, "the last two ids are start and end"
     assert small._bpe.decode(ids[0, 1 : int(ids.argmax())].tolist()).strip() == text[0]
     common = full(["the face"])[0]
     assert torch.equal(small(["the face"])[0, 1:3], common[1:3])
