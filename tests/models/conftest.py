@@ -13,9 +13,9 @@ from accelerate.state import AcceleratorState, GradientState
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from models.clip import PRESETS, DataConfig  # noqa: E402
-from models.data import Splits  # noqa: E402
-from models.data.synthetic import load_synthetic  # noqa: E402
+from models.clip import PRESETS, DataConfig
+from models.data import Splits
+from models.data.synthetic import load_synthetic
 
 
 @pytest.fixture(autouse=True)

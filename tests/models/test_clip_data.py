@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from models.data import BadDataError, BatchPlan, Splits, Tokenizer
 from models.data.augment import Augment, prepare
 from models.data.captions import sample_caption
 from models.data.emoji import (
+    DEMO_STYLES,
     Drawing,
     EmojiConfig,
     catalogue,
@@ -344,3 +346,41 @@ def test_synthetic_drawings_differ_and_unseen_stay_out() -> None:
         digests = _digests(data)
         assert len(set(digests)) == len(digests)
         assert (data.images[:, 3] > 0).flatten(1).any(1).all()
+
+
+def _icon_set(cache: Path) -> None:
+    """A fetched npm package with four icons, as Iconify lays it out."""
+    folder = cache / "npm" / "iconify-json-fxemoji" / "package"
+    folder.mkdir(parents=True)
+    dot = {"body": '<circle cx="256" cy="256" r="200" fill="#f00"/>'}
+    icons = {"grinningface": dot, "beer-mug": dot, "no-such-thing": dot, "sign": dot}
+    aliases = {"dog-face": {"parent": "sign"}, "cat-face": {"parent": "sign", "hFlip": True}}
+    (folder / "icons.json").write_text(json.dumps({"icons": icons, "aliases": aliases, "width": 512, "height": 512}))
+    (folder / "package.json").write_text(json.dumps({"version": "1.2.3"}))
+
+
+def test_icon_sets_are_matched_by_name_and_alias(tmp_path: Path) -> None:
+    _icon_set(tmp_path)
+    drawings = load_style("fxemoji", 16, tmp_path, BadDataLog())
+    # A mirrored alias is another picture and names nothing.
+    assert sorted(drawings) == ["1f37a", "1f436", "1f600"]
+    image = drawings["1f600"].image
+    assert image[:, 8, 8].tolist() == [255, 0, 0, 255]
+    assert (tmp_path / "emoji-fxemoji-1.2.3-16.safetensors").is_file()
+
+
+def test_styles_from_npm_are_left_out_where_npm_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from models.clip import pick_styles
+
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.chdir(tmp_path)
+    assert pick_styles("all") == DEMO_STYLES
+    assert "npm is not on this machine" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match=r"@iconify-json/fxemoji is fetched by npm, which is not"):
+        load_style("fxemoji", 16, tmp_path, BadDataLog())
+    _icon_set(tmp_path / "runs" / "cache")
+    assert pick_styles("all") == (*DEMO_STYLES, "fxemoji")
+    assert pick_styles("all", "noto") == ("openmoji", "openmoji-flat", "openmoji-line", "fxemoji")
+    assert pick_styles("noto, openmoji") == ("noto", "openmoji")
