@@ -14,9 +14,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.0e38)
 # A tile whose rows and columns all sum to over 2^-32 of its largest exponential needs one exponential an entry: then
 # s - peak rounds away no more than the logits were rounded by.
-_LEAST_SUM = tl.constexpr(2.0**-8)
+_LEAST_SUM = tl.constexpr(2.0**-32)
 # A tile whose log-sum-exps lie within 2^32 needs one exponential an entry in the backward pass, for the same reason.
-_BACKWARD_SPREAD = tl.constexpr(8.0)
+_BACKWARD_SPREAD = tl.constexpr(32.0)
 _BAND = tl.constexpr(8)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
