@@ -188,7 +188,7 @@ def _read_nvidia(compiled: Any, gpu: Gpu, num_warps: int) -> Compiled:
         blocks = min(blocks, 512 // tensor_memory)
     return Compiled(
         registers, spilled, shared, tensor_memory,
-        len(re.findall(gpu.matrix, code)), len(re.findall(r"MMA\S*TF32", code)),
+        len(re.findall(gpu.matrix, code)), len(re.findall(r"\btf32\b", compiled.asm["ptx"])),
         blocks, blocks * num_warps / gpu.max_warps,
     )  # fmt: skip
 

@@ -61,8 +61,9 @@ def with_constants(case, **constants):
     return dataclasses.replace(case, constants=tuple((dict(case.constants) | constants).items()))
 
 
-def test_the_check_notices_tf32():
-    case = with_constants(case_of("product_kernel", "sm_80", "ieee"), PRECISION="tf32")
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "sm_100"])
+def test_the_check_notices_tf32(gpu):
+    case = with_constants(case_of("product_kernel", gpu, "ieee"), PRECISION="tf32")
     assert any("TF32" in fault for fault in gpu_bounds.faults(case, gpu_bounds.compile_case(case)))
 
 
