@@ -69,7 +69,7 @@ def similarity(images: Tensor, texts: Tensor, data: ImageTextSet, path: Path) ->
     axes.set_yticks(range(n), [textwrap.shorten(name, 34, placeholder="…") for name in data.names()], fontsize=8)
     axes.set_xlabel("each image's best caption: green where it is the right one, red where it is not")
     figure.colorbar(shown, ax=axes, shrink=0.6, label="cosine")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")  # the layout engine forgets the labels beside inset axes
 
 
 def retrievals(

@@ -354,7 +354,7 @@ def _icon_set(cache: Path) -> None:
     folder.mkdir(parents=True)
     dot = {"body": '<circle cx="256" cy="256" r="200" fill="#f00"/>'}
     icons = {"grinningface": dot, "beer-mug": dot, "no-such-thing": dot, "sign": dot}
-    aliases = {"dog-face": {"parent": "sign"}, "cat-face": {"parent": "sign", "hFlip": True}}
+    aliases = {"dog-face": {"parent": "sign"}, "cat-face": {"parent": "no-such-thing", "hFlip": True}}
     (folder / "icons.json").write_text(json.dumps({"icons": icons, "aliases": aliases, "width": 512, "height": 512}))
     (folder / "package.json").write_text(json.dumps({"version": "1.2.3"}))
 
