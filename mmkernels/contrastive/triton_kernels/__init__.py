@@ -10,8 +10,8 @@ holds 64 rows x 512 features at most: its narrow tiles are bound by the L2 cache
 computes dS once more (2 G more at D = 1024, 6 G more at D = 2048).
 
 Memory beyond inputs and outputs, in bytes, e = bytes of an element:
-    forward   4 N + 8 (min(32, N / tile) M + min(32, M / tile) N)
-    backward  one strip: at most max(32 MiB, 128 e max(N, M)); partial products: at most 32 MiB + 512 KiB; O(N + M)
+    forward   12 N + 8 (min(32, N / tile) M + min(32, M / tile) N)
+    backward  12 N + 4 M; one strip, at most max(32 MiB, 128 e max(N, M)); partial products, at most 32.5 MiB
     and a padded copy of the features where D or the row stride is no multiple of 16 or the address none of 16 bytes.
 
 No atomics: results are the same bits from run to run. Logits are in base 2 inside the kernels: 2^x is one instruction.
