@@ -19,7 +19,7 @@ TRAIN = ["--data", "synthetic", "--preset", "nano", "--batch-size", "48", "--lr"
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run on synthetic data."""
     out = tmp_path_factory.mktemp("runs") / "smoke"
-    assert main(["train", "--out", str(out), "--steps", "60", *TRAIN]) == 0
+    assert main(["train", "--out", str(out), "--steps", "200", *TRAIN]) == 0
     return out
 
 
@@ -31,7 +31,8 @@ def test_eval_writes_report_and_pictures(run: Path, capsys: pytest.CaptureFixtur
     found = next(iter(entry["retrieval"].values()))
     n = found["size"]
     assert found["image to text"]["chance"]["r5"] == pytest.approx(5 / n)
-    assert found["image to text"]["model"]["r10"] > 3 * 10 / n, "sixty steps must beat chance"
+    model, chance = (found["image to text"][name]["median_rank"] for name in ("model", "chance"))
+    assert model < 0.6 * chance, "two hundred steps must beat chance"
     assert set(entry["zero_shot"]) == {"shape", "colour"}
     assert entry["zero_shot"]["colour"]["majority"] < 0.3
     for name in ("curves.png", "similarity.png", "retrieval.png"):
