@@ -25,8 +25,8 @@ constexpr int64_t kTileStride = kMaxRows + 16;
 // A panel of this many words fits in L1 beside the other operand.
 constexpr int64_t kWordsInL1 = 256;
 constexpr int64_t kPanelElements = kMaxRows * 512;
-// Threads may hold this much scratch even where it is more than the features take.
-constexpr int64_t kFreeScratchBytes = int64_t{64} << 20;
+// What may be held beside inputs and gradients even where it is more than the inputs take.
+constexpr int64_t kFreeBytes = int64_t{64} << 20;
 
 constexpr float kNegativeInfinity = -__builtin_inff();
 
@@ -574,8 +574,7 @@ Tiling choose_tiling(const Logits& x, bool backward, int64_t threads) {
   // All that is held beside inputs and gradients stays within the size of the inputs: statistics, some ten floats a
   // row; for half precision the low halves of the accumulators; and scratch, which bounds the threads.
   const int64_t held = (n + m) * 48 + (element == 2 ? m * x.size * 2 : 0);
-  const int64_t features = (n + m) * x.size * element - held;
-  const int64_t allowed = std::max(features, kFreeScratchBytes) / (t.scratch_floats * 4);
+  const int64_t allowed = (std::max((n + m) * x.size * element, kFreeBytes) - held) / (t.scratch_floats * 4);
   // A small problem is over before a second thread has woken up.
   const bool small = n * m * x.size < (int64_t{1} << 20);
   t.threads = small ? 1 : std::max<int64_t>(1, std::min({threads, t.panels, allowed}));
