@@ -11,7 +11,7 @@ computes dS once more (2 G more at D = 1024, 6 G more at D = 2048).
 
 Memory beyond inputs and outputs, in bytes, e = bytes of an element:
     forward   12 N + 8 (min(32, N / tile) M + min(32, M / tile) N)
-    backward  12 N + 4 M; one strip, at most max(32 MiB, 128 e max(N, M)); partial products, at most 32.5 MiB
+    backward  12 N + 4 M; one strip, at most max(128 rows, min(32 MiB, a quarter of dS)); partial products, 32.5 MiB
     and a padded copy of the features where D or the row stride is no multiple of 16 or the address none of 16 bytes.
 
 No atomics: results are the same bits from run to run. Logits are in base 2 inside the kernels: 2^x is one instruction.
@@ -175,6 +175,8 @@ def _product_side(logits: _Logits, of_keys: bool, factor: Tensor, grad: Tensor |
     width = _round_up(num_y, 64)
     element = x.element_size()
     strip_rows = min(_STRIP_BYTES // (element * width), _STRIP_BYTES // (4 * D)) // _STRIP_ROWS * _STRIP_ROWS
+    # A quarter of dS at most: the whole of it is never stored, however small it is.
+    strip_rows = min(strip_rows, _round_up(triton.cdiv(num_x, 4), _STRIP_ROWS))
     strip_rows = min(max(strip_rows, _STRIP_ROWS), num_x)
     tiles = triton.cdiv(strip_rows, product.block_m) * triton.cdiv(D, product.block_n)
     steps = width // product.block_k
