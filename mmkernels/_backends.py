@@ -13,6 +13,7 @@ logger = logging.getLogger("mmkernels")
 # Every op and its implementations, best first: the order in which impl="auto" tries them.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "info_nce": ("triton", "cpu", "reference"),
+    "divided_attention": ("triton", "cpu", "reference"),
 }
 
 _library = torch.library.Library("mmkernels", "FRAGMENT")
@@ -53,11 +54,16 @@ def unavailable(impl: str) -> str | None:
     return None
 
 
-def refuses(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why `impl` cannot take tensors of this device and dtype here; None if it can."""
+def refuses(impl: str, device_type: str, dtype: torch.dtype, limit: str | None = None) -> str | None:
+    """Why `impl` cannot take tensors of this device and dtype here; None if it can.
+
+    `limit` is a reason of the call's own for which no compiled kernel takes it.
+    """
     reason = unavailable(impl)
     if reason is not None or impl == "reference":
         return reason
+    if limit is not None:
+        return limit
     device = "cpu" if impl == "cpu" or triton_interprets() else "cuda"
     if device_type != device:
         return f"it takes {device} tensors, and these are on {device_type}"
@@ -66,16 +72,16 @@ def refuses(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def choose(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str:
+def choose(op: str, impl: str, device_type: str, dtype: torch.dtype, limit: str | None = None) -> str:
     """The implementation of `op` to run. "auto" takes the best that can; any other name runs or raises."""
     names = IMPLEMENTATIONS[op]
     if impl == "auto":
-        return _choose_auto(op, device_type, dtype)
+        return _choose_auto(op, device_type, dtype, limit)
     if impl not in names:
         raise ValueError(f"impl: expected 'auto' or one of {', '.join(map(repr, names))}, got {impl!r}")
-    if refuses(impl, device_type, dtype) is None:
+    if refuses(impl, device_type, dtype, limit) is None:
         return impl
-    reasons = "".join(f"\n  {name}: {refuses(name, device_type, dtype) or 'can run'}" for name in names)
+    reasons = "".join(f"\n  {name}: {refuses(name, device_type, dtype, limit) or 'can run'}" for name in names)
     raise RuntimeError(f"mmkernels.{op}: impl={impl!r} cannot run on {device_type} tensors of {dtype}:{reasons}")
 
 
@@ -85,9 +91,9 @@ choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _choose_auto(op: str, device_type: str, dtype: torch.dtype) -> str:
+def _choose_auto(op: str, device_type: str, dtype: torch.dtype, limit: str | None) -> str:
     # The interpreter is there to be asked for: it is far slower than the eager reference.
     names = [n for n in IMPLEMENTATIONS[op] if not (n == "triton" and triton_interprets())]
-    chosen = next(name for name in names if refuses(name, device_type, dtype) is None)
+    chosen = next(name for name in names if refuses(name, device_type, dtype, limit) is None)
     logger.debug("%s on %s, %s: %s", op, device_type, dtype, chosen)
     return chosen

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels._autograd import refuse_second_derivatives
+
 _library = torch.library.Library("mmkernels", "FRAGMENT")
 
 # losses [N]; row_lse [2, N], col_lse [2, M] ([2, 0] if not symmetric), each the rounded value and what rounding took
@@ -110,25 +112,8 @@ class _InfoNCE(torch.autograd.Function):
                 mask,
             )
         if torch.is_grad_enabled():  # create_graph=True
-            grads = _NoSecondDerivative.apply(grad_losses, queries, keys, scale, *grads)
+            grads = refuse_second_derivatives("info_nce", grads, grad_losses, queries, keys, scale)
         return *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), None, None, None, None
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """Ties the gradients to what they were made from, so that differentiating them raises and is never silently zero.
-
-    torch's once_differentiable does so only where the incoming gradient itself requires one.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, grad_losses: Tensor, queries: Tensor, keys: Tensor, scale: Tensor, *grads: Tensor
-    ) -> tuple[Tensor, ...]:
-        return tuple(grad.view_as(grad) for grad in grads)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
-        raise RuntimeError("mmkernels.info_nce: second derivatives are not implemented; impl='reference' has them")
 
 
 def info_nce(

@@ -1,0 +1,5 @@
+"""Divided space-time attention where the tokens lie: nothing is rearranged, no probability is stored."""
+
+from mmkernels.divided_attention.api import divided_attention, divided_attention_maps
+
+__all__ = ["divided_attention", "divided_attention_maps"]

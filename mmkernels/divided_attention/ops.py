@@ -1,0 +1,133 @@
+"""The registered ops, one pair a backend, their fake kernels and FLOPs, and the autograd.Function around them."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from mmkernels._autograd import refuse_second_derivatives
+from mmkernels.divided_attention.layout import Layout
+
+_library = torch.library.Library("mmkernels", "FRAGMENT")
+
+_LAYOUT = "int num_frames, int num_heads, str axis, str cls_mode, str token_order, float scale, float dropout_p"
+# out [B, L, C] in the dtype of qkv; lse [B, H, rows] float32: the class token's rows, then the patches in token order
+_FORWARD = f"(Tensor qkv, Tensor? frame_mask, Tensor? seed, {_LAYOUT}) -> (Tensor out, Tensor lse)"
+_BACKWARD = (
+    "(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, Tensor? frame_mask, Tensor? seed,"
+    f" {_LAYOUT}) -> Tensor grad_qkv"
+)
+
+
+def layout_of(num_tokens: int, num_frames: int, axis: str, cls_mode: str, token_order: str) -> Layout:
+    """The layout of clips of `num_tokens` tokens."""
+    positions = (num_tokens - (cls_mode != "none")) // num_frames
+    return Layout(positions, num_frames, axis, cls_mode, token_order)
+
+
+def _forward_fake(
+    qkv: Tensor,
+    frame_mask: Tensor | None,
+    seed: Tensor | None,
+    num_frames: int,
+    num_heads: int,
+    axis: str,
+    cls_mode: str,
+    token_order: str,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    B, L, width = qkv.shape
+    rows = layout_of(L, num_frames, axis, cls_mode, token_order).num_rows
+    return qkv.new_empty(B, L, width // 3), qkv.new_empty(B, num_heads, rows, dtype=torch.float32)
+
+
+def _backward_fake(grad_out: Tensor, qkv: Tensor, *_: Any) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+for _backend in ("cpu", "triton"):
+    _library.define(f"divided_attention_{_backend}_forward{_FORWARD}", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(f"divided_attention_{_backend}_backward{_BACKWARD}", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"mmkernels::divided_attention_{_backend}_forward", _forward_fake, lib=_library)
+    torch.library.register_fake(f"mmkernels::divided_attention_{_backend}_backward", _backward_fake, lib=_library)
+
+
+@functools.cache
+def _triton() -> Any:
+    """Triton is imported by the first call that runs it: importing mmkernels imports torch alone."""
+    from mmkernels.divided_attention import triton_kernels
+
+    return triton_kernels
+
+
+for _pass in ("forward", "backward"):
+
+    def _launch(*args: Any, _name: str = f"divided_attention_{_pass}") -> Any:
+        return getattr(_triton(), _name)(*args)
+
+    # The CPU key serves the interpreter.
+    for _key in ("CUDA", "CPU"):
+        _library.impl(f"divided_attention_triton_{_pass}", _launch, _key)
+
+
+def _pair_flops(qkv_shape: torch.Size, num_frames: int, axis: str, cls_mode: str, token_order: str) -> int:
+    """FLOPs of one product over all query-key pairs: a multiplication and an addition for each feature."""
+    B, L, width = qkv_shape
+    return 2 * B * (width // 3) * layout_of(L, num_frames, axis, cls_mode, token_order).pairs
+
+
+def _forward_flops(qkv: Any, _mask: Any, _seed: Any, num_frames: int, _heads: int, *layout: Any, **_: Any) -> int:
+    return 2 * _pair_flops(qkv, num_frames, *layout[:3])  # scores, and values
+
+
+def _backward_flops(
+    _grad: Any, qkv: Any, _out: Any, _lse: Any, _mask: Any, _seed: Any, num_frames: int, _heads: int, *layout: Any,
+    **_: Any,
+) -> int:  # fmt: skip
+    return 5 * _pair_flops(qkv, num_frames, *layout[:3])  # scores again, and the gradients of p, v, q, k
+
+
+for _backend in ("cpu", "triton"):
+    register_flop_formula(getattr(torch.ops.mmkernels, f"divided_attention_{_backend}_forward"))(_forward_flops)
+    register_flop_formula(getattr(torch.ops.mmkernels, f"divided_attention_{_backend}_backward"))(_backward_flops)
+
+
+class _DividedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, frame_mask: Tensor | None, seed: Tensor | None, backend: str, *layout: Any
+    ) -> tuple[Tensor, Tensor]:
+        forward = getattr(torch.ops.mmkernels, f"divided_attention_{backend}_forward")
+        out, lse = forward(qkv, frame_mask, seed, *layout)
+        ctx.save_for_backward(qkv, out, lse, frame_mask, seed)
+        ctx.backend, ctx.layout = backend, layout
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, out, lse, frame_mask, seed = ctx.saved_tensors
+        backward = getattr(torch.ops.mmkernels, f"divided_attention_{ctx.backend}_backward")
+        with torch.no_grad():
+            grad_qkv = backward(grad_out, qkv, out, lse, frame_mask, seed, *ctx.layout)
+        if torch.is_grad_enabled():  # create_graph=True
+            (grad_qkv,) = refuse_second_derivatives("divided_attention", (grad_qkv,), grad_out, qkv)
+        return grad_qkv, None, None, None, *(None for _ in ctx.layout)
+
+
+def divided_attention(
+    qkv: Tensor,
+    frame_mask: Tensor | None,
+    seed: Tensor | None,
+    layout: Layout,
+    num_heads: int,
+    scale: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Output [B, L, C] and log-sum-exps [B, H, rows] on the backend named; the output is differentiable."""
+    arguments = (layout.num_frames, num_heads, layout.axis, layout.cls_mode, layout.token_order, scale, dropout_p)
+    return _DividedAttention.apply(qkv, frame_mask, seed, backend, *arguments)
