@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkernels.contrastive.targets import check_targets
+
 
 def info_nce(
     queries: Tensor,  # [N, D]
@@ -25,13 +27,3 @@ def info_nce(
         return rows
     columns = F.cross_entropy(logits.T[targets], own, label_smoothing=label_smoothing, reduction="none")
     return (rows + columns) / 2
-
-
-def check_targets(targets: Tensor, num_keys: int) -> None:
-    """Raise if a target is no row of the keys. Waits for the device."""
-    if torch.compiler.is_compiling():
-        return  # a value cannot be looked at while tracing; the indexing itself fails then
-    low, high = targets.aminmax()
-    if low < 0 or high >= num_keys:
-        bad = int(low if low < 0 else high)
-        raise ValueError(f"targets: expected indices of the {num_keys} keys, 0 to {num_keys - 1}, got {bad}")

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from mmkernels.contrastive.targets import check_targets, expected_targets
 from mmkernels.contrastive.triton_kernels.configs import Config, Tile, choose
 from mmkernels.contrastive.triton_kernels.info_nce import (
     column_weights_kernel,
@@ -233,13 +234,9 @@ def _checked_targets(
     if targets is None:
         return torch.arange(num_queries, device=device)
     if not known and not targets.is_cuda:
-        low, high = (int(bound) for bound in targets.aminmax())
-        if low < 0 or high >= num_keys:
-            raise ValueError(
-                f"targets: expected indices of the {num_keys} keys, 0 to {num_keys - 1}, got {low if low < 0 else high}"
-            )
+        check_targets(targets, num_keys)
     elif not known:
-        text = f"mmkernels.info_nce: targets: expected indices of the {num_keys} keys, 0 to {num_keys - 1}"
+        text = f"mmkernels.info_nce: {expected_targets(num_keys)}"
         torch._assert_async(((targets >= 0) & (targets < num_keys)).all(), text)
     return targets.contiguous()
 
