@@ -17,7 +17,7 @@ import math
 import random
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -180,17 +180,22 @@ class CLIP(nn.Module):
             features = self.image_norm(features.float())
         return F.normalize(features.float(), dim=-1) if normalize else features
 
-    def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
-        """tokens [B, L] -> [B, E], read at the end token, which has the highest id of all."""
-        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
-        x = self.ln_final(self.transformer(x, causal=True))
-        pooled = x[torch.arange(x.shape[0], device=x.device), tokens.argmax(-1)]
-        features = pooled @ self.text_projection
+    def encode_text(self, tokens: Tensor | Sequence[Tensor], normalize: bool = True) -> Tensor:
+        """tokens [B, L], or parts of a batch of lengths of their own -> [B, E].
+
+        Read at the end token, which has the highest id of all.
+        """
+        pooled = []
+        for part in [tokens] if isinstance(tokens, Tensor) else tokens:
+            x = self.token_embedding(part) + self.positional_embedding[: part.shape[1]]
+            x = self.ln_final(self.transformer(x, causal=True))
+            pooled.append(x[torch.arange(x.shape[0], device=x.device), part.argmax(-1)])
+        features = torch.cat(pooled) @ self.text_projection
         if self.config.centred:
             features = self.text_norm(features.float())
         return F.normalize(features.float(), dim=-1) if normalize else features
 
-    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor, tokens: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Unit image features, unit text features, and the logit scale."""
         return self.encode_image(images), self.encode_text(tokens), self.logit_scale.exp()
 
@@ -279,7 +284,10 @@ class ClipTask:
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The loss of a batch, with the scale to log."""
         views, size = batch.images.shape[:2]
-        images, texts, scale = model(batch.images.flatten(0, 1), trim_padding(batch.tokens))
+        # In order of length, in four parts: most captions are short, and would be padded to the longest of all.
+        order = batch.tokens.argmax(-1).argsort(stable=True)
+        parts = [trim_padding(part) for part in batch.tokens[order].chunk(4)]
+        images, texts, scale = model(batch.images[:, order].flatten(0, 1), parts)
         # Features and loss in float32, also under autocast: the temperature multiplies rounding errors by up to 100.
         with torch.autocast(images.device.type, enabled=False):
             loss = self.losses(images.unflatten(0, (views, size)), texts, scale)

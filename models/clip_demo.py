@@ -110,7 +110,7 @@ def demo_configs(data: str, minutes: float) -> tuple[str, DataConfig, TrainConfi
     """Preset, data and training of the demo; they were chosen on the validation style fluent-flat, never on Twemoji."""
     train = TrainConfig(
         steps=DEMO_STEPS,
-        lr=1e-3,
+        lr=2e-3,
         warmup=60,
         precision=pick_precision("auto"),
         minutes=minutes,
@@ -118,7 +118,8 @@ def demo_configs(data: str, minutes: float) -> tuple[str, DataConfig, TrainConfi
     )
     if data == "synthetic":
         return "nano", DataConfig(source=data, stored_size=32, batch_size=64, variant_divisor=1), train
-    return "tiny", DataConfig(source=data, stored_size=PRESETS["tiny"].vision.image_size, augment=0.5), train
+    size = PRESETS["tiny"].vision.image_size
+    return "tiny", DataConfig(source=data, stored_size=size, augment=0.5, batch_size=512, views=1), train
 
 
 def run_demo(out: Path, budget: float, data: str) -> None:

@@ -19,7 +19,7 @@ from models.clip import (
     to_open_clip,
     trim_padding,
 )
-from models.data import Tokenizer
+from models.data import Batch, Tokenizer
 from models.layers import attend
 
 
@@ -131,6 +131,26 @@ def test_loss_pairs_every_view_with_its_caption() -> None:
     assert task.losses(torch.stack([features, features]), features, scale) < 0.01
     assert task.losses(torch.stack([features, features.roll(1, 0)]), features, scale) > 1
     assert eager_info_nce(features, features, torch.tensor(0.0)) == pytest.approx(math.log(8))
+
+
+def test_batches_in_parts_by_length_keep_their_pairs() -> None:
+    """Sorting and cutting the captions changes nothing but the time: the same loss as of the batch as it came."""
+    torch.manual_seed(0)
+    model = CLIP(PRESETS["nano"]).eval()
+    words = [
+        "sun",
+        "a cat with a wry smile and hearts for eyes",
+        "dog",
+        "flag of a far country",
+        "ten red apples",
+        "ox",
+    ]
+    tokens, images = Tokenizer(24, 2048)(words), torch.randn(2, 6, 3, 32, 32)
+    task = ClipTask(None, "eager")  # type: ignore[arg-type]
+    loss, _ = task.loss(model, Batch(images, tokens, torch.arange(6)))
+    plain, texts, scale = model(images.flatten(0, 1), tokens)
+    torch.testing.assert_close(loss, task.losses(plain.unflatten(0, (2, 6)), texts, scale))
+    assert not torch.isclose(loss, task.losses(plain.unflatten(0, (2, 6)), texts.roll(1, 0), scale))
 
 
 def test_temperature_is_clamped() -> None:
