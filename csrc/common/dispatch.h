@@ -43,4 +43,42 @@ inline CpuVariant cpu_variant() {
   return chosen;
 }
 
+// Declares the kernels of an op as each variant's object file defines them, and `instance_here()`, those to run.
+#if defined(__x86_64__)
+#define MMK_VARIANTS(Kernels, instance)     \
+  namespace portable {                      \
+  extern const Kernels instance;            \
+  }                                         \
+  namespace avx2 {                          \
+  extern const Kernels instance;            \
+  }                                         \
+  namespace avx512 {                        \
+  extern const Kernels instance;            \
+  }                                         \
+  namespace avx512bf16 {                    \
+  extern const Kernels instance;            \
+  }                                         \
+  inline const Kernels& instance##_here() { \
+    switch (cpu_variant()) {                \
+      case CpuVariant::kAvx512Bf16:         \
+        return avx512bf16::instance;        \
+      case CpuVariant::kAvx512:             \
+        return avx512::instance;            \
+      case CpuVariant::kAvx2:               \
+        return avx2::instance;              \
+      case CpuVariant::kPortable:           \
+        break;                              \
+    }                                       \
+    return portable::instance;              \
+  }
+#else
+#define MMK_VARIANTS(Kernels, instance)     \
+  namespace portable {                      \
+  extern const Kernels instance;            \
+  }                                         \
+  inline const Kernels& instance##_here() { \
+    return portable::instance;              \
+  }
+#endif
+
 }  // namespace mmkernels

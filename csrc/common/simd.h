@@ -86,6 +86,23 @@ struct Vec {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), _mm512_cvtepi32_epi16(bits));
   }
   MMK_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+  // The first n lanes to p, rounded to its type.
+  MMK_INLINE void store(float* p, int n) const { _mm512_mask_storeu_ps(p, mask(n), v); }
+  MMK_INLINE void store_bf16(uint16_t* p, int n) const {
+#if defined(__AVX512BF16__)
+    _mm256_mask_storeu_epi16(p, mask(n), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+#else
+    const __m512i bits = _mm512_castps_si512(v),
+                  odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(_mm512_set1_epi32(0x7FFF), odd));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i high = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    _mm256_mask_storeu_epi16(p, mask(n), _mm512_cvtepi32_epi16(_mm512_srli_epi32(high, 16)));
+#endif
+  }
+  MMK_INLINE void store_f16(uint16_t* p, int n) const {
+    _mm256_mask_storeu_epi16(p, mask(n), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
   MMK_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
   MMK_INLINE float largest() const { return _mm512_reduce_max_ps(v); }
   static MMK_INLINE __mmask16 mask(int n) { return n >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << n) - 1); }
@@ -98,6 +115,9 @@ MMK_INLINE Vec operator-(Vec a, Vec b) {
 }
 MMK_INLINE Vec operator*(Vec a, Vec b) {
   return {_mm512_mul_ps(a.v, b.v)};
+}
+MMK_INLINE Vec operator/(Vec a, Vec b) {
+  return {_mm512_div_ps(a.v, b.v)};
 }
 // A NaN in b wins; one in a is lost.
 MMK_INLINE Vec max(Vec a, Vec b) {
@@ -199,6 +219,22 @@ struct Vec {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
   }
   MMK_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
+  MMK_INLINE void store(float* p, int n) const {
+    if (n >= kLanes) return store(p);
+    float lanes[kLanes];
+    store(lanes);
+    std::memcpy(p, lanes, n * sizeof(float));
+  }
+  MMK_INLINE void store_bf16(uint16_t* p, int n) const {
+    float lanes[kLanes];
+    store(lanes);
+    for (int i = 0; i < kLanes && i < n; ++i) p[i] = to_bf16(lanes[i]);
+  }
+  MMK_INLINE void store_f16(uint16_t* p, int n) const {
+    float lanes[kLanes];
+    store(lanes);
+    for (int i = 0; i < kLanes && i < n; ++i) p[i] = to_f16(lanes[i]);
+  }
   MMK_INLINE float sum() const {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -218,6 +254,9 @@ MMK_INLINE Vec operator-(Vec a, Vec b) {
 }
 MMK_INLINE Vec operator*(Vec a, Vec b) {
   return {_mm256_mul_ps(a.v, b.v)};
+}
+MMK_INLINE Vec operator/(Vec a, Vec b) {
+  return {_mm256_div_ps(a.v, b.v)};
 }
 MMK_INLINE Vec max(Vec a, Vec b) {
   return {_mm256_max_ps(a.v, b.v)};
@@ -279,6 +318,22 @@ struct Vec {
     }
   }
   MMK_INLINE void store(float* p) const { std::memcpy(p, &v, sizeof(v)); }
+  MMK_INLINE void store(float* p, int n) const {
+    if (n >= kLanes) return store(p);
+    float lanes[kLanes];
+    store(lanes);
+    std::memcpy(p, lanes, n * sizeof(float));
+  }
+  MMK_INLINE void store_bf16(uint16_t* p, int n) const {
+    float lanes[kLanes];
+    store(lanes);
+    for (int i = 0; i < kLanes && i < n; ++i) p[i] = to_bf16(lanes[i]);
+  }
+  MMK_INLINE void store_f16(uint16_t* p, int n) const {
+    float lanes[kLanes];
+    store(lanes);
+    for (int i = 0; i < kLanes && i < n; ++i) p[i] = to_f16(lanes[i]);
+  }
   MMK_INLINE float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
   MMK_INLINE float largest() const {
     const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
@@ -293,6 +348,9 @@ MMK_INLINE Vec operator-(Vec a, Vec b) {
 }
 MMK_INLINE Vec operator*(Vec a, Vec b) {
   return {a.v * b.v};
+}
+MMK_INLINE Vec operator/(Vec a, Vec b) {
+  return {a.v / b.v};
 }
 MMK_INLINE Vec max(Vec a, Vec b) {
   return {a.v > b.v ? a.v : b.v};
@@ -334,6 +392,35 @@ MMK_INLINE void transpose(Vec (&rows)[Vec::kLanes]) {
   for (int i = 0; i < Vec::kLanes; ++i) rows[i] = Vec::load(turned[i]);
 }
 #endif
+
+// The natural logarithm of x >= 1, to about one unit in the last place.
+MMK_INLINE Vec log(Vec x) {
+#if defined(__AVX512F__)
+  // x = m 2^n with m in [sqrt(1/2), sqrt(2)).
+  __m512 mantissa = _mm512_getmant_ps(x.v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src), exponent = _mm512_getexp_ps(x.v);
+  const __mmask16 upper = _mm512_cmp_ps_mask(mantissa, _mm512_set1_ps(1.41421356f), _CMP_GT_OQ);
+  mantissa = _mm512_mask_mul_ps(mantissa, upper, mantissa, _mm512_set1_ps(0.5f));
+  exponent = _mm512_mask_add_ps(exponent, upper, exponent, _mm512_set1_ps(1.f));
+  const Vec f{_mm512_sub_ps(mantissa, _mm512_set1_ps(1.f))}, n{exponent}, z = f * f;
+  Vec p = Vec::set1(7.0376836292e-2f);
+  p = fma(p, f, Vec::set1(-1.1514610310e-1f));
+  p = fma(p, f, Vec::set1(1.1676998740e-1f));
+  p = fma(p, f, Vec::set1(-1.2420140846e-1f));
+  p = fma(p, f, Vec::set1(1.4249322787e-1f));
+  p = fma(p, f, Vec::set1(-1.6668057665e-1f));
+  p = fma(p, f, Vec::set1(2.0000714765e-1f));
+  p = fma(p, f, Vec::set1(-2.4999993993e-1f));
+  p = fma(p, f, Vec::set1(3.3333331174e-1f));
+  Vec y = fma(n, Vec::set1(-2.12194440e-4f), p * f * z);
+  y = fma(z, Vec::set1(-0.5f), y);
+  return fma(n, Vec::set1(0.693359375f), f + y);
+#else
+  float lanes[Vec::kLanes];
+  x.store(lanes);
+  for (float& lane : lanes) lane = std::log(lane);
+  return Vec::load(lanes);
+#endif
+}
 
 // e^x to about one unit in the last place: x = n ln 2 + f with |f| <= ln 2 / 2, e^f by a polynomial of degree 7.
 MMK_INLINE Vec exp(Vec x) {

@@ -102,23 +102,29 @@ struct RowsLeft {
   int64_t row, jump;
   static constexpr int64_t step = 1;
 };
+struct ColumnsLeft {
+  const float* data;
+  int64_t step;
+  static constexpr int64_t row = 1, jump = 0;
+};
 
 // tile = A B (+ tile): kRows rows of A, one panel of B, contracted over k words. Word (k, j) of B at b[k * kPanel + j].
-template <class Product, class Left, class Tile>
+// Of the panel the first kUsed vectors are multiplied.
+template <class Product, int kUsed = kVecs, class Left, class Tile>
 MMK_INLINE void multiply(int64_t k_words, const Left& left, const float* b, const Tile& tile) {
   const float* a = left.data;
-  Vec acc[kRows][kVecs];
+  Vec acc[kRows][kUsed];
   for (int i = 0; i < kRows; ++i)
-    for (int j = 0; j < kVecs; ++j) acc[i][j] = Vec::set1(0.f);
+    for (int j = 0; j < kUsed; ++j) acc[i][j] = Vec::set1(0.f);
   tile.prefetch();
   for (int64_t k0 = 0; k0 < k_words; k0 += kPanel) {
     const int count = k_words - k0 < kPanel ? static_cast<int>(k_words - k0) : kPanel;
     for (int k = 0; k < count; ++k) {
-      Vec right[kVecs];
-      for (int j = 0; j < kVecs; ++j) right[j] = Vec::load(b + j * Vec::kLanes);
+      Vec right[kUsed];
+      for (int j = 0; j < kUsed; ++j) right[j] = Vec::load(b + j * Vec::kLanes);
       for (int i = 0; i < kRows; ++i) {
         const Vec word = Vec::set1(a[i * left.row]);
-        for (int j = 0; j < kVecs; ++j) acc[i][j] = Product::fma(word, right[j], acc[i][j]);
+        for (int j = 0; j < kUsed; ++j) acc[i][j] = Product::fma(word, right[j], acc[i][j]);
       }
       a += left.step;
       b += kPanel;
@@ -126,7 +132,7 @@ MMK_INLINE void multiply(int64_t k_words, const Left& left, const float* b, cons
     a += left.jump;
   }
   for (int i = 0; i < kRows; ++i)
-    for (int j = 0; j < kVecs; ++j) tile.put(i, j, acc[i][j]);
+    for (int j = 0; j < kUsed; ++j) tile.put(i, j, acc[i][j]);
 }
 
 // Memory that is needed soon, fetched to L2 a few lines at a time while the register kernel works.
@@ -148,18 +154,33 @@ struct Ahead {
   }
 };
 
+// One vector of elements of a row as floats, [at, size), zero past the end.
+template <Dtype kDtype>
+MMK_INLINE Vec load_floats(const void* row, int64_t at, int64_t size) {
+  const int n = size - at < Vec::kLanes ? static_cast<int>(size - at) : Vec::kLanes;
+  if constexpr (kDtype == Dtype::kFloat32) return Vec::load(static_cast<const float*>(row) + at, n);
+  if constexpr (kDtype == Dtype::kBFloat16) return Vec::load_bf16(static_cast<const uint16_t*>(row) + at, n);
+  return Vec::load_f16(static_cast<const uint16_t*>(row) + at, n);
+}
+
+// The inverse: elements [at, size) of a row, what lies past the end left alone.
+template <Dtype kDtype>
+MMK_INLINE void store_floats(Vec values, void* row, int64_t at, int64_t size) {
+  const int n = size - at < Vec::kLanes ? static_cast<int>(size - at) : Vec::kLanes;
+  if constexpr (kDtype == Dtype::kFloat32) return values.store(static_cast<float*>(row) + at, n);
+  if constexpr (kDtype == Dtype::kBFloat16) return values.store_bf16(static_cast<uint16_t*>(row) + at, n);
+  values.store_f16(static_cast<uint16_t*>(row) + at, n);
+}
+
 // One vector of words of a row, elements [at, size), zero past the end.
 template <class Product, Dtype kDtype>
-MMK_INLINE Vec load_words(const Features& x, int64_t row, int64_t at, int64_t size) {
-  const int64_t left = size - at, offset = row * x.row_stride + at;
+MMK_INLINE Vec load_words(const void* row, int64_t at, int64_t size) {
+  const int64_t left = size - at;
   if (left <= 0) return Vec::set1(0.f);
   if constexpr (Product::kPerWord == 1) {
-    const int n = left < Vec::kLanes ? static_cast<int>(left) : Vec::kLanes;
-    if constexpr (kDtype == Dtype::kFloat32) return Vec::load(static_cast<const float*>(x.data) + offset, n);
-    if constexpr (kDtype == Dtype::kBFloat16) return Vec::load_bf16(static_cast<const uint16_t*>(x.data) + offset, n);
-    return Vec::load_f16(static_cast<const uint16_t*>(x.data) + offset, n);
+    return load_floats<kDtype>(row, at, size);
   } else {
-    const uint16_t* from = static_cast<const uint16_t*>(x.data) + offset;
+    const uint16_t* from = static_cast<const uint16_t*>(row) + at;
     if (left >= 2 * Vec::kLanes) return Vec::load(reinterpret_cast<const float*>(from));
     float words[Vec::kLanes] = {};
     std::memcpy(words, from, left * sizeof(uint16_t));
@@ -180,21 +201,21 @@ MMK_INLINE void with_dtype(Dtype dtype, const Call& call) {
 }
 
 // Rows [row, row + count) to panels of words along the features: out[panel][capacity rows][kPanel].
-template <class Product>
-void pack_rows(const Features& x, int64_t row, int64_t count, int64_t size, int64_t capacity, float* out) {
+template <class Product, class Rows>
+void pack_rows(const Rows& x, int64_t row, int64_t count, int64_t size, int64_t capacity, float* out) {
   const int64_t words = (size + Product::kPerWord - 1) / Product::kPerWord;
   with_dtype(x.dtype, [&](auto dtype) {
     for (int64_t w = 0; w < words; w += kPanel, out += capacity * kPanel)
       for (int64_t i = 0; i < count; ++i)
         for (int j = 0; j < kPanel; j += Vec::kLanes)
-          load_words<Product, dtype()>(x, row + i, (w + j) * Product::kPerWord, size).store(out + i * kPanel + j);
+          load_words<Product, dtype()>(x.row(row + i), (w + j) * Product::kPerWord, size).store(out + i * kPanel + j);
   });
 }
 
 // Rows [row, row + count) to panels along the rows: out[panel][words][kPanel], word w of row i in lane i. Lanes past
 // the last row are zero.
-template <class Product>
-void pack_columns(const Features& x, int64_t row, int64_t count, int64_t size, float* out) {
+template <class Product, class Rows>
+void pack_columns(const Rows& x, int64_t row, int64_t count, int64_t size, float* out) {
   const int64_t words = (size + Product::kPerWord - 1) / Product::kPerWord;
   with_dtype(x.dtype, [&](auto dtype) {
     for (int64_t i0 = 0; i0 < count; i0 += kPanel, out += words * kPanel) {
@@ -204,8 +225,8 @@ void pack_columns(const Features& x, int64_t row, int64_t count, int64_t size, f
           Vec lanes[Vec::kLanes];
           for (int i = 0; i < Vec::kLanes; ++i) {
             const int64_t at = i0 + i1 + i;
-            lanes[i] =
-                at < count ? load_words<Product, dtype()>(x, row + at, w * Product::kPerWord, size) : Vec::set1(0.f);
+            lanes[i] = at < count ? load_words<Product, dtype()>(x.row(row + at), w * Product::kPerWord, size)
+                                  : Vec::set1(0.f);
           }
           transpose(lanes);
           for (int64_t j = 0; j < n; ++j) lanes[j].store(out + (w + j) * kPanel + i1);
@@ -218,16 +239,18 @@ void pack_columns(const Features& x, int64_t row, int64_t count, int64_t size, f
 #ifdef MMK_HAS_BF16_PRODUCT
 // Rows [row, row + count) to panels of pairs of rows: out[panel][capacity / 2][kPanel], rows 2i and 2i + 1 in a word.
 // A last row without a partner is paired with zeros.
-inline void pack_row_pairs(const Features& x, int64_t row, int64_t count, int64_t size, int64_t capacity, float* out) {
+template <class Rows>
+void pack_row_pairs(const Rows& x, int64_t row, int64_t count, int64_t size, int64_t capacity, float* out) {
   const uint16_t zeros[Vec::kLanes] = {};
-  const uint16_t* from = static_cast<const uint16_t*>(x.data) + row * x.row_stride;
   for (int64_t w = 0; w < size; w += kPanel, out += capacity / 2 * kPanel) {
     for (int64_t i = 0; i < count; i += 2) {
+      const uint16_t* upper = static_cast<const uint16_t*>(x.row(row + i));
+      const uint16_t* lower = i + 1 < count ? static_cast<const uint16_t*>(x.row(row + i + 1)) : nullptr;
       for (int j = 0; j < kPanel; j += Vec::kLanes) {
         const int64_t left = size - w - j;
         const int n = left >= Vec::kLanes ? Vec::kLanes : left > 0 ? static_cast<int>(left) : 0;
-        const uint16_t* first = n ? from + i * x.row_stride + w + j : zeros;
-        const uint16_t* second = n && i + 1 < count ? first + x.row_stride : zeros;
+        const uint16_t* first = n ? upper + w + j : zeros;
+        const uint16_t* second = n && lower ? lower + w + j : zeros;
         Vec::load_pairs(first, second, n).store(out + i / 2 * kPanel + j);
       }
     }

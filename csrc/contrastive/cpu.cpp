@@ -11,55 +11,24 @@
 #include <vector>
 
 #include "../common/dispatch.h"
+#include "../common/tensors.h"
 #include "cpu_kernels.h"
 
 namespace mmkernels {
 
-namespace portable {
-extern const ContrastiveKernels contrastive_kernels;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const ContrastiveKernels contrastive_kernels;
-}
-namespace avx512 {
-extern const ContrastiveKernels contrastive_kernels;
-}
-namespace avx512bf16 {
-extern const ContrastiveKernels contrastive_kernels;
-}
-#endif
+MMK_VARIANTS(ContrastiveKernels, contrastive_kernels)
 
 namespace {
 
 using at::Tensor;
 using std::optional;
 
-const ContrastiveKernels& kernels() {
-#if defined(__x86_64__)
-  switch (cpu_variant()) {
-    case CpuVariant::kAvx512Bf16:
-      return avx512bf16::contrastive_kernels;
-    case CpuVariant::kAvx512:
-      return avx512::contrastive_kernels;
-    case CpuVariant::kAvx2:
-      return avx2::contrastive_kernels;
-    case CpuVariant::kPortable:
-      break;
-  }
-#endif
-  return portable::contrastive_kernels;
-}
-
 Tensor with_contiguous_rows(const Tensor& x) {
   return x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous();
 }
 
 Features features_of(const Tensor& x) {
-  const Dtype dtype = x.scalar_type() == at::kFloat      ? Dtype::kFloat32
-                      : x.scalar_type() == at::kBFloat16 ? Dtype::kBFloat16
-                                                         : Dtype::kFloat16;
-  return {x.const_data_ptr(), dtype, x.size(0), x.stride(0)};
+  return {x.const_data_ptr(), dtype_of(x), x.size(0), x.stride(0)};
 }
 
 optional<Tensor> checked_targets(const optional<Tensor>& targets, int64_t num_keys) {
@@ -119,7 +88,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& queries_in, const Tenso
   p.col_max = col;
   p.col_sum = col + m;
   p.col_total = col + 2 * m;
-  run(kernels().info_nce_forward, p, kernels().tiling(p.logits, false, at::get_num_threads()), floats);
+  run(contrastive_kernels_here().info_nce_forward, p,
+      contrastive_kernels_here().tiling(p.logits, false, at::get_num_threads()), floats);
 
   const Tensor losses = at::empty({n}, floats), row_lse = at::empty({2, n}, floats),
                col_lse = at::empty({2, symmetric ? m : 0}, floats);
@@ -196,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_losses, const Ten
   p.col_weight = col_weight;
   p.col_shift = col_weight + m;
 
-  const Tiling tiling = kernels().tiling(p.logits, true, at::get_num_threads());
+  const Tiling tiling = contrastive_kernels_here().tiling(p.logits, true, at::get_num_threads());
   std::vector<double> scale_parts(tiling.panels, 0.);
   Tensor low_keys;
   if (output_mask[0]) p.grad_queries = grad_queries.mutable_data_ptr();
@@ -208,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_losses, const Ten
     }
   }
   if (output_mask[2]) p.grad_scale = scale_parts.data();
-  run(kernels().info_nce_backward, p, tiling, floats);
+  run(contrastive_kernels_here().info_nce_backward, p, tiling, floats);
 
   const Tensor grad_scale = at::empty(output_mask[2] ? at::IntArrayRef{} : at::IntArrayRef{0}, floats);
   if (output_mask[2])
@@ -218,7 +188,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_losses, const Ten
 }
 
 std::string variant() {
-  return kernels().name;
+  return contrastive_kernels_here().name;
 }
 
 TORCH_LIBRARY_IMPL(mmkernels, CPU, library) {

@@ -177,18 +177,13 @@ void round_tile(const Buffers<BFloat16Product>& b, int64_t rows, int64_t cols) {
 // every grad_stride.
 void finish_row(const float* grad, int64_t grad_stride, float scale, const Features& x, int64_t row, int64_t size,
                 void* out) {
-  for (int64_t d = 0; d < size; d += Vec::kLanes) {
-    const int n = static_cast<int>(std::min<int64_t>(Vec::kLanes, size - d));
-    float scaled[Vec::kLanes];
-    (Vec::load(grad + d / kPanel * grad_stride + d % kPanel, n) * Vec::set1(scale)).store(scaled);
-    const int64_t at = row * size + d;
-    if (x.dtype == Dtype::kFloat32) {
-      std::memcpy(static_cast<float*>(out) + at, scaled, n * sizeof(float));
-    } else {
-      for (int i = 0; i < n; ++i)
-        static_cast<uint16_t*>(out)[at + i] = x.dtype == Dtype::kBFloat16 ? to_bf16(scaled[i]) : to_f16(scaled[i]);
+  with_dtype(x.dtype, [&](auto dtype) {
+    void* to = static_cast<char*>(out) + row * size * bytes_of(dtype());
+    for (int64_t d = 0; d < size; d += Vec::kLanes) {
+      const Vec value = load_floats<Dtype::kFloat32>(grad + d / kPanel * grad_stride + d % kPanel, 0, size - d);
+      store_floats<dtype()>(value * Vec::set1(scale), to, d, size);
     }
-  }
+  });
 }
 
 // The gradients of a chunk of keys are complete: scaled and rounded in place.

@@ -1,0 +1,187 @@
+// Divided attention on CPU tensors: allocation and threads; the arithmetic is in cpu_kernels.cpp.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include "../common/dispatch.h"
+#include "../common/tensors.h"
+#include "cpu_kernels.h"
+
+namespace mmkernels {
+
+MMK_VARIANTS(AttentionKernels, attention_kernels)
+
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+// Small calls are over before a second thread has woken up.
+constexpr int64_t kElementsOfAThread = 1 << 14;
+
+// Features of a token side by side; any strides of clips and tokens.
+Tensor with_contiguous_features(const Tensor& x) {
+  return x.stride(2) == 1 || x.size(2) == 1 ? x : x.contiguous();
+}
+
+void check_inputs(const Tensor& qkv, const optional<Tensor>& frame_mask, const optional<Tensor>& seed,
+                  int64_t num_frames, int64_t num_heads) {
+  TORCH_CHECK_VALUE(qkv.dim() == 3 && num_heads > 0 && qkv.size(2) % (3 * num_heads) == 0 && qkv.size(2) > 0,
+                    "qkv: expected [B, L, 3 * num_heads * D], got ", qkv.sizes());
+  TORCH_CHECK_TYPE(
+      qkv.scalar_type() == at::kFloat || qkv.scalar_type() == at::kBFloat16 || qkv.scalar_type() == at::kHalf,
+      "qkv: expected float32, bfloat16 or float16, got ", qkv.scalar_type());
+  TORCH_CHECK_VALUE(!frame_mask || (frame_mask->scalar_type() == at::kBool && frame_mask->dim() == 2 &&
+                                    frame_mask->size(0) == qkv.size(0) && frame_mask->size(1) == num_frames),
+                    "frame_mask: expected bool [B, T]");
+  TORCH_CHECK_VALUE(!seed || (seed->scalar_type() == at::kLong && seed->numel() == 1), "seed: expected one int64");
+}
+
+Clips clips_of(const Tensor& qkv, const optional<Tensor>& frame_mask, int64_t num_frames, int64_t num_heads,
+               std::string_view axis, std::string_view cls_mode, std::string_view token_order) {
+  Clips c{};
+  c.batch = qkv.size(0);
+  c.tokens = qkv.size(1);
+  c.heads = num_heads;
+  c.head = qkv.size(2) / (3 * num_heads);
+  c.has_cls = cls_mode != "none";
+  c.frames = num_frames;
+  const int64_t patches = c.tokens - c.has_cls, positions = patches / num_frames;
+  TORCH_CHECK_VALUE(patches > 0 && patches % num_frames == 0, "num_frames: ", qkv.size(1),
+                    " tokens are not a whole number of patches for each of ", num_frames, " frames");
+  const bool by_position = token_order == "nt";  // the frames of a position lie side by side
+  const int64_t position_step = by_position ? num_frames : 1, frame_step = by_position ? 1 : positions;
+  c.frame_divisor = 1;
+  if (axis == "time") {
+    c.sequences = positions, c.length = num_frames;
+    c.sequence_step = position_step, c.member_step = frame_step;
+    c.frame_of_member = 1;
+  } else if (axis == "space") {
+    c.sequences = num_frames, c.length = positions;
+    c.sequence_step = frame_step, c.member_step = position_step;
+    c.frame_of_sequence = 1;
+  } else {
+    c.sequences = 1, c.length = patches;
+    c.member_step = 1;
+    c.frame_of_member = 1;
+    c.frame_divisor = by_position ? 1 : positions;
+  }
+  c.cls_takes_part = c.has_cls && !(cls_mode == "timesformer" && axis == "time");
+  c.cls_is_global = c.has_cls && (cls_mode == "global_cls" || axis == "joint");
+  c.frame_mask = frame_mask ? frame_mask->const_data_ptr<bool>() : nullptr;
+  return c;
+}
+
+Dropout dropout_of(const optional<Tensor>& seed, double p) {
+  Dropout d{};
+  if (!seed || p <= 0) return d;
+  const uint64_t bits = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
+  d.threshold = static_cast<uint64_t>(p * 4294967296.);
+  d.key[0] = static_cast<uint32_t>(bits);
+  d.key[1] = static_cast<uint32_t>(bits >> 32);
+  d.growth = static_cast<float>(1 / (1 - p));
+  return d;
+}
+
+AttentionForward problem_of(const Tensor& qkv, const Clips& clips, const optional<Tensor>& seed, double scale,
+                            double dropout_p) {
+  AttentionForward p{};
+  p.clips = clips;
+  p.qkv = qkv.const_data_ptr();
+  p.dtype = dtype_of(qkv);
+  p.batch_stride = qkv.stride(0);
+  p.token_stride = qkv.stride(1);
+  p.scale = static_cast<float>(scale);
+  p.dropout = dropout_of(seed, dropout_p);
+  return p;
+}
+
+// Both passes over the tasks: the sequences in equal shares, then the class token of each clip and head.
+template <class Pass, class ClsPass, class Problem>
+void run(Pass pass, ClsPass cls_pass, const Problem& problem, const Clips& clips, const AttentionPlan& plan,
+         const at::TensorOptions& floats) {
+  const int64_t elements = clips.batch * clips.tokens * clips.heads * clips.head;
+  const int64_t threads = std::clamp<int64_t>(
+      elements / kElementsOfAThread, 1, std::min<int64_t>(at::get_num_threads(), std::max<int64_t>(plan.tasks, 1)));
+  const Tensor scratch = at::empty({threads * plan.scratch_floats}, floats);
+  float* parts = scratch.mutable_data_ptr<float>();
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      pass(problem, plan.tasks * i / threads, plan.tasks * (i + 1) / threads, parts + i * plan.scratch_floats);
+  });
+  if (!clips.has_cls) return;
+  at::parallel_for(0, clips.batch * clips.heads, threads > 1 ? 1 : clips.batch * clips.heads,
+                   [&](int64_t begin, int64_t end) { cls_pass(problem, begin, end); });
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& qkv_in, const optional<Tensor>& frame_mask_in,
+                                   const optional<Tensor>& seed, int64_t num_frames, int64_t num_heads,
+                                   std::string_view axis, std::string_view cls_mode, std::string_view token_order,
+                                   double scale, double dropout_p) {
+  check_inputs(qkv_in, frame_mask_in, seed, num_frames, num_heads);
+  const Tensor qkv = with_contiguous_features(qkv_in);
+  const optional<Tensor> frame_mask = frame_mask_in ? optional(frame_mask_in->contiguous()) : std::nullopt;
+  const Clips clips = clips_of(qkv, frame_mask, num_frames, num_heads, axis, cls_mode, token_order);
+  const auto floats = qkv.options().dtype(at::kFloat);
+  const int64_t B = clips.batch, H = clips.heads, D = clips.head;
+
+  const Tensor out = at::empty({B, clips.tokens, H * D}, qkv.options());
+  const Tensor lse = at::empty({B, H, clips.rows()}, floats);
+  if (B == 0) return {out, lse};
+  const Tensor cls = at::empty({clips.cls_takes_part ? B * H * clips.sequences * (D + 1) : 0}, floats);
+  AttentionForward p = problem_of(qkv, clips, seed, scale, dropout_p);
+  p.out = out.mutable_data_ptr();
+  p.lse = lse.mutable_data_ptr<float>();
+  p.cls_out = cls.mutable_data_ptr<float>();
+  p.cls_lse = p.cls_out + B * H * clips.sequences * D;
+  const AttentionKernels& kernels = attention_kernels_here();
+  run(kernels.forward, kernels.forward_cls, p, clips, kernels.plan(p, false), floats);
+  return {out, lse};
+}
+
+Tensor backward(const Tensor& grad_out_in, const Tensor& qkv_in, const Tensor& out_in, const Tensor& lse_in,
+                const optional<Tensor>& frame_mask_in, const optional<Tensor>& seed, int64_t num_frames,
+                int64_t num_heads, std::string_view axis, std::string_view cls_mode, std::string_view token_order,
+                double scale, double dropout_p) {
+  check_inputs(qkv_in, frame_mask_in, seed, num_frames, num_heads);
+  const Tensor qkv = with_contiguous_features(qkv_in), grad_out = with_contiguous_features(grad_out_in);
+  const Tensor out = out_in.contiguous(), lse = lse_in.contiguous();
+  const optional<Tensor> frame_mask = frame_mask_in ? optional(frame_mask_in->contiguous()) : std::nullopt;
+  const Clips clips = clips_of(qkv, frame_mask, num_frames, num_heads, axis, cls_mode, token_order);
+  const int64_t B = clips.batch, H = clips.heads, D = clips.head;
+  TORCH_CHECK_VALUE(grad_out.sizes() == out.sizes() && out.dim() == 3 && out.size(0) == B &&
+                        out.size(1) == clips.tokens && out.size(2) == H * D && lse.numel() == B * H * clips.rows(),
+                    "grad_out, out: expected [B, L, C], got ", grad_out.sizes(), " and ", out.sizes());
+  TORCH_CHECK_TYPE(grad_out.scalar_type() == qkv.scalar_type() && out.scalar_type() == qkv.scalar_type(),
+                   "grad_out, out: expected the dtype of qkv");
+  const auto floats = qkv.options().dtype(at::kFloat);
+
+  const Tensor grad_qkv = at::empty(qkv.sizes(), qkv.options().memory_format(at::MemoryFormat::Contiguous));
+  if (B == 0) return grad_qkv;
+  const Tensor cls = at::empty({clips.cls_takes_part ? B * H * clips.sequences * 3 * D : 0}, floats);
+  AttentionBackward p{};
+  p.forward = problem_of(qkv, clips, seed, scale, dropout_p);
+  p.forward.out = const_cast<void*>(out.const_data_ptr());
+  p.forward.lse = const_cast<float*>(lse.const_data_ptr<float>());
+  p.grad_out = grad_out.const_data_ptr();
+  p.grad_batch_stride = grad_out.stride(0);
+  p.grad_token_stride = grad_out.stride(1);
+  p.grad_qkv = grad_qkv.mutable_data_ptr();
+  p.cls_grads = cls.mutable_data_ptr<float>();
+  const AttentionKernels& kernels = attention_kernels_here();
+  run(kernels.backward, kernels.backward_cls, p, clips, kernels.plan(p.forward, true), floats);
+  return grad_qkv;
+}
+
+TORCH_LIBRARY_IMPL(mmkernels, CPU, library) {
+  library.impl("divided_attention_cpu_forward", &forward);
+  library.impl("divided_attention_cpu_backward", &backward);
+}
+
+}  // namespace
+}  // namespace mmkernels

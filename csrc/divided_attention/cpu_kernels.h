@@ -1,0 +1,77 @@
+// What the kernels of divided attention take: plain data, so that the variants, one for each instruction set, need no
+// torch header.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/tiles_types.h"
+
+namespace mmkernels {
+
+// The tokens of a clip and the sequences that its patches form. Patch j of sequence s is the token
+// has_cls + s * sequence_step + j * member_step.
+struct Clips {
+  int64_t batch, tokens, heads, head;  // [B, L, 3 H D]
+  int64_t sequences, length;
+  int64_t sequence_step, member_step;
+  int64_t has_cls;
+  bool cls_takes_part;  // it is a key of every sequence, and a query
+  bool cls_is_global;   // as a query it attends to all tokens; else once in each sequence, and its outputs are averaged
+  // The frame of patch j of sequence s: (s * frame_of_sequence + j * frame_of_member) / frame_divisor % frames
+  int64_t frames, frame_of_sequence, frame_of_member, frame_divisor;
+  const bool* frame_mask;  // [B, T], true for a real frame, or null
+
+  int64_t token(int64_t s, int64_t j) const { return has_cls + s * sequence_step + j * member_step; }
+  bool present(int64_t b, int64_t s, int64_t j) const {
+    const int64_t frame = (s * frame_of_sequence + j * frame_of_member) / frame_divisor % frames;
+    return frame_mask == nullptr || frame_mask[b * frames + frame];
+  }
+  int64_t cls_rows() const { return !cls_takes_part ? 0 : cls_is_global ? 1 : sequences; }
+  int64_t rows() const { return cls_rows() + sequences * length; }  // of log-sum-exps
+};
+
+// Probabilities whose word, of Philox 4x32-10 at the counter (key token, query token, batch * heads + head, sequence),
+// lies below the threshold are dropped; the others grow by `growth`.
+struct Dropout {
+  uint64_t threshold;  // 0: nothing is dropped
+  uint32_t key[2];
+  float growth;
+};
+
+struct AttentionForward {
+  Clips clips;
+  const void* qkv;
+  Dtype dtype;
+  int64_t batch_stride, token_stride;  // of qkv, in elements
+  float scale;
+  Dropout dropout;
+  void* out;   // [B, L, H D]
+  float* lse;  // [B, H, rows]
+  // The class token's output in each sequence, and its log-sum-exp there.
+  float* cls_out;  // [B, H, sequences, D]
+  float* cls_lse;  // [B, H, sequences]
+};
+
+struct AttentionBackward {
+  AttentionForward forward;  // its outputs are inputs here: out, lse
+  const void* grad_out;      // in the dtype of qkv
+  int64_t grad_batch_stride, grad_token_stride;
+  void* grad_qkv;    // [B, L, 3 H D]
+  float* cls_grads;  // [B, H, sequences, 3, D], what each sequence gives to the class token's query, key and value
+};
+
+struct AttentionPlan {
+  int64_t tasks;           // of one pass over the sequences
+  int64_t scratch_floats;  // of each thread
+};
+
+struct AttentionKernels {
+  AttentionPlan (*plan)(const AttentionForward&, bool backward);
+  // Tasks [begin, end) of the sequences, and after all of them those of the class token, one a clip and head.
+  void (*forward)(const AttentionForward&, int64_t begin, int64_t end, float* scratch);
+  void (*forward_cls)(const AttentionForward&, int64_t begin, int64_t end);
+  void (*backward)(const AttentionBackward&, int64_t begin, int64_t end, float* scratch);
+  void (*backward_cls)(const AttentionBackward&, int64_t begin, int64_t end);
+};
+
+}  // namespace mmkernels
