@@ -17,7 +17,6 @@ Memory beyond inputs and outputs, in bytes, e = bytes of an element:
 No atomics: results are the same bits from run to run. Logits are in base 2 inside the kernels: 2^x is one instruction.
 """
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -25,8 +24,9 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from mmkernels._triton import Tile, on_device, round_up
 from mmkernels.contrastive.targets import check_targets, expected_targets
-from mmkernels.contrastive.triton_kernels.configs import Config, Tile, choose
+from mmkernels.contrastive.triton_kernels.configs import Config, choose
 from mmkernels.contrastive.triton_kernels.info_nce import (
     column_weights_kernel,
     finish_forward_kernel,
@@ -79,7 +79,7 @@ def info_nce_forward(
     row_partials = scale.new_empty(2, splits, N)
     col_partials = scale.new_empty(2, groups, M) if symmetric else row_partials
 
-    with _on(queries.device):
+    with on_device(queries.device):
         forward_kernel[(groups * splits,)](
             queries, keys, scale, targets, positives, row_partials, col_partials,
             N, M, queries.shape[1], queries.stride(0), keys.stride(0),
@@ -122,7 +122,7 @@ def info_nce_backward(
     weights = grad_losses.float() * (0.5 if symmetric else 1.0)  # [N]: a g_i
     factor = scale
     unit = None
-    with _on(queries.device):
+    with on_device(queries.device):
         col_weights = _column_weights(weights, targets, M, identity) if symmetric else weights
         if queries.dtype == torch.float16:
             # |dS| <= 2.5 peak. In units of peak / 8192 the largest fits fp16, and what falls below its least normal
@@ -173,11 +173,11 @@ def _product_side(logits: _Logits, of_keys: bool, factor: Tensor, grad: Tensor |
     num_x, D = x.shape
     num_y = y.shape[0]
     tile, product = logits.config.grad_logits, logits.config.product
-    width = _round_up(num_y, 64)
+    width = round_up(num_y, 64)
     element = x.element_size()
     strip_rows = min(_STRIP_BYTES // (element * width), _STRIP_BYTES // (4 * D)) // _STRIP_ROWS * _STRIP_ROWS
     # A quarter of dS at most: the whole of it is never stored, however small it is.
-    strip_rows = min(strip_rows, _round_up(triton.cdiv(num_x, 4), _STRIP_ROWS))
+    strip_rows = min(strip_rows, round_up(triton.cdiv(num_x, 4), _STRIP_ROWS))
     strip_rows = min(max(strip_rows, _STRIP_ROWS), num_x)
     tiles = triton.cdiv(strip_rows, product.block_m) * triton.cdiv(D, product.block_n)
     steps = width // product.block_k
@@ -249,13 +249,9 @@ def _aligned(features: Tensor) -> Tensor:
     rows, D = features.shape
     if features.stride(1) == 1 and D % 16 == 0 and features.stride(0) % 16 == 0 and features.data_ptr() % 16 == 0:
         return features
-    copy = features.new_zeros(rows, _round_up(D, 16))
+    copy = features.new_zeros(rows, round_up(D, 16))
     copy[:, :D] = features
     return copy
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 def launch_options(tile: Tile) -> dict[str, int]:
@@ -267,7 +263,3 @@ def launch_options(tile: Tile) -> dict[str, int]:
         "num_stages": tile.num_stages,
         **NO_FUSION,
     }
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

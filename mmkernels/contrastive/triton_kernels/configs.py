@@ -1,20 +1,10 @@
 """Which tiles each GPU and dtype takes: a table, every line of which the compile check covers."""
 
-import functools
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-
-class Tile(NamedTuple):
-    """How one kernel is compiled: the tile, the depth of a step of its dot products, and the launch."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
+from mmkernels._triton import Tile, family_of, input_precision, precision_of
 
 
 class Config(NamedTuple):
@@ -59,24 +49,5 @@ CONFIGS: dict[str, dict[str, Config]] = {
 def choose(features: Tensor) -> tuple[Config, str]:
     """The tiles for the device and dtype, and how float32 is multiplied."""
     family = family_of(features.device)
-    if features.dtype != torch.float32:
-        return CONFIGS[family]["half"], "ieee"
-    # Never TF32 itself: who allows it for torch's own products gets three of them, almost as exact as float32.
-    asked = "tf32x3" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-    precision = asked if asked in CONFIGS[family] else "ieee"
-    return CONFIGS[family][precision], precision
-
-
-@functools.cache
-def family_of(device: torch.device) -> str:
-    """Which column of CONFIGS serves the device."""
-    if device.type == "cpu":
-        return "interpreter"
-    if torch.version.hip is not None:
-        return "gfx942"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        raise RuntimeError(
-            f"mmkernels.info_nce: impl='triton' needs compute capability 8.0, this GPU has {major}.{minor}"
-        )
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+    precision = precision_of(features.dtype, family)
+    return CONFIGS[family][precision], input_precision(precision)

@@ -8,26 +8,14 @@ Logits are in base 2 here: 2^x is one instruction. A loss adds its own epilogue 
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-# Where a maximum starts: finite, so that the first rescaling is 2^(LOWEST - m) = 0 and never inf - inf.
-LOWEST = tl.constexpr(-3.0e38)
+from mmkernels._triton import LOWEST, dot
+
 # A tile whose rows and columns all sum to over 2^-32 of its largest exponential needs one exponential an entry: then
 # s - peak rounds away no more than the logits were rounded by.
 _LEAST_SUM = tl.constexpr(2.0**-32)
 # A tile whose log-sum-exps lie within 2^32 needs one exponential an entry in the backward pass, for the same reason.
 _BACKWARD_SPREAD = tl.constexpr(32.0)
 _BAND = tl.constexpr(8)
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def dot(x, y, acc, PRECISION: tl.constexpr):
-    """acc + x y, accumulated in float32; PRECISION says how float32 is multiplied."""
-    if _INTERPRETED:  # it multiplies the bits of bfloat16 as integers
-        x = x.to(tl.float32)
-        y = y.to(tl.float32)
-    return tl.dot(x, y, acc, input_precision=PRECISION)
 
 
 @triton.jit

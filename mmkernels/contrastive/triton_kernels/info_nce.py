@@ -5,11 +5,8 @@
 import triton
 import triton.language as tl
 
+from mmkernels._triton import LN2, LOG2E, LOWEST, dot
 from mmkernels.contrastive.triton_kernels.engine import (
-    LN2,
-    LOG2E,
-    LOWEST,
-    dot,
     halves,
     merge,
     program_tile,

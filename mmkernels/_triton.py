@@ -1,0 +1,72 @@
+"""What the Triton kernels of all ops share: how a kernel is compiled, which GPU it is for, and the dot product."""
+
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False
+
+import contextlib
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Where a running maximum starts: finite, so that the first rescaling is 2^(LOWEST - m) = 0 and never inf - inf.
+LOWEST = tl.constexpr(-3.0e38)
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+class Tile(NamedTuple):
+    """How one kernel is compiled: the tile, the depth of a step of its dot products, and the launch."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def dot(x, y, acc, PRECISION: tl.constexpr):
+    """acc + x y, accumulated in float32; PRECISION says how float32 is multiplied."""
+    if _INTERPRETED:  # it multiplies the bits of bfloat16 as integers
+        x = x.to(tl.float32)
+        y = y.to(tl.float32)
+    return tl.dot(x, y, acc, input_precision=PRECISION)
+
+
+@functools.cache
+def family_of(device: torch.device) -> str:
+    """Which column of an op's table of configurations serves the device."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise RuntimeError(f"mmkernels: impl='triton' needs compute capability 8.0, this GPU has {major}.{minor}")
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def precision_of(dtype: torch.dtype, family: str) -> str:
+    """The line of a table of configurations that serves the dtype: "half", or how float32 is multiplied."""
+    if dtype != torch.float32:
+        return "half"
+    # Never TF32 itself: who allows it for torch's own products gets three of them, almost as exact as float32. The
+    # matrix cores of gfx942 multiply float32 as IEEE asks.
+    asked = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32x3" if asked and family.startswith("sm_") else "ieee"
+
+
+def input_precision(precision: str) -> str:
+    """What a dot product is told; it says nothing about products of halves."""
+    return "ieee" if precision == "half" else precision
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,274 @@
+"""Divided attention in Triton: tokens are read and written where they lie, by one set of kernels for all layouts.
+
+A sequence of `items` (the class token first, where it takes part, then patches) that fits a tile shares it with its
+neighbours; a score counts where query and key are of one sequence. Longer ones are streamed: a program owns a block of
+queries and walks over the keys with running maxima (backward: the queries' kernel, then the keys').
+
+Traffic of a packed call, X = the bytes of an output: 3 X read and 1 X written forward, 4 X and 3 X backward (the tile
+holds whole rows, so that maxima, sums and deltas are made anew from q, k, v and the gradient).
+
+The class token is a row of every tile that it takes part in. What it takes from a group of sequences goes to partials
+[B, groups, width] in float32, which one kernel adds in their order: no atomics, the same bits from run to run.
+
+Memory beyond inputs and outputs, in bytes: the partials, 4 C B G forward and 12 C B G backward for G groups, and for
+streamed sequences 12 B H rows backward. A copy of qkv and of the gradient where rows do not begin at multiples of 8
+features or D is no multiple of 8.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from mmkernels._triton import LOG2E, Tile, on_device, round_up
+from mmkernels.divided_attention.layout import Layout
+from mmkernels.divided_attention.ops import layout_of
+from mmkernels.divided_attention.triton_kernels import engine
+from mmkernels.divided_attention.triton_kernels.backward import (
+    grad_keys_kernel,
+    grad_queries_kernel,
+    packed_backward_kernel,
+)
+from mmkernels.divided_attention.triton_kernels.configs import Config, choose
+from mmkernels.divided_attention.triton_kernels.forward import forward_kernel
+
+MERGE_ROWS = 16  # partials that a step of merge_kernel adds
+MERGE_WARPS = 4
+_UNIT = int(engine.UNIT.value)
+
+
+class _Geometry(NamedTuple):
+    """The numbers that the kernels take, in their order; see engine.py."""
+
+    num_heads: int
+    units: int
+    num_sequences: int
+    items: int
+    pack: int
+    first_patch: int
+    cls: int
+    seq_step: int
+    row_step: int
+    frame_step: int
+    frames: int
+
+    @property
+    def groups(self) -> int:
+        return triton.cdiv(self.num_sequences, self.pack)
+
+    @property
+    def parts(self) -> int:
+        """Partials of the class token in each clip."""
+        return self.groups if self.cls else 0
+
+    def programs(self, batch: int, block: int) -> tuple[int]:
+        """The grid, in one dimension: those of y and z end at 65,535."""
+        return (batch * self.groups * triton.cdiv(self.pack * self.items, block) * self.num_heads,)
+
+
+def divided_attention_forward(
+    qkv: Tensor,  # [B, L, 3 C]
+    frame_mask: Tensor | None,  # [B, T]
+    seed: Tensor | None,  # [1]
+    num_frames: int,
+    num_heads: int,
+    axis: str,
+    cls_mode: str,
+    token_order: str,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """out [B, L, C] and lse [B, H, rows]."""
+    B, L, width = qkv.shape
+    C = width // 3
+    D = C // num_heads
+    options = (frame_mask, seed, num_frames, num_heads, axis, cls_mode, token_order, scale, dropout_p)
+    if D % _UNIT:
+        out, lse = divided_attention_forward(_padded(qkv, D), *options)
+        return _narrowed(out, D), lse
+    layout = layout_of(L, num_frames, axis, cls_mode, token_order)
+    config, precision = choose(qkv, D)
+    geometry, packed = _plan(layout, num_heads, D, config)
+    tile = config.packed_forward if packed else config.forward
+    qkv = _readable(qkv)
+    out = qkv.new_empty(B, L, C)
+    lse = qkv.new_empty(B, num_heads, layout.num_rows, dtype=torch.float32)
+    partials = qkv.new_empty(B, geometry.parts, C, dtype=torch.float32)
+    partial_lse = qkv.new_empty(B, num_heads, geometry.parts, dtype=torch.float32)
+    extras = _Extras(qkv, frame_mask, seed, layout, dropout_p)
+    with on_device(qkv.device):
+        forward_kernel[geometry.programs(B, tile.block_m)](
+            qkv, extras.frame_mask, extras.cls_weights, extras.seed, out, lse, partials, partial_lse,
+            *geometry, *_strides(qkv), scale * LOG2E.value, extras.cls_weight, extras.threshold, extras.keep_scale,
+            PACKED=packed, MASKED=extras.masked, PRECISION=precision, **_launch_options(tile),
+        )  # fmt: skip
+        if layout.has_cls:
+            _merge(partials, partial_lse, out, lse, geometry, geometry.cls == engine.GLOBAL.value)
+    return out, lse
+
+
+def divided_attention_backward(
+    grad_out: Tensor,  # [B, L, C]
+    qkv: Tensor,  # [B, L, 3 C]
+    out: Tensor,  # [B, L, C]
+    lse: Tensor,  # [B, H, rows]
+    frame_mask: Tensor | None,  # [B, T]
+    seed: Tensor | None,  # [1]
+    num_frames: int,
+    num_heads: int,
+    axis: str,
+    cls_mode: str,
+    token_order: str,
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    """grad_qkv [B, L, 3 C]."""
+    B, L, width = qkv.shape
+    D = width // 3 // num_heads
+    options = (frame_mask, seed, num_frames, num_heads, axis, cls_mode, token_order, scale, dropout_p)
+    if D % _UNIT:
+        grad_out, qkv, out = _padded(grad_out, D), _padded(qkv, D), _padded(out, D)
+        return _narrowed(divided_attention_backward(grad_out, qkv, out, lse, *options), D)
+    layout = layout_of(L, num_frames, axis, cls_mode, token_order)
+    config, precision = choose(qkv, D)
+    geometry, packed = _plan(layout, num_heads, D, config)
+    grad_out, qkv, out, lse = _readable(grad_out), _readable(qkv), out.contiguous(), lse.contiguous()
+    grad_qkv = qkv.new_empty(B, L, width)
+    partials = qkv.new_empty(B, geometry.parts, width, dtype=torch.float32)
+    extras = _Extras(qkv, frame_mask, seed, layout, dropout_p)
+    numbers = (*geometry, *_strides(grad_out), *_strides(qkv), scale * LOG2E.value, scale)
+    masks = (extras.frame_mask, extras.cls_weights, extras.seed)
+    constants = {"MASKED": extras.masked, "PRECISION": precision}
+    with on_device(qkv.device):
+        if packed:
+            tile = config.packed_backward
+            packed_backward_kernel[geometry.programs(B, tile.block_m)](
+                grad_out, qkv, out, lse, *masks, grad_qkv, partials,
+                *numbers, extras.cls_weight, extras.threshold, extras.keep_scale,
+                **constants, **_launch_options(tile),
+            )  # fmt: skip
+        else:
+            rows = layout.num_sequences * geometry.items
+            statistics = qkv.new_empty(3, B * num_heads * rows, dtype=torch.float32)
+            tile = config.grad_queries
+            grad_queries_kernel[geometry.programs(B, tile.block_m)](
+                grad_out, qkv, out, lse, *masks, grad_qkv, partials, statistics,
+                *numbers, extras.cls_weight, extras.threshold, extras.keep_scale,
+                **constants, **_launch_options(tile),
+            )  # fmt: skip
+            tile = config.grad_keys
+            grad_keys_kernel[geometry.programs(B, tile.block_m)](
+                grad_out, qkv, extras.frame_mask, extras.seed, statistics, grad_qkv, partials,
+                *numbers, extras.threshold, extras.keep_scale,
+                **constants, **_launch_options(tile),
+            )  # fmt: skip
+        if layout.has_cls:
+            _merge(partials, lse, grad_qkv, lse, geometry, False)
+    return grad_qkv
+
+
+class _Extras:
+    """The frame mask, dropout and the shares of an averaged class token, as the kernels take them.
+
+    A call with neither mask nor dropout runs kernels that know of neither (`masked` is False); all others run kernels
+    that know of both.
+    """
+
+    def __init__(
+        self, qkv: Tensor, frame_mask: Tensor | None, seed: Tensor | None, layout: Layout, dropout_p: float
+    ) -> None:
+        B, S, T = qkv.shape[0], layout.num_sequences, layout.num_frames
+        self.masked = frame_mask is not None or dropout_p > 0
+        self.frame_mask: Tensor | None = None
+        self.cls_weights: Tensor | None = None  # [B, S]
+        self.seed: Tensor | None = None
+        self.cls_weight = 1.0 / S
+        threshold = int(dropout_p * 2**32)
+        self.threshold = threshold - 2**32 if threshold >= 2**31 else threshold  # the bits of an unsigned number
+        self.keep_scale = 1.0 / (1.0 - dropout_p)
+        if not self.masked:
+            return
+        if frame_mask is None:
+            frame_mask = torch.ones(B, T, dtype=torch.bool, device=qkv.device)
+        if seed is None:
+            seed = torch.zeros(1, dtype=torch.int64, device=qkv.device)
+        self.frame_mask, self.seed = frame_mask.contiguous().view(torch.uint8), seed
+        # An averaged class token counts the sequences that hold a frame.
+        if layout.axis == "space":
+            counts = frame_mask
+        elif layout.axis == "time":
+            counts = frame_mask.any(1, keepdim=True).expand(B, S)
+        else:
+            counts = torch.ones_like(frame_mask[:, :1])
+        self.cls_weights = (counts / counts.sum(1, keepdim=True).clamp(min=1)).contiguous()
+
+
+def _plan(layout: Layout, num_heads: int, head_size: int, config: Config) -> tuple[_Geometry, bool]:
+    """The geometry of a call, and whether its sequences are packed."""
+    N, T = layout.num_positions, layout.num_frames
+    position, frame = (T, 1) if layout.token_order == "nt" else (1, N)  # tokens to the next position, the next frame
+    seq_step, row_step = {"time": (position, frame), "space": (frame, position), "joint": (0, 1)}[layout.axis]
+    cls = 0
+    if layout.cls_rows:
+        # Along the joint axis the class token has one sequence, and the mean is over that alone.
+        spans = layout.cls_is_global and layout.axis != "joint"
+        cls = int((engine.GLOBAL if spans else engine.AVERAGED).value)
+    items = layout.length + layout.cls_is_key
+    block = config.packed_forward.block_m
+    packed = items <= block
+    pack = min(block // items, layout.num_sequences) if packed else 1
+    geometry = _Geometry(
+        num_heads, head_size // _UNIT, layout.num_sequences, items, pack, layout.has_cls, cls,
+        seq_step, row_step, 1 if layout.token_order == "nt" else N, T,
+    )  # fmt: skip
+    return geometry, packed
+
+
+def _merge(
+    partials: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, geometry: _Geometry, weighted: bool
+) -> None:
+    """Fill the class token's row of out, [B, L, width], from the partials."""
+    B, L, width = out.shape
+    D = geometry.units * _UNIT
+    heads = width // D
+    merge_kernel_options = {"ROWS": MERGE_ROWS, "HEAD": triton.next_power_of_2(D), "num_warps": MERGE_WARPS}
+    engine.merge_kernel[(B * heads,)](
+        partials, partial_lse, out, lse, geometry.parts, heads, geometry.units, L, lse.shape[2], int(weighted),
+        **merge_kernel_options,
+    )  # fmt: skip
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x as the kernels read it: contiguous features, rows that begin at multiples of 8 of them; else a copy of it."""
+    strides = _strides(x)
+    aligned = x.stride(2) == 1 and all(
+        stride * _UNIT == x.stride(i) for i, stride in enumerate(strides) if x.size(i) > 1
+    )
+    return x if aligned and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _strides(x: Tensor) -> tuple[int, int]:
+    """From clip to clip and from token to token, in units of 8 features."""
+    return x.stride(0) // _UNIT, x.stride(1) // _UNIT
+
+
+def _padded(x: Tensor, head_size: int) -> Tensor:
+    """The same with zeros up to the next multiple of 8 features in each head."""
+    padding = round_up(head_size, _UNIT) - head_size
+    return F.pad(x.unflatten(-1, (-1, head_size)), (0, padding)).flatten(2)
+
+
+def _narrowed(x: Tensor, head_size: int) -> Tensor:
+    return x.unflatten(-1, (-1, round_up(head_size, _UNIT)))[..., :head_size].flatten(2)
+
+
+def _launch_options(tile: Tile) -> dict[str, int]:
+    return {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
