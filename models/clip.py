@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import random
-import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -29,12 +28,23 @@ import typer
 from torch import Tensor, nn
 
 import mmkernels
-from models.checkpoint import CheckpointError, load_checkpoint, load_newest
+from models.cli import (
+    BadChoice,
+    BadOption,
+    Precision,
+    PrecisionOption,
+    Resume,
+    ResumeOption,
+    announce,
+    bad_log,
+    pick_precision,
+    run_app,
+)
 from models.data import BadDataError, Batch, BatchPlan, Splits, Tokenizer
 from models.data.augment import Augment
-from models.data.sets import BadDataLog, BadDataPolicy, decode_image
+from models.data.sets import BadDataLog, decode_image
 from models.layers import ConvStem, Transformer
-from models.training import TrainConfig, Trainer, console, decay_groups, read_history
+from models.training import TrainConfig, Trainer, clear_run, console, decay_groups, load_run, read_history
 
 # --- the model -------------------------------------------------------------------------------------------------------
 
@@ -376,17 +386,10 @@ def batch_plan(splits: Splits, model: ClipConfig, data: DataConfig) -> BatchPlan
 
 def load_clip(path: Path) -> tuple[CLIP, DataConfig]:
     """The model of a run folder or a checkpoint file, with averaged weights where there are any, ready to evaluate."""
-    if path.is_dir():
-        found = load_newest(path, lambda message: console.print(f"[yellow]{message}"))
-        if found is None:
-            raise CheckpointError(f"{path} holds no checkpoint; train first: python -m models.clip train --out {path}")
-        tensors, metadata, _ = found
-    else:
-        tensors, metadata = load_checkpoint(path)
-    prefix = "average/" if any(name.startswith("average/") for name in tensors) else "model/"
-    model = CLIP(ClipConfig.from_dict(metadata["model"]["clip"]))
-    model.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    return model.eval(), DataConfig.from_dict(metadata["model"]["data"])
+    weights, described = load_run(path, f"python -m models.clip train --out {path}")
+    model = CLIP(ClipConfig.from_dict(described["clip"]))
+    model.load_state_dict(weights)
+    return model.eval(), DataConfig.from_dict(described["data"])
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -410,38 +413,6 @@ class LossChoice(str, Enum):
     eager = "eager"
 
 
-class Precision(str, Enum):
-    """Mixed precision."""
-
-    auto = "auto"
-    no = "no"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-class BadChoice(str, Enum):
-    """What to do about files that cannot be read."""
-
-    skip = "skip"
-    stop = "raise"
-
-
-class Resume(str, Enum):
-    """Whether to go on from the checkpoints of a run folder."""
-
-    auto = "auto"
-    never = "never"
-
-
-def pick_precision(choice: str) -> Literal["no", "bf16", "fp16"]:
-    """bf16 where the processor multiplies it in hardware, else full precision."""
-    if choice != "auto":
-        return choice  # type: ignore[return-value]
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
-
-
 def pick_styles(choice: str, validation_style: str = "") -> tuple[str, ...]:
     """The styles a list with commas names; "all" is every style that can be had here, but for the validation style."""
     if choice != "all":
@@ -452,18 +423,6 @@ def pick_styles(choice: str, validation_style: str = "") -> tuple[str, ...]:
     if missing := [name for name in NPM_STYLES if name not in found]:
         console.print(f"[yellow]npm is not on this machine: going on without the styles {', '.join(missing)}")
     return tuple(name for name in found if name != validation_style)
-
-
-def _bad_log(choice: BadChoice) -> BadDataLog:
-    policy: BadDataPolicy = "raise" if choice is BadChoice.stop else "skip"
-    return BadDataLog(policy, lambda message: console.print(f"[yellow]{message}", highlight=False))
-
-
-def _announce(splits: Splits, bad: BadDataLog) -> None:
-    for note in splits.notes:
-        console.print(f"[dim]{note}", highlight=False, soft_wrap=True)
-    if len(bad):
-        console.print(f"[yellow]{bad.summary()}", highlight=False)
 
 
 def train_run(
@@ -483,17 +442,15 @@ def train_run(
     """Read the data, train, and leave checkpoints and logs in ``out``."""
     bad = bad if bad is not None else BadDataLog()
     splits = load_data(data, bad)
-    _announce(splits, bad)
+    announce(splits.notes, bad)
     torch.manual_seed(train.seed)
     random.seed(train.seed)
     config = PRESETS[preset]
     model = CLIP(config).to(memory_format=torch.channels_last)
     plan = batch_plan(splits, config, data)
     task = ClipTask(plan, loss, image_weight, scale_lr)
-    if not resume and out.exists():
-        for old in [*out.glob("step-*.safetensors"), out / "history.jsonl"]:
-            old.unlink(missing_ok=True)
-        shutil.rmtree(out / "tensorboard", ignore_errors=True)
+    if not resume:
+        clear_run(out)
     trainer = Trainer(
         model,
         task,
@@ -544,14 +501,17 @@ def evaluate_run(
     plots.retrievals(images, texts, gallery, out / "retrieval.png")
     history = read_history(out)
     if history:
-        plots.curves(history, out / "curves.png", math.log(batch_size) if batch_size else None)
+        plots.curves(
+            history,
+            out / "curves.png",
+            loss="InfoNCE loss",
+            chance=math.log(batch_size) if batch_size else None,
+            second=("scale", "logit scale (1 / temperature)", "Temperature"),
+        )
     names = ("curves.png", "similarity.png", "retrieval.png", "report.json")
     written = ", ".join(str(out / name) for name in names if (out / name).exists())
     console.print(f"written: {written}", highlight=False, soft_wrap=True)
     return report
-
-
-BadOption = Annotated[BadChoice, typer.Option(help="Skip files that cannot be read, with a count, or stop.")]
 
 
 @app.command()
@@ -578,10 +538,10 @@ def train(
     keyword_share: Annotated[float, typer.Option(min=0, max=1, help="Share of captions with keywords.")] = 0.3,
     variant_divisor: Annotated[int, typer.Option(min=1, help="One in so many variants an epoch.")] = 5,
     augment: Annotated[float, typer.Option(min=0, help="Strength of the augmentation.")] = 1.0,
-    precision: Annotated[Precision, typer.Option(help="Mixed precision.")] = Precision.auto,
+    precision: PrecisionOption = Precision.auto,
     loss: Annotated[LossChoice, typer.Option(help="Implementation of the loss.")] = LossChoice.fused,
     on_bad_data: BadOption = BadChoice.skip,
-    resume: Annotated[Resume, typer.Option(help="Go on from the run folder's checkpoints, or not.")] = Resume.auto,
+    resume: ResumeOption = Resume.auto,
     checkpoint_every: Annotated[int, typer.Option(min=1)] = 200,
     seed: int = 0,
     cpu: Annotated[bool, typer.Option("--cpu", help="Use the CPU even where there is a GPU.")] = False,
@@ -622,7 +582,7 @@ def train(
         loss=loss.value,
         image_weight=image_weight,
         scale_lr=scale_lr,
-        bad=_bad_log(on_bad_data),
+        bad=bad_log(on_bad_data),
         resume=resume is Resume.auto,
         compile_model=compile_model,
         cpu=cpu,
@@ -648,9 +608,9 @@ def eval_command(
 ) -> None:
     """Zero-shot accuracy and retrieval on every test set, with tables, a JSON report and pictures."""
     model, run = load_clip(checkpoint)
-    bad = _bad_log(on_bad_data)
+    bad = bad_log(on_bad_data)
     splits = load_data(_data_of(run, data), bad)
-    _announce(splits, bad)
+    announce(splits.notes, bad)
     folder = out or (checkpoint if checkpoint.is_dir() else checkpoint.parent)
     evaluate_run(model, splits, folder, validation=validation, batch_size=run.batch_size)
 
@@ -759,21 +719,7 @@ def demo(
 
 def main(arguments: Iterable[str] | None = None) -> int:
     """Run the command line; foreseeable errors end it with one clear line instead of a traceback."""
-    try:
-        app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
-    except typer.Exit as stop:
-        return stop.exit_code
-    except (
-        BadDataError,
-        CheckpointError,
-        FileNotFoundError,
-        ModuleNotFoundError,
-        ValueError,
-        FloatingPointError,
-    ) as error:
-        console.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
-        return 1
-    return 0
+    return run_app(app, arguments)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from rich.table import Table
 
+from models.cli import pick_precision
 from models.clip import (
     CLIP,
     PRESETS,
@@ -19,7 +20,6 @@ from models.clip import (
     DataConfig,
     LossName,
     evaluate_run,
-    pick_precision,
     train_run,
 )
 from models.data import Batch

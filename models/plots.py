@@ -30,21 +30,32 @@ def _smooth(values: Sequence[float], width: int) -> np.ndarray:
     return np.convolve(y, kernel, "same") / np.convolve(np.ones_like(y), kernel, "same")
 
 
-def curves(history: Sequence[dict[str, float]], path: Path, chance: float | None = None) -> None:
-    """Loss (each step and its running mean) and logit scale against the step."""
+def curves(
+    history: Sequence[dict[str, float]],
+    path: Path,
+    *,
+    loss: str,
+    chance: float | None = None,
+    second: tuple[str, str, str],
+) -> None:
+    """The loss (each step and its running mean) and a second number of the history, against the step.
+
+    ``second`` is its key, the label of its axis, and its title; ``chance`` is the loss of a model that knows nothing.
+    """
     with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
         steps = [row["step"] + 1 for row in history]
-        loss = [row["loss"] for row in history]
-        left.plot(steps, loss, color="#9db7d5", linewidth=0.7, label="each step")
-        left.plot(steps, _smooth(loss, max(1, len(loss) // 50)), color="#1f4e8c", linewidth=1.8, label="running mean")
+        for axes, key, label, title in ((left, "loss", loss, "Loss"), (right, *second)):
+            values = [row[key] for row in history]
+            smooth = _smooth(values, max(1, len(values) // 50))
+            axes.plot(steps, values, color="#9db7d5", linewidth=0.7, label="each step")
+            axes.plot(steps, smooth, color="#1f4e8c", linewidth=1.8, label="running mean")
+            axes.set(xlabel="step", ylabel=label, title=title)
         if chance is not None:
             left.axhline(chance, color=INK, linewidth=0.8, linestyle="--", label="chance")
-        left.set(xlabel="step", ylabel="InfoNCE loss", title="Loss", ylim=(0, None))
+        left.set_ylim(0, None)
         left.legend(frameon=False)
-        right.plot(steps, [row["scale"] for row in history], color="#1f4e8c", linewidth=1.8)
-        right.set(xlabel="step", ylabel="logit scale (1 / temperature)", title="Temperature")
         figure.savefig(path, dpi=130)
 
 

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from models.checkpoint import CheckpointError, load_newest, prune, save_checkpoint, step_path
+from models.checkpoint import CheckpointError, load_checkpoint, load_newest, prune, save_checkpoint, step_path
 
 # Tables and lines in a log file need not fit the 80 columns that rich assumes there.
 console = Console(width=None if sys.stdout.isatty() else 120)
@@ -72,6 +73,10 @@ def keep_freed_memory() -> None:
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep up to 2 GiB at the top of the heap
         libc.mallopt(-2, 2**26)  # M_TOP_PAD: grow in steps of 64 MiB
+
+
+# What a row of the history holds beside the loss and the numbers of the task.
+_UNSHOWN = ("step", "grad_norm", "lr", "seconds")
 
 
 class Task(Protocol):
@@ -333,7 +338,8 @@ class Trainer:
                 row["seconds"] = took
                 self.history.append(row)
                 history.write(json.dumps(row) + "\n")
-                note = f"loss {row['loss']:.3f}  scale {row.get('scale', float('nan')):.1f}  {took:.2f} s/step"
+                shown = [f"{key} {value:.3f}" for key, value in row.items() if key not in _UNSHOWN]
+                note = "  ".join([*shown, f"{took:.2f} s/step"])
                 bar.update(job, completed=self.step, note=note)
                 if self.step % self.config.log_every == 0:
                     history.flush()
@@ -366,3 +372,27 @@ def read_history(run_dir: Path) -> list[dict[str, float]]:
             except json.JSONDecodeError:
                 break
     return rows
+
+
+def clear_run(run_dir: Path) -> None:
+    """Delete the checkpoints and the logs of a run folder, to start anew in it."""
+    for old in [*run_dir.glob("step-*.safetensors"), run_dir / "history.jsonl"]:
+        old.unlink(missing_ok=True)
+    shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
+
+
+def load_run(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights (the averaged ones, where there are any) and configuration of a run folder or a checkpoint file.
+
+    ``remedy`` is the command that makes a checkpoint, for the error where the folder has none.
+    """
+    if path.is_dir():
+        found = load_newest(path, lambda message: console.print(f"[yellow]{message}"))
+        if found is None:
+            raise CheckpointError(f"{path} holds no checkpoint; train first: {remedy}")
+        tensors, metadata, _ = found
+    else:
+        tensors, metadata = load_checkpoint(path)
+    prefix = "average/" if any(name.startswith("average/") for name in tensors) else "model/"
+    weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return weights, metadata["model"]

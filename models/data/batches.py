@@ -12,6 +12,14 @@ from models.data.captions import Tokenizer, sample_caption
 from models.data.sets import ImageTextSet
 
 
+def generator_of(seed: int, *key: int) -> torch.Generator:
+    """A generator for each (seed, purpose, index): nothing depends on what was drawn before."""
+    state = seed
+    for part in key:
+        state = (state * 6364136223846793005 + part * 1442695040888963407 + 1013904223) % 2**63
+    return torch.Generator().manual_seed(state)
+
+
 @dataclass
 class Batch:
     """``images`` [V, B, 3, S, S] (V views of each concept), ``tokens`` [B, L], ``concept_ids`` [B]."""
@@ -56,30 +64,23 @@ class BatchPlan:
         if self.steps_per_epoch == 0:
             raise ValueError(f"batch size {batch_size} exceeds the {concepts} captions of an epoch: choose a smaller")
 
-    def _generator(self, *key: int) -> torch.Generator:
-        # A generator for each (seed, purpose, index): nothing depends on what was drawn before.
-        state = self.seed
-        for part in key:
-            state = (state * 6364136223846793005 + part * 1442695040888963407 + 1013904223) % 2**63
-        return torch.Generator().manual_seed(state)
-
     def _order(self, epoch: int) -> Tensor:
         if self._epoch is None or self._epoch[0] != epoch:
             variants = self._variants
             if self.variant_divisor > 1 and variants:
                 # Rounds of `variant_divisor` epochs visit every variant once.
                 cycle, part = divmod(epoch, self.variant_divisor)
-                shuffled = torch.randperm(len(variants), generator=self._generator(0, cycle)).tolist()
+                shuffled = torch.randperm(len(variants), generator=generator_of(self.seed, 0, cycle)).tolist()
                 variants = [variants[i] for i in shuffled[part :: self.variant_divisor]]
             concepts = torch.tensor(self._plain + variants)
-            self._epoch = epoch, concepts[torch.randperm(len(concepts), generator=self._generator(1, epoch))]
+            self._epoch = epoch, concepts[torch.randperm(len(concepts), generator=generator_of(self.seed, 1, epoch))]
         return self._epoch[1]
 
     def __call__(self, step: int) -> Batch:
         """The batch of one step."""
         epoch, index = divmod(step, self.steps_per_epoch)
         concepts = self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
-        generator = self._generator(2, step)
+        generator = generator_of(self.seed, 2, step)
         rows, captions = [], []
         for concept in concepts.tolist():
             own = self.rows[concept]
