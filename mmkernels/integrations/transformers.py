@@ -165,7 +165,7 @@ def patch_timesformer(model: nn.Module, *, impl: str = "auto") -> TimesformerPat
     """
     from transformers.models.timesformer.modeling_timesformer import TimesformerLayer, TimesformerModel
 
-    layers = [module for module in model.modules() if isinstance(module, TimesformerLayer)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, TimesformerLayer)]
     if not layers:
         raise TypeError(
             f"model: expected a TimesformerModel, TimesformerForVideoClassification or a module that holds one, "
