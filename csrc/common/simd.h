@@ -162,6 +162,33 @@ MMK_INLINE void transpose(Vec (&rows)[16]) {
   }
 }
 
+// Lane i: the sum of the lanes of rows[i].
+MMK_INLINE Vec sums_of(const Vec (&rows)[16]) {
+  const auto join = [](Vec x, Vec y, auto low, auto high) { return Vec{_mm512_add_ps(low(x.v, y.v), high(x.v, y.v))}; };
+  const auto floats = [&](Vec x, Vec y) {
+    return join(
+        x, y, [](__m512 a, __m512 b) { return _mm512_unpacklo_ps(a, b); },
+        [](__m512 a, __m512 b) { return _mm512_unpackhi_ps(a, b); });
+  };
+  const auto pairs = [&](Vec x, Vec y) {
+    return join(
+        x, y,
+        [](__m512 a, __m512 b) {
+          return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+        },
+        [](__m512 a, __m512 b) {
+          return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+        });
+  };
+  const auto quarters = [&](Vec x, Vec y) {
+    return join(
+        x, y, [](__m512 a, __m512 b) { return _mm512_shuffle_f32x4(a, b, 0x88); },
+        [](__m512 a, __m512 b) { return _mm512_shuffle_f32x4(a, b, 0xDD); });
+  };
+  const auto four = [&](int i) { return pairs(floats(rows[i], rows[i + 1]), floats(rows[i + 2], rows[i + 3])); };
+  return quarters(quarters(four(0), four(4)), quarters(four(8), four(12)));
+}
+
 #if defined(__AVX512BF16__)
 #define MMK_HAS_BF16_PRODUCT 1
 // c + the sum of the products of the two bfloat16 in each lane.
@@ -390,6 +417,11 @@ MMK_INLINE void transpose(Vec (&rows)[Vec::kLanes]) {
   for (int i = 0; i < Vec::kLanes; ++i)
     for (int j = 0; j < Vec::kLanes; ++j) turned[j][i] = lanes[i][j];
   for (int i = 0; i < Vec::kLanes; ++i) rows[i] = Vec::load(turned[i]);
+}
+MMK_INLINE Vec sums_of(const Vec (&rows)[Vec::kLanes]) {
+  float sums[Vec::kLanes];
+  for (int i = 0; i < Vec::kLanes; ++i) sums[i] = rows[i].sum();
+  return Vec::load(sums);
 }
 #endif
 

@@ -243,38 +243,59 @@ struct ShortBuffers {
   }
 };
 
-// Rows as floats, zero past `size`: to[i] for each of the sequence's tokens.
+// Rows as floats, zero past the head's size: to[i] for each of the sequence's tokens. What lies `ahead` bytes further
+// is needed soon, and fetched.
 template <Dtype kDtype>
-MMK_INLINE void gather_rows(const ListedFeatures& x, int64_t count, int64_t head, int64_t size, float* to) {
+MMK_INLINE void gather_rows(const ListedFeatures& x, int64_t count, int64_t head, int64_t size, int64_t ahead,
+                            float* to) {
   for (int64_t i = 0; i < count; ++i, to += size) {
-    const void* row = x.row(i);
+    const char* row = static_cast<const char*>(x.row(i));
+    for (int64_t line = 0; line < head * bytes_of(kDtype); line += 64) __builtin_prefetch(row + ahead + line, 0, 2);
     for (int64_t d = 0; d < size; d += Vec::kLanes) load_floats<kDtype>(row, d, head).store(to + d);
   }
-}
-
-// The sums of the lanes of kLanes vectors, as one vector.
-MMK_INLINE Vec sums_of(Vec (&rows)[Vec::kLanes]) {
-  transpose(rows);
-  for (int step = Vec::kLanes / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) rows[i] = rows[i] + rows[i + step];
-  return rows[0];
 }
 
 // tile[j][lane] = a[lane] . b[head of the lane][j], for `count` rows j of each head.
 template <int kSlots>
 MMK_INLINE void dot_rows(const float* a, const float* b, int64_t count, int64_t size, float* tile) {
-  constexpr int kHeads = Vec::kLanes / kSlots;
   for (int64_t j = 0; j < count; ++j, b += size, tile += Vec::kLanes) {
     Vec acc[Vec::kLanes];
-    for (Vec& x : acc) x = Vec::set1(0.f);
+#pragma GCC unroll 16
+    for (int i = 0; i < Vec::kLanes; ++i) acc[i] = Vec::set1(0.f);
     for (int64_t d = 0; d < size; d += Vec::kLanes) {
-      for (int g = 0; g < kHeads; ++g) {
-        const Vec right = Vec::load(b + g * kSlots * size + d);
-        for (int i = 0; i < kSlots; ++i)
-          acc[g * kSlots + i] = fma(Vec::load(a + (g * kSlots + i) * size + d), right, acc[g * kSlots + i]);
-      }
+#pragma GCC unroll 16
+      for (int i = 0; i < Vec::kLanes; ++i)
+        acc[i] = fma(Vec::load(a + i * size + d), Vec::load(b + i / kSlots * kSlots * size + d), acc[i]);
     }
     sums_of(acc).store(tile);
+  }
+}
+
+// kOut x kWide vectors of combine_rows.
+template <int kOut, int kWide, class Write>
+MMK_INLINE void combine_block(const float* coefficients, int64_t out_step, int64_t in_step, const float* rows,
+                              int64_t count, int64_t size, int written, const Write& write) {
+  Vec acc[kOut][kWide];
+#pragma GCC unroll 4
+  for (int i = 0; i < kOut; ++i)
+#pragma GCC unroll 4
+    for (int w = 0; w < kWide; ++w) acc[i][w] = Vec::set1(0.f);
+  for (int64_t j = 0; j < count; ++j) {
+    Vec right[kWide];
+#pragma GCC unroll 4
+    for (int w = 0; w < kWide; ++w) right[w] = Vec::load(rows + j * size + w * Vec::kLanes);
+#pragma GCC unroll 4
+    for (int i = 0; i < kOut; ++i) {
+      const Vec left = Vec::set1(coefficients[i * out_step + j * in_step]);
+#pragma GCC unroll 4
+      for (int w = 0; w < kWide; ++w) acc[i][w] = fma(left, right[w], acc[i][w]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kOut; ++i) {
+    if (i >= written) break;
+#pragma GCC unroll 4
+    for (int w = 0; w < kWide; ++w) write(i, w * Vec::kLanes, acc[i][w]);
   }
 }
 
@@ -284,28 +305,16 @@ template <class Write>
 MMK_INLINE void combine_rows(const float* coefficients, int64_t out_step, int64_t in_step, const float* rows,
                              int64_t count, int64_t size, const Write& write) {
   constexpr int kOut = 4, kWide = Vec::kLanes == 16 ? 4 : 2;
-  for (int64_t i0 = 0; i0 < count; i0 += kOut) {
+  for (int64_t i = 0; i < count; i += kOut) {
     // A block past the end computes rows that are not written: their coefficients are within the tile.
-    const int n = static_cast<int>(std::min<int64_t>(kOut, count - i0));
-    for (int64_t d0 = 0; d0 < size; d0 += kWide * Vec::kLanes) {
-      const int wide = static_cast<int>(std::min<int64_t>(kWide, (size - d0) / Vec::kLanes));
-      Vec acc[kOut][kWide];
-      for (auto& row : acc)
-        for (Vec& x : row) x = Vec::set1(0.f);
-      const auto block = [&](const auto width) {
-        for (int64_t j = 0; j < count; ++j) {
-          Vec right[kWide];
-          for (int w = 0; w < width; ++w) right[w] = Vec::load(rows + j * size + d0 + w * Vec::kLanes);
-          for (int i = 0; i < kOut; ++i) {
-            const Vec left = Vec::set1(coefficients[(i0 + i) * out_step + j * in_step]);
-            for (int w = 0; w < width; ++w) acc[i][w] = fma(left, right[w], acc[i][w]);
-          }
-        }
-      };
-      wide == kWide ? block(std::integral_constant<int, kWide>{}) : block(wide);
-      for (int i = 0; i < n; ++i)
-        for (int w = 0; w < wide; ++w) write(i0 + i, d0 + w * Vec::kLanes, acc[i][w]);
-    }
+    const int written = static_cast<int>(std::min<int64_t>(kOut, count - i));
+    const float* left = coefficients + i * out_step;
+    int64_t d = 0;
+    const auto at = [&](int row, int64_t column, Vec value) { write(i + row, d + column, value); };
+    for (; d + kWide * Vec::kLanes <= size; d += kWide * Vec::kLanes)
+      combine_block<kOut, kWide>(left, out_step, in_step, rows + d, count, size, written, at);
+    for (; d < size; d += Vec::kLanes)
+      combine_block<kOut, 1>(left, out_step, in_step, rows + d, count, size, written, at);
   }
 }
 
@@ -329,14 +338,16 @@ void dropout_tile(const AttentionForward& p, const Sequence& q, int64_t h0, int6
   }
 }
 
-template <Dtype kDtype, int kSlots>
+template <Dtype kDtype, int kSlots, int kSize>
 void short_forward(const AttentionForward& p, int64_t begin, int64_t end, float* scratch) {
   const Clips& c = p.clips;
   const ShortBuffers t(c, false, scratch);
+  const int64_t size = kSize > 0 ? kSize : t.size;
+  const int64_t ahead = c.sequence_step * p.token_stride * bytes_of(kDtype);
   constexpr int64_t kHeads = Vec::kLanes / kSlots;
   // Lanes without a query hold what was there before; it is not read, but it must be numbers.
-  std::fill(t.a, t.a + Vec::kLanes * t.size, 0.f);
-  std::fill(t.b, t.b + Vec::kLanes * t.size, 0.f);
+  std::fill(t.a, t.a + Vec::kLanes * size, 0.f);
+  std::fill(t.b, t.b + Vec::kLanes * size, 0.f);
   std::fill(t.scores, t.scores + Vec::kLanes * Vec::kLanes, 0.f);
   const Vec scale = Vec::set1(p.scale);
   for (int64_t task = begin; task < end; ++task) {
@@ -346,11 +357,11 @@ void short_forward(const AttentionForward& p, int64_t begin, int64_t end, float*
     for (int64_t h0 = 0; q.count > 0 && h0 < c.heads; h0 += kHeads) {
       const int64_t heads = std::min(kHeads, c.heads - h0);
       for (int64_t g = 0; g < heads; ++g) {
-        gather_rows<kDtype>(rows_of(p, q, 0, h0 + g), q.count, c.head, t.size, t.a + g * kSlots * t.size);
-        gather_rows<kDtype>(rows_of(p, q, 1, h0 + g), q.count, c.head, t.size, t.b + g * kSlots * t.size);
-        gather_rows<kDtype>(rows_of(p, q, 2, h0 + g), q.count, c.head, t.size, t.c + g * kSlots * t.size);
+        gather_rows<kDtype>(rows_of(p, q, 0, h0 + g), q.count, c.head, size, ahead, t.a + g * kSlots * size);
+        gather_rows<kDtype>(rows_of(p, q, 1, h0 + g), q.count, c.head, size, ahead, t.b + g * kSlots * size);
+        gather_rows<kDtype>(rows_of(p, q, 2, h0 + g), q.count, c.head, size, ahead, t.c + g * kSlots * size);
       }
-      dot_rows<kSlots>(t.a, t.b, q.count, t.size, t.scores);
+      dot_rows<kSlots>(t.a, t.b, q.count, size, t.scores);
       Vec largest = Vec::set1(kNegativeInfinity), sum = Vec::set1(0.f);
       for (int64_t j = 0; j < q.count; ++j) {
         Vec x = Vec::load(t.scores + j * Vec::kLanes) * scale;
@@ -375,7 +386,7 @@ void short_forward(const AttentionForward& p, int64_t begin, int64_t end, float*
       for (int64_t g = 0; g < heads; ++g) {
         for (int64_t i = 0; i < q.count; ++i) keep_lse(p, q, h0 + g, i, lse[g * kSlots + i]);
         float* cls = p.cls_out + ((q.b * c.heads + h0 + g) * c.sequences + q.s) * c.head;
-        combine_rows(t.scores + g * kSlots, 1, Vec::kLanes, t.c + g * kSlots * t.size, q.count, t.size,
+        combine_rows(t.scores + g * kSlots, 1, Vec::kLanes, t.c + g * kSlots * size, q.count, size,
                      [&](int64_t i, int64_t d, Vec value) {
                        if (q.is_cls(i)) return store_floats<Dtype::kFloat32>(value, cls, d, c.head);
                        store_floats<kDtype>(value, out_row(p, q.b, q.tokens[i], h0 + g), d, c.head);
@@ -385,13 +396,16 @@ void short_forward(const AttentionForward& p, int64_t begin, int64_t end, float*
   }
 }
 
-template <Dtype kDtype, int kSlots>
+template <Dtype kDtype, int kSlots, int kSize>
 void short_backward(const AttentionBackward& p, int64_t begin, int64_t end, float* scratch) {
   const AttentionForward& f = p.forward;
   const Clips& c = f.clips;
   const ShortBuffers t(c, true, scratch);
+  const int64_t size = kSize > 0 ? kSize : t.size;
+  const int64_t ahead = c.sequence_step * f.token_stride * bytes_of(kDtype);
+  const int64_t grad_ahead = c.sequence_step * p.grad_token_stride * bytes_of(kDtype);
   constexpr int64_t kHeads = Vec::kLanes / kSlots;
-  for (float* rows : {t.a, t.b, t.c, t.d}) std::fill(rows, rows + Vec::kLanes * t.size, 0.f);
+  for (float* rows : {t.a, t.b, t.c, t.d}) std::fill(rows, rows + Vec::kLanes * size, 0.f);
   for (float* tile : {t.scores, t.products}) std::fill(tile, tile + Vec::kLanes * Vec::kLanes, 0.f);
   const Vec scale = Vec::set1(f.scale);
   for (int64_t task = begin; task < end; ++task) {
@@ -403,20 +417,20 @@ void short_backward(const AttentionBackward& p, int64_t begin, int64_t end, floa
       const int64_t heads = std::min(kHeads, c.heads - h0);
       float lse[Vec::kLanes] = {}, split_deltas[Vec::kLanes] = {}, is_split[Vec::kLanes] = {};
       for (int64_t g = 0; g < heads; ++g) {
-        const int64_t h = h0 + g, at = g * kSlots * t.size;
-        gather_rows<kDtype>(rows_of(f, q, 0, h), q.count, c.head, t.size, t.a + at);
-        gather_rows<kDtype>(rows_of(f, q, 1, h), q.count, c.head, t.size, t.b + at);
-        gather_rows<kDtype>(rows_of(f, q, 2, h), q.count, c.head, t.size, t.c + at);
-        gather_rows<kDtype>(grad_rows_of(p, q, h), q.count, c.head, t.size, t.d + at);
+        const int64_t h = h0 + g, at = g * kSlots * size;
+        gather_rows<kDtype>(rows_of(f, q, 0, h), q.count, c.head, size, ahead, t.a + at);
+        gather_rows<kDtype>(rows_of(f, q, 1, h), q.count, c.head, size, ahead, t.b + at);
+        gather_rows<kDtype>(rows_of(f, q, 2, h), q.count, c.head, size, ahead, t.c + at);
+        gather_rows<kDtype>(grad_rows_of(p, q, h), q.count, c.head, size, grad_ahead, t.d + at);
         for (int64_t i = 0; i < q.count; ++i) lse[g * kSlots + i] = f.lse[lse_index(c, q, h, i)];
-        for (int64_t d = 0; q.cls_first && d < t.size; ++d) t.d[at + d] *= cls_share;
+        for (int64_t d = 0; q.cls_first && d < size; ++d) t.d[at + d] *= cls_share;
         if (q.cls_is_split) {
           is_split[g * kSlots] = 1;
           split_deltas[g * kSlots] = split_delta(p, q, h);
         }
       }
-      dot_rows<kSlots>(t.a, t.b, q.count, t.size, t.scores);
-      dot_rows<kSlots>(t.d, t.c, q.count, t.size, t.products);
+      dot_rows<kSlots>(t.a, t.b, q.count, size, t.scores);
+      dot_rows<kSlots>(t.d, t.c, q.count, size, t.products);
       const bool drops = f.dropout.threshold != 0;
       if (drops) dropout_tile<kSlots>(f, q, h0, heads, t.factors);
       const Vec lse_lanes = Vec::load(lse);
@@ -463,9 +477,9 @@ void short_backward(const AttentionBackward& p, int64_t begin, int64_t end, floa
             store_floats<kDtype>(value, grad_row(p, q.b, q.tokens[i], part, h), d, c.head);
           };
         };
-        combine_rows(t.products + at, 1, Vec::kLanes, t.b + at * t.size, q.count, t.size, writer(0));
-        combine_rows(t.products + at, Vec::kLanes, 1, t.a + at * t.size, q.count, t.size, writer(1));
-        combine_rows(t.scores + at, Vec::kLanes, 1, t.d + at * t.size, q.count, t.size, writer(2));
+        combine_rows(t.products + at, 1, Vec::kLanes, t.b + at * size, q.count, size, writer(0));
+        combine_rows(t.products + at, Vec::kLanes, 1, t.a + at * size, q.count, size, writer(1));
+        combine_rows(t.scores + at, Vec::kLanes, 1, t.d + at * size, q.count, size, writer(2));
       }
     }
   }
@@ -535,8 +549,38 @@ struct LongBuffers {
     value_grads = take(size * keys);
   }
 
+  // Of the register kernel by the product of all queries and keys.
+  int64_t calls(int64_t count) const { return (count + kPanel - 1) / kPanel * ((count + kRows - 1) / kRows); }
+
   RowsLeft left(const float* words_of_rows, int64_t row) const {
     return {words_of_rows + row * kPanel, kPanel, (rows - 1) * kPanel};
+  }
+};
+
+// The rows that the next task needs, which lie a fixed way from this one's: fetched a few at a time while the register
+// kernel works. They are far apart, so that the machine does not see them coming by itself.
+struct NextRows {
+  struct Part {
+    ListedFeatures rows;
+    int64_t ahead;  // bytes
+  };
+  Part parts[4];
+  int num_parts;
+  int64_t count, row_bytes, at_once;
+  int64_t at = 0;
+
+  // Of the task after head h of a sequence: the next head, or the first one of the next sequence.
+  static int64_t way(const Clips& c, int64_t h, int64_t token_stride, Dtype dtype) {
+    return (h + 1 < c.heads ? c.head : c.sequence_step * token_stride - h * c.head) * bytes_of(dtype);
+  }
+  void share(int64_t calls) { at_once = (count * num_parts + calls - 1) / calls; }
+
+  MMK_INLINE void fetch() {
+    for (int64_t n = 0; n < at_once && at < count * num_parts; ++n, ++at) {
+      const Part& part = parts[at % num_parts];
+      const char* row = static_cast<const char*>(part.rows.row(at / num_parts)) + part.ahead;
+      for (int64_t line = 0; line < row_bytes; line += 64) __builtin_prefetch(row + line, 0, 2);
+    }
   }
 };
 
@@ -552,10 +596,11 @@ void pack_contracted_rows(const Rows& x, int64_t row, int64_t count, int64_t siz
 // tile[rows][stride] = words of rows times columns.
 template <class Product>
 void multiply_columns(const LongBuffers<Product>& t, const float* words_of_rows, const float* columns, int64_t rows,
-                      int64_t keys, float* tile) {
+                      int64_t keys, float* tile, NextRows& next) {
   for (int64_t j = 0; j < keys; j += kPanel) {
     const float* panel = columns + j * t.words;
     for (int64_t i = 0; i < rows; i += kRows) {
+      next.fetch();
       const FloatTile to{tile + i * t.stride + j, t.stride, false};
       if (keys - j <= kPanel / 2) {
         multiply<Product, kVecs / 2>(t.words, t.left(words_of_rows, i), panel, to);
@@ -640,14 +685,17 @@ void long_forward(const AttentionForward& p, int64_t begin, int64_t end, float* 
     const Sequence q = sequence_of(c, bs / c.sequences, bs % c.sequences, t.tokens);
     clear_absent_outputs(p, q, h);
     if (q.count == 0) continue;
-    const ListedFeatures queries = rows_of(p, q, 0, h);
-    pack_columns<Product>(rows_of(p, q, 1, h), 0, q.count, c.head, t.key_columns);
-    pack_contracted_rows<Product>(rows_of(p, q, 2, h), 0, q.count, c.head, t.keys, t.value_rows);
+    const ListedFeatures queries = rows_of(p, q, 0, h), keys = rows_of(p, q, 1, h), values = rows_of(p, q, 2, h);
+    const int64_t way = NextRows::way(c, h, p.token_stride, kDtype);
+    NextRows next{{{queries, way}, {keys, way}, {values, way}}, 3, q.count, c.head * bytes_of(kDtype), 0};
+    next.share(t.calls(q.count));
+    pack_columns<Product>(keys, 0, q.count, c.head, t.key_columns);
+    pack_contracted_rows<Product>(values, 0, q.count, c.head, t.keys, t.value_rows);
     float* cls = p.cls_out + ((q.b * c.heads + h) * c.sequences + q.s) * c.head;
     for (int64_t i0 = 0; i0 < q.count; i0 += t.rows) {
       const int64_t rows = std::min(t.rows, q.count - i0);
       pack_rows<Product>(queries, i0, rows, c.head, t.rows, t.query_words);
-      multiply_columns(t, t.query_words, t.key_columns, rows, q.count, t.scores);
+      multiply_columns(t, t.query_words, t.key_columns, rows, q.count, t.scores, next);
       float shares[kMostRows];
       for (int64_t i = 0; i < rows; ++i) {
         float* row = t.scores + i * t.stride;
@@ -725,9 +773,18 @@ void long_backward(const AttentionBackward& p, int64_t begin, int64_t end, float
     if (q.count == 0) continue;
     const float cls_share = q.cls_first ? 1.f / static_cast<float>(cls_divisor(c, q.b)) : 1.f;
     const float delta_of_split = q.cls_is_split ? split_delta(p, q, h) : 0.f;
-    const ListedFeatures queries = rows_of(f, q, 0, h), keys = rows_of(f, q, 1, h), grads = grad_rows_of(p, q, h);
+    const ListedFeatures queries = rows_of(f, q, 0, h), keys = rows_of(f, q, 1, h), values = rows_of(f, q, 2, h);
+    const ListedFeatures grads = grad_rows_of(p, q, h);
+    const int64_t way = NextRows::way(c, h, f.token_stride, kDtype);
+    NextRows next{
+        {{queries, way}, {keys, way}, {values, way}, {grads, NextRows::way(c, h, p.grad_token_stride, kDtype)}},
+        4,
+        q.count,
+        c.head * bytes_of(kDtype),
+        0};
+    next.share(2 * t.calls(q.count));
     pack_columns<Product>(keys, 0, q.count, c.head, t.key_columns);
-    pack_columns<Product>(rows_of(f, q, 2, h), 0, q.count, c.head, t.value_columns);
+    pack_columns<Product>(values, 0, q.count, c.head, t.value_columns);
     pack_contracted_rows<Product>(keys, 0, q.count, c.head, t.keys, t.key_rows);
     const int64_t padded = round_up(q.count, Vec::kLanes);
     const auto write = [&](const float* from, float scale, int64_t part, int64_t i) {
@@ -744,8 +801,8 @@ void long_backward(const AttentionBackward& p, int64_t begin, int64_t end, float
         pack_row_pairs(grads, i0, rows, c.head, t.rows, t.grad_pairs);
       }
 #endif
-      multiply_columns(t, t.query_words, t.key_columns, rows, q.count, t.scores);
-      multiply_columns(t, t.grad_words, t.value_columns, rows, q.count, t.products);
+      multiply_columns(t, t.query_words, t.key_columns, rows, q.count, t.scores, next);
+      multiply_columns(t, t.grad_words, t.value_columns, rows, q.count, t.products, next);
       for (int64_t i = 0; i < rows; ++i) {
         float *row = t.scores + i * t.stride, *products = t.products + i * t.stride;
         const bool is_cls = q.is_cls(i0 + i);
@@ -801,13 +858,17 @@ void with_product([[maybe_unused]] Dtype dtype, const Call& call) {
   call(Float32Product{});
 }
 
+// Calls with the lanes of a head, and with the size of its rows where it is the common one, else 0.
 template <class Call>
-void with_slots(int64_t slots, const Call& call) {
-  if (slots == 4) return call(std::integral_constant<int, 4>{});
+void with_slots(int64_t slots, int64_t head, const Call& call) {
+  const auto with_size = [&](auto lanes) {
+    head == 64 ? call(lanes, std::integral_constant<int, 64>{}) : call(lanes, std::integral_constant<int, 0>{});
+  };
+  if (slots == 4) return with_size(std::integral_constant<int, 4>{});
   if constexpr (Vec::kLanes >= 8)
-    if (slots == 8) return call(std::integral_constant<int, 8>{});
+    if (slots == 8) return with_size(std::integral_constant<int, 8>{});
   if constexpr (Vec::kLanes >= 16)
-    if (slots == 16) return call(std::integral_constant<int, 16>{});
+    if (slots == 16) return with_size(std::integral_constant<int, 16>{});
 }
 
 AttentionPlan plan(const AttentionForward& p, bool backward) {
@@ -828,7 +889,9 @@ void forward(const AttentionForward& p, int64_t begin, int64_t end, float* scrat
   const int64_t slots = slots_of(p.clips.length + p.clips.cls_takes_part);
   with_dtype(p.dtype, [&](auto dtype) {
     if (slots > 0)
-      return with_slots(slots, [&](auto lanes) { short_forward<dtype(), lanes()>(p, begin, end, scratch); });
+      return with_slots(slots, p.clips.head, [&](auto lanes, auto size) {
+        short_forward<dtype(), lanes(), size()>(p, begin, end, scratch);
+      });
     with_product(p.dtype, [&](auto product) { long_forward<decltype(product), dtype()>(p, begin, end, scratch); });
   });
 }
@@ -838,7 +901,9 @@ void backward(const AttentionBackward& p, int64_t begin, int64_t end, float* scr
   const int64_t slots = slots_of(c.length + c.cls_takes_part);
   with_dtype(p.forward.dtype, [&](auto dtype) {
     if (slots > 0)
-      return with_slots(slots, [&](auto lanes) { short_backward<dtype(), lanes()>(p, begin, end, scratch); });
+      return with_slots(slots, c.head, [&](auto lanes, auto size) {
+        short_backward<dtype(), lanes(), size()>(p, begin, end, scratch);
+      });
     with_product(p.forward.dtype,
                  [&](auto product) { long_backward<decltype(product), dtype()>(p, begin, end, scratch); });
   });
