@@ -1,141 +1,40 @@
 """Check the Triton kernels on the GPU of this machine: parity, speed and memory against what users run today.
 
-    python -m benchmarks.gpu_check [--out runs/gpu_check] [--quick]
+    python -m benchmarks.gpu_check [info_nce | divided_attention] [--out runs/gpu_check] [--quick]
 
-Compares with eager PyTorch, torch.compile of it, and open_clip's ClipLoss where it is installed. Writes report.md and
+Compares with eager PyTorch, torch.compile of it, and what else users run and have installed. Writes report.md and
 report.json. Speed is reported only if parity holds. Without a GPU it says so and ends well.
 """
 
 import argparse
-import functools
+import importlib
 import json
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-import mmkernels
-from mmkernels.testing import assert_within_budget, features
-
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-# (N, M, D, scale, mean cosine of a query and its key, options)
-PARITY: list[tuple[int, int, int, float, float, dict[str, Any]]] = [
-    (1, 1, 64, 20.0, 0.5, {}),
-    (127, 127, 64, 20.0, 0.5, {}),
-    (128, 128, 512, 20.0, 0.5, {}),
-    (129, 129, 513, 20.0, 0.5, {}),
-    (1000, 1500, 768, 20.0, 0.5, {}),
-    (1000, 1000, 2048, 20.0, 0.5, {}),
-    (777, 777, 100, 100.0, -0.2, {}),
-    (777, 777, 256, 100.0, 0.95, {}),
-    (500, 500, 3, 20.0, 0.5, {"symmetric": False}),
-    (500, 900, 512, 20.0, 0.5, {"label_smoothing": 0.1}),
-    (900, 500, 512, 20.0, 0.5, {"targets": "repeated", "label_smoothing": 0.1}),
-    (5000, 5000, 256, 20.0, 0.5, {}),  # several tiles a program, several strips
-]
+OPS = ("info_nce", "divided_attention")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def cross_entropies(logits: Tensor, **options: Any) -> Tensor:
-    own = torch.arange(len(logits), device=logits.device)
-    targets = options.get("targets", own)
-    smoothing = options.get("label_smoothing", 0.0)
-    rows = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
-    if not options.get("symmetric", True):
-        return rows
-    columns = F.cross_entropy(logits.T[targets], own, label_smoothing=smoothing, reduction="none")
-    return (rows + columns) / 2
-
-
-def eager(queries: Tensor, keys: Tensor, scale: Tensor, **options: Any) -> Tensor:
-    """The lines that the call replaces, one loss a query."""
-    return cross_entropies((scale.to(queries.dtype) * queries @ keys.T).float(), **options)
-
-
-def eager_mean(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
-    """The shortest form of the symmetric loss: the logits are made once."""
-    labels = torch.arange(len(queries), device=queries.device)
-    logits = scale.to(queries.dtype) * queries @ keys.T
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-
-
-def check_parity(device: torch.device) -> list[dict[str, Any]]:
-    """Every case in every dtype against float64; a failure is a line of the report, not the end of it."""
-    results = []
-    for n, m, d, scale, near, given in PARITY:
-        for dtype in DTYPES:
-            options = dict(given)
-            if options.get("targets") == "repeated":
-                options["targets"] = torch.arange(n, device=device) * 7 // 3 % m
-            queries = features(n, d, dtype, seed=n)
-            keys = features(m, d, dtype, seed=m + 1, like=queries, mean_cosine=near)
-            inputs = (queries.to(device), keys.to(device), torch.tensor(scale, device=device))
-            weights = torch.linspace(0.5, 1.5, n, device=device)
-
-            def run(
-                loss: Callable[..., Tensor], to: torch.dtype | None, inputs: Any, options: Any, weights: Any
-            ) -> Any:
-                leaves = [x.detach().to(to or x.dtype).requires_grad_() for x in inputs]
-                losses = loss(*leaves, **options)
-                return losses.detach(), *torch.autograd.grad((losses * weights).sum(), leaves)
-
-            shared = (inputs, options, weights)
-            reference = functools.partial(mmkernels.info_nce, impl="reference", reduction="none")
-            fused = functools.partial(mmkernels.info_nce, impl="triton", reduction="none")
-            exact = run(reference, torch.float64, *shared)
-            rough = run(eager, None, *shared)
-            dots = inputs[0].double() @ inputs[1].double().T
-            logits = (scale * dots).requires_grad_()
-            losses = cross_entropies(logits, **options)
-            (grad_logits,) = torch.autograd.grad((losses * weights).sum(), logits)
-            terms = (grad_logits * dots).abs().sum()
-            row: dict[str, Any] = {"case": f"{n}x{m}x{d} scale {scale} {given or ''}", "dtype": str(dtype)[6:]}
-            try:
-                actual = run(fused, None, *shared)
-                again = run(fused, None, *shared)
-                for name, a, b, c, e in zip(("loss", "dq", "dk", "dscale"), actual, rough, exact, again, strict=True):
-                    row[name] = float((a.double() - c).abs().max() / c.abs().max().clamp_min(1e-30))
-                    # The scale's gradient is a sum of terms of either sign: it is rounded by their size.
-                    if name == "dscale":
-                        a, b, c, e = (torch.stack([x.double(), terms]) for x in (a, b, c, e))
-                    if not torch.equal(a, e):
-                        raise AssertionError(f"{name}: two runs differ")
-                    assert_within_budget(a, b, c, dtype=torch.float32 if name == "loss" else dtype, name=name)
-                row["verdict"] = "ok"
-            except (AssertionError, RuntimeError) as error:
-                row["verdict"] = f"FAILED: {str(error).splitlines()[0]}"
-            results.append(row)
-            print(f"  {row['case']:<50} {row['dtype']:<9} {row['verdict']}", flush=True)
-    return results
-
-
-def peers() -> dict[str, Loss]:
-    found: dict[str, Loss] = {
-        "mmkernels": functools.partial(mmkernels.info_nce, impl="triton"),
-        "eager": eager_mean,
-        "torch.compile": torch.compile(eager_mean),
-    }
-    try:
-        from open_clip.loss import ClipLoss
-    except ImportError:
-        print("open_clip is not installed: left out (pip install open-clip-torch)")
-    else:
-        found["open_clip"] = ClipLoss()
-    return found
-
-
-def measure(loss: Loss, queries: Tensor, keys: Tensor, scale: Tensor, repeats: int) -> dict[str, float]:
-    """Milliseconds of the forward and backward pass (median), and the most memory beyond inputs and gradients."""
-    leaves = [x.detach().requires_grad_() for x in (queries, keys, scale)]
+def measure(
+    forward: Callable[[], Tensor], leaves: Sequence[Tensor], *, repeats: int = 20, backward: bool = True
+) -> dict[str, float]:
+    """Milliseconds of a pass (median), and the most memory beyond inputs and gradients."""
+    gradient: list[Tensor] = []
 
     def step() -> None:
-        torch.autograd.grad(loss(*leaves), leaves)
+        with torch.set_grad_enabled(backward):
+            result = forward()
+        if backward:
+            if not gradient:
+                gradient.append(torch.ones_like(result))
+            torch.autograd.grad(result, leaves, gradient[0])
 
     for _ in range(3):
         step()
@@ -144,102 +43,55 @@ def measure(loss: Loss, queries: Tensor, keys: Tensor, scale: Tensor, repeats: i
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
-    gradients = sum(x.numel() * x.element_size() for x in leaves)
+    gradients = sum(x.numel() * x.element_size() for x in leaves) if backward else 0
     memory = torch.cuda.max_memory_allocated() - before - gradients
-    flush = torch.empty(64 << 20, dtype=torch.int32, device=queries.device)
+    flush = torch.empty(64 << 20, dtype=torch.int32, device=leaves[0].device)
     times = []
     for _ in range(repeats):
-        flush.zero_()  # the L2 cache begins without the features
+        flush.zero_()  # the L2 cache begins without the inputs
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         step()
         end.record()
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end))
-    return {"ms": statistics.median(times), "spread_ms": max(times) - min(times), "memory_mb": memory / 1e6}
+    return {"ms": statistics.median(times), "spread ms": max(times) - min(times), "memory MB": memory / 1e6}
 
 
-def gemm_rate(n: int, d: int, dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of torch's own product of the same shape: the practical limit."""
-    x = torch.randn(n, d, device=device, dtype=dtype)
-    times = []
-    for _ in range(13):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        product = x @ x.T
-        end.record()
-        torch.cuda.synchronize()
-        del product
-        times.append(begin.elapsed_time(end))
-    return 2.0 * n * n * d / (statistics.median(times[3:]) * 1e-3)
+def checks(op: str) -> Any:
+    """The module of an op's checks: check_parity(device), measure_all(device, quick), and a NOTE on its table."""
+    return importlib.import_module(f"benchmarks.gpu_check_{op}")
 
 
-def measure_all(device: torch.device, quick: bool) -> list[dict[str, Any]]:
-    results = []
-    sizes = (
-        [(4096, 512), (16384, 512)] if quick else [(2048, 512), (8192, 512), (32768, 512), (8192, 1024), (65536, 768)]
-    )
-    contenders = peers()
-    for dtype in (torch.bfloat16,) if quick else DTYPES:
-        for n, d in sizes:
-            if dtype == torch.float32 and n > 32768:
-                continue
-            queries = features(n, d, dtype, seed=0)
-            keys = features(n, d, dtype, seed=1, like=queries, mean_cosine=0.3).to(device)
-            queries, scale = queries.to(device), torch.tensor(20.0, device=device)
-            rate = gemm_rate(min(n, 16384), d, dtype, device)
-            for name, loss in contenders.items():
-                row: dict[str, Any] = {"peer": name, "n": n, "d": d, "dtype": str(dtype)[6:]}
-                try:
-                    row |= measure(loss, queries, keys, scale, 10 if quick else 20)
-                    # Counted as 4 products, the least that the loss and its gradients take.
-                    row["share_of_4g"] = 8.0 * n * n * d / (row["ms"] * 1e-3) / rate
-                except torch.cuda.OutOfMemoryError:
-                    row["error"] = "out of memory"
-                torch.cuda.empty_cache()
-                results.append(row)
-                print(
-                    "  " + ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{v}" for k, v in row.items()),
-                    flush=True,
-                )
-    return results
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = (row.get(column, "-") for column in columns)
+        lines.append("| " + " | ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in cells) + " |")
+    return lines
 
 
-def report(machine: dict[str, str], parity: list[dict[str, Any]], speed: list[dict[str, Any]]) -> str:
+def report(machine: dict[str, str], results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
     lines = ["# Check of the Triton kernels", "", *(f"- {key}: {value}" for key, value in machine.items()), ""]
-    lines += [
-        "## Parity with float64",
-        "",
-        "| case | dtype | loss | dq | dk | dscale | verdict |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in parity:
-        errors = " | ".join(f"{row[name]:.1e}" if name in row else "-" for name in ("loss", "dq", "dk", "dscale"))
-        lines.append(f"| {row['case']} | {row['dtype']} | {errors} | {row['verdict']} |")
-    lines += ["", "## Forward and backward", ""]
-    if not speed:
-        return "\n".join([*lines, "Not measured: parity comes first.", ""])
-    lines += ["| N | D | dtype | | ms | spread | memory MB | share of 4 G |", "|---|---|---|---|---|---|---|---|"]
-    for row in speed:
-        rest = (
-            f"{row['error']} | - | - | -"
-            if "error" in row
-            else (f"{row['ms']:.3f} | {row['spread_ms']:.3f} | {row['memory_mb']:.0f} | {row['share_of_4g']:.0%}")
-        )
-        lines.append(f"| {row['n']} | {row['d']} | {row['dtype']} | {row['peer']} | {rest} |")
-    lines += [
-        "",
-        "Memory: the most beyond inputs and gradients. Share of 4 G: four products at the rate of torch's own.",
-        "",
-    ]
+    for op, result in results.items():
+        lines += [f"## {op}: parity with float64", "", *table(result["parity"]), "", f"## {op}: speed and memory", ""]
+        if result["speed"]:
+            lines += [*table(result["speed"]), "", checks(op).NOTE, ""]
+        else:
+            lines += ["Not measured: parity comes first.", ""]
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("ops", nargs="*", default=list(OPS), metavar="op", help=f"of {', '.join(OPS)}; default all")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"))
     parser.add_argument("--quick", action="store_true", help="bf16 and two sizes only")
     arguments = parser.parse_args()
+    unknown = set(arguments.ops) - set(OPS)
+    if unknown:
+        parser.error(f"unknown op {', '.join(sorted(unknown))}: expected {', '.join(OPS)}")
     if not torch.cuda.is_available():
         print(
             "There is no GPU that torch can see here, so there is nothing to check. On a machine with one, run the same"
@@ -256,22 +108,24 @@ def main() -> None:
         "python": platform.python_version(),
     }
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    print("parity:")
-    parity = check_parity(device)
-    failed = [row for row in parity if row["verdict"] != "ok"]
-    speed: list[dict[str, Any]] = []
-    if failed:
-        print(f"{len(failed)} of {len(parity)} cases fail: speed is not measured")
-    else:
-        print("speed, forward and backward:")
-        speed = measure_all(device, arguments.quick)
+    results: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    failures = 0
+    for op in arguments.ops:
+        print(f"{op}, parity:")
+        parity = checks(op).check_parity(device)
+        failed = [row for row in parity if row["verdict"] != "ok"]
+        failures += len(failed)
+        results[op] = {"parity": parity, "speed": []}
+        if failed:
+            print(f"{len(failed)} of {len(parity)} cases fail: speed is not measured")
+        else:
+            print(f"{op}, speed:")
+            results[op]["speed"] = checks(op).measure_all(device, arguments.quick)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "report.md").write_text(report(machine, parity, speed))
-    (arguments.out / "report.json").write_text(
-        json.dumps({"machine": machine, "parity": parity, "speed": speed}, indent=1) + "\n"
-    )
+    (arguments.out / "report.md").write_text(report(machine, results))
+    (arguments.out / "report.json").write_text(json.dumps({"machine": machine} | results, indent=1) + "\n")
     print(f"written: {arguments.out / 'report.md'}")
-    if failed:
+    if failures:
         raise SystemExit(1)
 
 

@@ -49,21 +49,6 @@ def family_of(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-def precision_of(dtype: torch.dtype, family: str) -> str:
-    """The line of a table of configurations that serves the dtype: "half", or how float32 is multiplied."""
-    if dtype != torch.float32:
-        return "half"
-    # Never TF32 itself: who allows it for torch's own products gets three of them, almost as exact as float32. The
-    # matrix cores of gfx942 multiply float32 as IEEE asks.
-    asked = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32x3" if asked and family.startswith("sm_") else "ieee"
-
-
-def input_precision(precision: str) -> str:
-    """What a dot product is told; it says nothing about products of halves."""
-    return "ieee" if precision == "half" else precision
-
-
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 

@@ -15,14 +15,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_bounds
+from benchmarks import gpu_bounds, gpu_bounds_info_nce
 
 
 def check(cases):
     assert cases
-    found = []
-    for case, result in zip(cases, gpu_bounds.compile_all(cases), strict=True):
-        found += [f"{case.name}: {fault}" for fault in gpu_bounds.faults(case, result)]
+    found = gpu_bounds.all_faults(cases)
     assert not found, "\n".join(found)
 
 
@@ -40,19 +38,19 @@ def is_plain(case) -> bool:
 
 @pytest.mark.parametrize("gpu", gpu_bounds.GPUS)
 def test_plain_kernels(gpu):
-    check([case for case in gpu_bounds.cases([gpu]) if is_plain(case)])
+    check([case for case in gpu_bounds_info_nce.cases([gpu]) if is_plain(case)])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", gpu_bounds.GPUS)
 def test_every_configuration(gpu):
-    check(gpu_bounds.cases([gpu]))
+    check(gpu_bounds_info_nce.cases([gpu]))
 
 
 def case_of(kernel: str, gpu: str, precision: str):
     return next(
         case
-        for case in gpu_bounds.cases([gpu])
+        for case in gpu_bounds_info_nce.cases([gpu])
         if case.kernel == kernel and case.precision == precision and dict(case.constants).get("SYMMETRIC", True)
     )
 

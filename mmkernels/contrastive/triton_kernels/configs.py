@@ -2,9 +2,10 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from mmkernels._triton import Tile, family_of, input_precision, precision_of
+from mmkernels._triton import Tile, family_of
 
 
 class Config(NamedTuple):
@@ -49,5 +50,9 @@ CONFIGS: dict[str, dict[str, Config]] = {
 def choose(features: Tensor) -> tuple[Config, str]:
     """The tiles for the device and dtype, and how float32 is multiplied."""
     family = family_of(features.device)
-    precision = precision_of(features.dtype, family)
-    return CONFIGS[family][precision], input_precision(precision)
+    if features.dtype != torch.float32:
+        return CONFIGS[family]["half"], "ieee"
+    # Never TF32 itself: who allows it for torch's own products gets three of them, almost as exact as float32.
+    asked = "tf32x3" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    precision = asked if asked in CONFIGS[family] else "ieee"
+    return CONFIGS[family][precision], precision

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from mmkernels._triton import LOG2E, Tile, on_device, round_up
+from mmkernels._triton import LOG2E, on_device, round_up
 from mmkernels.divided_attention.layout import Layout
 from mmkernels.divided_attention.ops import layout_of
 from mmkernels.divided_attention.triton_kernels import engine
@@ -31,7 +31,7 @@ from mmkernels.divided_attention.triton_kernels.backward import (
     grad_queries_kernel,
     packed_backward_kernel,
 )
-from mmkernels.divided_attention.triton_kernels.configs import Config, choose
+from mmkernels.divided_attention.triton_kernels.configs import Config, choose, launch_options
 from mmkernels.divided_attention.triton_kernels.forward import forward_kernel
 
 MERGE_ROWS = 16  # partials that a step of merge_kernel adds
@@ -39,7 +39,7 @@ MERGE_WARPS = 4
 _UNIT = int(engine.UNIT.value)
 
 
-class _Geometry(NamedTuple):
+class Geometry(NamedTuple):
     """The numbers that the kernels take, in their order; see engine.py."""
 
     num_heads: int
@@ -89,20 +89,20 @@ def divided_attention_forward(
         out, lse = divided_attention_forward(_padded(qkv, D), *options)
         return _narrowed(out, D), lse
     layout = layout_of(L, num_frames, axis, cls_mode, token_order)
-    config, precision = choose(qkv, D)
-    geometry, packed = _plan(layout, num_heads, D, config)
+    extras = _Extras(qkv, frame_mask, seed, layout, dropout_p)
+    config = choose(qkv, D, extras.masked)
+    geometry, packed = plan(layout, num_heads, D, config)
     tile = config.packed_forward if packed else config.forward
     qkv = _readable(qkv)
     out = qkv.new_empty(B, L, C)
     lse = qkv.new_empty(B, num_heads, layout.num_rows, dtype=torch.float32)
     partials = qkv.new_empty(B, geometry.parts, C, dtype=torch.float32)
     partial_lse = qkv.new_empty(B, num_heads, geometry.parts, dtype=torch.float32)
-    extras = _Extras(qkv, frame_mask, seed, layout, dropout_p)
     with on_device(qkv.device):
         forward_kernel[geometry.programs(B, tile.block_m)](
             qkv, extras.frame_mask, extras.cls_weights, extras.seed, out, lse, partials, partial_lse,
             *geometry, *_strides(qkv), scale * LOG2E.value, extras.cls_weight, extras.threshold, extras.keep_scale,
-            PACKED=packed, MASKED=extras.masked, PRECISION=precision, **_launch_options(tile),
+            PACKED=packed, MASKED=extras.masked, **launch_options(tile),
         )  # fmt: skip
         if layout.has_cls:
             _merge(partials, partial_lse, out, lse, geometry, geometry.cls == engine.GLOBAL.value)
@@ -132,22 +132,21 @@ def divided_attention_backward(
         grad_out, qkv, out = _padded(grad_out, D), _padded(qkv, D), _padded(out, D)
         return _narrowed(divided_attention_backward(grad_out, qkv, out, lse, *options), D)
     layout = layout_of(L, num_frames, axis, cls_mode, token_order)
-    config, precision = choose(qkv, D)
-    geometry, packed = _plan(layout, num_heads, D, config)
+    extras = _Extras(qkv, frame_mask, seed, layout, dropout_p)
+    config = choose(qkv, D, extras.masked)
+    geometry, packed = plan(layout, num_heads, D, config)
     grad_out, qkv, out, lse = _readable(grad_out), _readable(qkv), out.contiguous(), lse.contiguous()
     grad_qkv = qkv.new_empty(B, L, width)
     partials = qkv.new_empty(B, geometry.parts, width, dtype=torch.float32)
-    extras = _Extras(qkv, frame_mask, seed, layout, dropout_p)
     numbers = (*geometry, *_strides(grad_out), *_strides(qkv), scale * LOG2E.value, scale)
     masks = (extras.frame_mask, extras.cls_weights, extras.seed)
-    constants = {"MASKED": extras.masked, "PRECISION": precision}
     with on_device(qkv.device):
         if packed:
             tile = config.packed_backward
             packed_backward_kernel[geometry.programs(B, tile.block_m)](
                 grad_out, qkv, out, lse, *masks, grad_qkv, partials,
                 *numbers, extras.cls_weight, extras.threshold, extras.keep_scale,
-                **constants, **_launch_options(tile),
+                MASKED=extras.masked, **launch_options(tile),
             )  # fmt: skip
         else:
             rows = layout.num_sequences * geometry.items
@@ -156,13 +155,13 @@ def divided_attention_backward(
             grad_queries_kernel[geometry.programs(B, tile.block_m)](
                 grad_out, qkv, out, lse, *masks, grad_qkv, partials, statistics,
                 *numbers, extras.cls_weight, extras.threshold, extras.keep_scale,
-                **constants, **_launch_options(tile),
+                MASKED=extras.masked, **launch_options(tile),
             )  # fmt: skip
             tile = config.grad_keys
             grad_keys_kernel[geometry.programs(B, tile.block_m)](
                 grad_out, qkv, extras.frame_mask, extras.seed, statistics, grad_qkv, partials,
                 *numbers, extras.threshold, extras.keep_scale,
-                **constants, **_launch_options(tile),
+                MASKED=extras.masked, **launch_options(tile),
             )  # fmt: skip
         if layout.has_cls:
             _merge(partials, lse, grad_qkv, lse, geometry, False)
@@ -205,7 +204,7 @@ class _Extras:
         self.cls_weights = (counts / counts.sum(1, keepdim=True).clamp(min=1)).contiguous()
 
 
-def _plan(layout: Layout, num_heads: int, head_size: int, config: Config) -> tuple[_Geometry, bool]:
+def plan(layout: Layout, num_heads: int, head_size: int, config: Config) -> tuple[Geometry, bool]:
     """The geometry of a call, and whether its sequences are packed."""
     N, T = layout.num_positions, layout.num_frames
     position, frame = (T, 1) if layout.token_order == "nt" else (1, N)  # tokens to the next position, the next frame
@@ -219,16 +218,14 @@ def _plan(layout: Layout, num_heads: int, head_size: int, config: Config) -> tup
     block = config.packed_forward.block_m
     packed = items <= block
     pack = min(block // items, layout.num_sequences) if packed else 1
-    geometry = _Geometry(
+    geometry = Geometry(
         num_heads, head_size // _UNIT, layout.num_sequences, items, pack, layout.has_cls, cls,
         seq_step, row_step, 1 if layout.token_order == "nt" else N, T,
     )  # fmt: skip
     return geometry, packed
 
 
-def _merge(
-    partials: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, geometry: _Geometry, weighted: bool
-) -> None:
+def _merge(partials: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, geometry: Geometry, weighted: bool) -> None:
     """Fill the class token's row of out, [B, L, width], from the partials."""
     B, L, width = out.shape
     D = geometry.units * _UNIT
@@ -262,13 +259,3 @@ def _padded(x: Tensor, head_size: int) -> Tensor:
 
 def _narrowed(x: Tensor, head_size: int) -> Tensor:
     return x.unflatten(-1, (-1, round_up(head_size, _UNIT)))[..., :head_size].flatten(2)
-
-
-def _launch_options(tile: Tile) -> dict[str, int]:
-    return {
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }

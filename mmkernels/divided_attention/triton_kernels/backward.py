@@ -22,9 +22,11 @@ from mmkernels.divided_attention.triton_kernels.engine import (
     kept,
     keys_seen,
     load_rows,
+    magnitude,
     place,
     present_at,
     row_at,
+    signed,
     store_partial,
     store_rows,
     tokens_at,
@@ -37,8 +39,7 @@ def packed_backward_kernel(
     grad_out, qkv, out, lse, frame_mask, cls_weights, seed, grad_qkv, partials,
     num_heads, units, num_sequences, items, pack, first_patch, cls, seq_step, row_step, frame_step, frames,
     stride_ob, stride_ot, stride_b, stride_t, scale2, scale, cls_weight, threshold, keep_scale,
-    MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """grad_qkv [B, L, 3 H D] of a group that is one tile; the class token's part to partials [B, groups, 3 H D].
 
@@ -55,13 +56,14 @@ def packed_backward_kernel(
     token, is_cls = tokens_at(sequence, item, first_patch, cls, seq_step, row_step)
     present = present_at(frame_mask, clip, token, is_cls, inside, first_patch, frame_step, frames, MASKED)
     weight = weights_at(cls_weights, cls_weight, clip, sequence, num_sequences, is_cls, present, cls, MASKED)
-    q = load_rows(queries, token, stride_t, present, D, BLOCK_K)
+    size = magnitude(scale2)
+    q = signed(load_rows(queries, token, stride_t, present, D, BLOCK_K), scale2)
     k = load_rows(queries + C, token, stride_t, present, D, BLOCK_K)
     v = load_rows(queries + 2 * C, token, stride_t, present, D, BLOCK_K)
     grad = load_rows(grads, token, stride_ot, present, D, BLOCK_K)
 
     zeros = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
-    s = dot(q, tl.trans(k), zeros, PRECISION) * scale2
+    s = dot(q, tl.trans(k), zeros, "ieee")
     seen = keys_seen(item, present)[None, :] >= first_seen(sequence, is_cls, cls)[:, None]
     seen &= sequence[:, None] == sequence[None, :]
     s = tl.where(seen, s, float("-inf"))
@@ -70,13 +72,13 @@ def packed_backward_kernel(
     L = first_patch + num_sequences * (items - tl.minimum(cls, 1))
     if cls == GLOBAL:
         first_lse, _ = first_row(clip, head, num_heads, num_sequences, items, cls)
-        m = tl.where(is_global, tl.load(lse + first_lse) * LOG2E, m)
-    p = tl.exp2(s - m[:, None])
+        m = tl.where(is_global, tl.load(lse + first_lse) * LOG2E / size, m)
+    p = tl.exp2((s - m[:, None]) * size)
     z = tl.sum(p, 1)
     z = tl.where(is_global | (z == 0), 1.0, z)
     p /= z[:, None]
 
-    dp = dot(grad, tl.trans(v), zeros, PRECISION)
+    dp = dot(grad, tl.trans(v), zeros, "ieee")
     dropped = p
     if MASKED and threshold != 0:
         query_sequence = tl.where(is_global, 0, sequence)
@@ -99,15 +101,15 @@ def packed_backward_kernel(
     part = partials + (clip.to(tl.int64) * groups + group) * stride + head * D
     chosen = inside & is_cls
     patch = inside & (is_cls == 0)
-    dv = dot(tl.trans(dropped), grad, zeros, PRECISION)
+    dv = dot(tl.trans(dropped), grad, zeros, "ieee")
     store_rows(to + 2 * C, token, stride, patch, D, dv, BLOCK_K)
     if cls != 0:
         store_partial(part + 2 * C, chosen, dv, D, BLOCK_K)
-    dk = dot(tl.trans(ds), q, zeros, PRECISION) * scale
+    dk = signed(dot(tl.trans(ds), q, zeros, "ieee"), scale2) * scale
     store_rows(to + C, token, stride, patch, D, dk, BLOCK_K)
     if cls != 0:
         store_partial(part + C, chosen, dk, D, BLOCK_K)
-    dq = dot(ds, k, zeros, PRECISION) * scale
+    dq = dot(ds, k, zeros, "ieee") * scale
     store_rows(to, token, stride, patch, D, dq, BLOCK_K)
     if cls != 0:
         store_partial(part, chosen, dq, D, BLOCK_K)
@@ -118,13 +120,13 @@ def grad_queries_kernel(
     grad_out, qkv, out, lse, frame_mask, cls_weights, seed, grad_qkv, partials, statistics,
     num_heads, units, num_sequences, items, pack, first_patch, cls, seq_step, row_step, frame_step, frames,
     stride_ob, stride_ot, stride_b, stride_t, scale2, scale, cls_weight, threshold, keep_scale,
-    MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dQ of a block of queries, and what the keys' kernel needs of them: statistics [3, B H S, items], in float32.
 
-    These are the log-sum-exp in base 2, the factor that makes 2^(s - lse) the weighted probability, and delta. The
-    factor takes out what the log-sum-exp lost when it was rounded: at scores of 10,000 that is a thousandth.
+    These are the log-sum-exp in units of products, the factor that makes 2^(size (s - lse)) the weighted
+    probability, and delta. The factor takes out what the log-sum-exp lost when it was rounded: at scores of 10,000 that
+    is a thousandth.
     """
     clip, head, sequence, block = place(tl.program_id(0), num_heads, num_sequences, items, pack, BLOCK_M)
     D = units * UNIT
@@ -140,9 +142,10 @@ def grad_queries_kernel(
     weight = weights_at(cls_weights, cls_weight, clip, sequence + item * 0, num_sequences, is_cls, present, cls, MASKED)
     first_lse, cls_rows = first_row(clip, head, num_heads, num_sequences, items, cls)
     row = row_at(sequence, token, is_cls, first_patch, cls, cls_rows)
+    size = magnitude(scale2)
     # A row without an output has a log-sum-exp of -inf, but no probability.
-    norm = tl.load(lse + first_lse + row, mask=weight != 0, other=float("inf")) * LOG2E
-    q = load_rows(queries, token, stride_t, present, D, BLOCK_K)
+    norm = tl.load(lse + first_lse + row, mask=weight != 0, other=float("inf")) * LOG2E / size
+    q = signed(load_rows(queries, token, stride_t, present, D, BLOCK_K), scale2)
     grad = load_rows(grads, token, stride_ot, present, D, BLOCK_K)
     o = load_rows(out + clip.to(tl.int64) * L * C + head * D, token, num_heads * units, present, D, BLOCK_K)
     delta = tl.sum(grad.to(tl.float32) * o.to(tl.float32), 1)
@@ -150,7 +153,7 @@ def grad_queries_kernel(
     if (cls == AVERAGED) & (block == 0):
         # Of an averaged class token, out holds the mean alone: its delta in this sequence takes a pass of its own.
         features = tl.arange(0, BLOCK_K)
-        cls_q = tl.load(queries + features, mask=features < D, other=0.0).to(tl.float32)
+        cls_q = signed(tl.load(queries + features, mask=features < D, other=0.0).to(tl.float32), scale2)
         cls_grad = tl.load(grads + features, mask=features < D, other=0.0).to(tl.float32)
         cls_norm = tl.max(tl.where(is_cls, norm, float("-inf")), 0)
         cls_z = 0.0
@@ -163,8 +166,8 @@ def grad_queries_kernel(
             )
             k = load_rows(queries + C, key_token, stride_t, key_present, D, BLOCK_K).to(tl.float32)
             v = load_rows(queries + 2 * C, key_token, stride_t, key_present, D, BLOCK_K).to(tl.float32)
-            s = tl.where(key_present, tl.sum(k * cls_q[None, :], 1) * scale2, float("-inf"))
-            p = tl.exp2(s - cls_norm)
+            s = tl.where(key_present, tl.sum(k * cls_q[None, :], 1), float("-inf"))
+            p = tl.exp2((s - cls_norm) * size)
             dp = tl.sum(v * cls_grad[None, :], 1)
             if MASKED and threshold != 0:
                 keep = kept(seed, threshold, key_token, 0, clip * num_heads + head, sequence)
@@ -183,11 +186,11 @@ def grad_queries_kernel(
         )
         k = load_rows(queries + C, key_token, stride_t, key_present, D, BLOCK_K)
         v = load_rows(queries + 2 * C, key_token, stride_t, key_present, D, BLOCK_K)
-        s = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION) * scale2
+        s = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), "ieee")
         seen = keys_seen(key_item, key_present)[None, :] >= first[:, None]
-        p = tl.exp2(tl.where(seen, s, float("-inf")) - norm[:, None])
+        p = tl.exp2((tl.where(seen, s, float("-inf")) - norm[:, None]) * size)
         z += tl.sum(p, 1)
-        dp = dot(grad, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+        dp = dot(grad, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), "ieee")
         if MASKED and threshold != 0:
             query_sequence = tl.where(is_cls & (cls == GLOBAL), 0, sequence)
             keep = kept(
@@ -196,7 +199,7 @@ def grad_queries_kernel(
             )  # fmt: skip
             dp = tl.where(keep, dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None])
-        dq = dot(ds.to(k.dtype), k, dq, PRECISION)
+        dq = dot(ds.to(k.dtype), k, dq, "ieee")
 
     # A global class token sees but a part of its keys here.
     factor = weight / tl.where((z == 0) | (is_cls & (cls == GLOBAL)), 1.0, z)
@@ -219,8 +222,7 @@ def grad_keys_kernel(
     grad_out, qkv, frame_mask, seed, statistics, grad_qkv, partials,
     num_heads, units, num_sequences, items, pack, first_patch, cls, seq_step, row_step, frame_step, frames,
     stride_ob, stride_ot, stride_b, stride_t, scale2, scale, threshold, keep_scale,
-    MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a block of BLOCK_M keys, from tiles of scores that lie transposed: keys by queries."""
     clip, head, sequence, block = place(tl.program_id(0), num_heads, num_sequences, items, pack, BLOCK_M)
@@ -233,7 +235,8 @@ def grad_keys_kernel(
     inside = item < items
     token, is_cls = tokens_at(sequence, item, first_patch, cls, seq_step, row_step)
     present = present_at(frame_mask, clip, token, is_cls, inside, first_patch, frame_step, frames, MASKED)
-    k = load_rows(queries + C, token, stride_t, present, D, BLOCK_K)
+    size = magnitude(scale2)
+    k = signed(load_rows(queries + C, token, stride_t, present, D, BLOCK_K), scale2)
     v = load_rows(queries + 2 * C, token, stride_t, present, D, BLOCK_K)
     item_seen = keys_seen(item, present)
 
@@ -254,10 +257,10 @@ def grad_keys_kernel(
         delta = tl.load(of_sequence + 2 * plane + query_item, mask=query_inside, other=0.0)
         q = load_rows(queries, query_token, stride_t, query_present, D, BLOCK_K)
         grad = load_rows(grads, query_token, stride_ot, query_present, D, BLOCK_K)
-        s = dot(k, tl.trans(q), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION) * scale2
+        s = dot(k, tl.trans(q), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), "ieee")
         seen = item_seen[:, None] >= first_seen(sequence, query_is_cls, cls)[None, :]
-        p = tl.exp2(tl.where(seen, s, float("-inf")) - norm[None, :]) * factor[None, :]
-        dp = dot(v, tl.trans(grad), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+        p = tl.exp2((tl.where(seen, s, float("-inf")) - norm[None, :]) * size) * factor[None, :]
+        dp = dot(v, tl.trans(grad), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), "ieee")
         dropped = p
         if MASKED and threshold != 0:
             query_sequence = tl.where(query_is_cls & (cls == GLOBAL), 0, sequence)
@@ -267,9 +270,9 @@ def grad_keys_kernel(
             )  # fmt: skip
             dropped = tl.where(keep, p * keep_scale, 0.0)
             dp = tl.where(keep, dp * keep_scale, 0.0)
-        dv = dot(dropped.to(grad.dtype), grad, dv, PRECISION)
+        dv = dot(dropped.to(grad.dtype), grad, dv, "ieee")
         ds = p * (dp - delta[None, :])
-        dk = dot(ds.to(q.dtype), q, dk, PRECISION)
+        dk = dot(ds.to(q.dtype), q, dk, "ieee")
 
     dk *= scale
     stride = 3 * C

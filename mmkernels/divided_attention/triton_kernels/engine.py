@@ -96,6 +96,18 @@ def store_partial(at, chosen, value, D, HEAD: tl.constexpr):
 
 
 @triton.jit
+def magnitude(scale2):
+    """|scale2|, but never 0: the score of a hidden key is -inf times it."""
+    return tl.maximum(tl.abs(scale2), 1e-30)
+
+
+@triton.jit
+def signed(x, scale2):
+    """x with the sign of the scale, so that the largest product is the largest score."""
+    return (x * tl.where(scale2 < 0, -1.0, 1.0)).to(x.dtype)
+
+
+@triton.jit
 def keys_seen(item, present):
     """The items as keys, -1 where they are none: a query sees those from `first_seen` on."""
     return tl.where(present, item, -1)

@@ -16,9 +16,11 @@ from mmkernels.divided_attention.triton_kernels.engine import (
     kept,
     keys_seen,
     load_rows,
+    magnitude,
     place,
     present_at,
     row_at,
+    signed,
     store_partial,
     store_rows,
     tokens_at,
@@ -32,7 +34,7 @@ def forward_kernel(
     num_heads, units, num_sequences, items, pack, first_patch, cls, seq_step, row_step, frame_step, frames,
     stride_b, stride_t, scale2, cls_weight, threshold, keep_scale,
     PACKED: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [B, L, H D] and lse [B, H, rows] of a block of the queries of a group against its keys.
 
@@ -49,7 +51,9 @@ def forward_kernel(
     token, is_cls = tokens_at(sequence, item, first_patch, cls, seq_step, row_step)
     present = present_at(frame_mask, clip, token, is_cls, inside, first_patch, frame_step, frames, MASKED)
     first = first_seen(sequence, is_cls, cls)
-    q = load_rows(queries, token, stride_t, present, D, BLOCK_K)  # [BM, BK]
+    # Products are subtracted before they are scaled: near the maximum that rounds nothing.
+    size = magnitude(scale2)
+    q = signed(load_rows(queries, token, stride_t, present, D, BLOCK_K), scale2)  # [BM, BK]
 
     m = tl.full((BLOCK_M,), LOWEST, tl.float32)
     z = tl.zeros((BLOCK_M,), tl.float32)
@@ -66,14 +70,14 @@ def forward_kernel(
         )
         k = load_rows(queries + C, key_token, stride_t, key_present, D, BLOCK_K)
         v = load_rows(queries + 2 * C, key_token, stride_t, key_present, D, BLOCK_K)
-        s = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION) * scale2  # [BM, BN]
+        s = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), "ieee")  # [BM, BN]
         seen = keys_seen(key_item, key_present)[None, :] >= first[:, None]
         if PACKED:
             seen &= sequence[:, None] == key_sequence[None, :]
         s = tl.where(seen, s, float("-inf"))
         top = tl.maximum(m, tl.max(s, 1))
-        p = tl.exp2(s - top[:, None])
-        rescale = tl.exp2(m - top)
+        p = tl.exp2((s - top[:, None]) * size)
+        rescale = tl.exp2((m - top) * size)
         z = z * rescale + tl.sum(p, 1)
         acc *= rescale[:, None]
         if MASKED and threshold != 0:
@@ -83,11 +87,11 @@ def forward_kernel(
                 query_sequence[:, None],
             )  # fmt: skip
             p = tl.where(keep, p * keep_scale, 0.0)
-        acc = dot(p.to(v.dtype), v, acc, PRECISION)
+        acc = dot(p.to(v.dtype), v, acc, "ieee")
         m = top
 
     acc /= tl.where(z == 0, 1.0, z)[:, None]
-    lse2 = m + tl.log2(z)
+    lse2 = m * size + tl.log2(z)
     weight = weights_at(cls_weights, cls_weight, clip, sequence, num_sequences, is_cls, present, cls, MASKED)
     absent = weight == 0
     acc = tl.where(absent[:, None], 0.0, acc)

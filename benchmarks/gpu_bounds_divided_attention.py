@@ -1,0 +1,120 @@
+"""The compiled forms of divided attention's Triton kernels, for gpu_bounds."""
+
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
+from mmkernels.divided_attention import triton_kernels
+from mmkernels.divided_attention.triton_kernels import backward, engine, forward
+from mmkernels.divided_attention.triton_kernels.configs import CONFIGS, HEADS, Config, launch_options
+
+_KERNELS = {
+    "packed_forward": forward.forward_kernel,
+    "forward": forward.forward_kernel,
+    "packed_backward": backward.packed_backward_kernel,
+    "grad_queries": backward.grad_queries_kernel,
+    "grad_keys": backward.grad_keys_kernel,
+    "merge": engine.merge_kernel,
+}
+_FEATURES = {"grad_out", "qkv", "out", "grad_qkv"}
+_NUMBERS = {*engine.RUNTIME, "parts", "num_tokens", "rows", "weighted"} - {"cls_weight", "keep_scale"}
+_FRACTIONS = {"scale", "scale2", "cls_weight", "keep_scale"}
+
+
+class Clip(NamedTuple):
+    """A call of 12 heads of 64 features, or as many features in other heads."""
+
+    name: str
+    batch: int
+    frames: int
+    positions: int
+    width: int = 768
+
+    def outputs(self, element: int) -> float:
+        """Bytes of an output: X."""
+        return float(self.batch * (1 + self.frames * self.positions) * self.width * element)
+
+
+CLIPS = (
+    Clip("B=8 T=8 224px", 8, 8, 196),
+    Clip("B=1 T=96 224px", 1, 96, 196),
+    Clip("B=1 T=16 448px", 1, 16, 784),
+)
+# Products of a tile; least traffic in outputs: what is read and what is written.
+_PRODUCTS = {"packed_forward": 2, "forward": 2, "packed_backward": 5, "grad_queries": 3, "grad_keys": 4}
+_TRAFFIC = {"packed_forward": 4, "forward": 4, "packed_backward": 7, "grad_queries": 6, "grad_keys": 6}
+
+
+def cases(gpus: Iterable[str] = GPUS) -> list[Case]:
+    """Every form that a launcher can ask for on these GPUs."""
+    return [
+        case
+        for gpu in gpus
+        for (precision, masked), configs in CONFIGS[gpu].items()
+        for dtype in (("bf16", "fp16") if precision == "half" else ("fp32",))
+        for case in _cases(gpu, precision, dtype, masked, configs)
+    ]
+
+
+def _cases(gpu: str, precision: str, dtype: str, masked: bool, configs: dict[int, Config]) -> Iterator[Case]:
+    make = functools.partial(Case, "divided_attention")
+    for config in configs.values():
+        for name, tile in config._asdict().items():
+            options = launch_options(tile)
+            warps, stages = options.pop("num_warps"), options.pop("num_stages")
+            flags = {"PACKED": name == "packed_forward"} if name.endswith("forward") else {}
+            constants = flags | {"MASKED": masked} | options
+            yield make(name, gpu, precision, dtype, tuple(constants.items()), warps, stages, has_dot=True)
+    if not masked:
+        for head in (8, 16, *HEADS):
+            constants = {"ROWS": triton_kernels.MERGE_ROWS, "HEAD": head}
+            yield make("merge", gpu, precision, dtype, tuple(constants.items()), triton_kernels.MERGE_WARPS, 3)
+
+
+def kernel(name: str) -> Any:
+    return _KERNELS[name]
+
+
+def argument(case: Case, name: str) -> Argument:
+    if name in _NUMBERS:
+        return Argument("i32")
+    if name in _FRACTIONS:
+        return Argument("fp32")
+    if name in ("frame_mask", "cls_weights", "seed"):
+        kinds = {"frame_mask": "*u8", "cls_weights": "*fp32", "seed": "*i64"}
+        # None, where the kernel knows of neither mask nor dropout.
+        return Argument(kinds[name] if dict(case.constants)["MASKED"] else "constexpr", True)
+    return Argument("*" + (case.dtype if name in _FEATURES else "fp32"), True)
+
+
+def problems(case: Case) -> list[Problem]:
+    """One kernel over the clips whose sequences it takes: packed ones in time, streamed ones in space or long time."""
+    if case.kernel == "merge":
+        return []
+    element = {"bf16": 2, "fp16": 2, "fp32": 4}[case.dtype]
+    constants = dict(case.constants)
+    block, head = constants["BLOCK_M"], constants["BLOCK_K"]
+    found = []
+    for clip in CLIPS:
+        packed = "packed" in case.kernel
+        if packed and clip.frames > block:
+            continue
+        if packed:  # whole tiles are multiplied, of which a block diagonal counts
+            axis = "time"
+            pairs = -(-clip.positions // (block // clip.frames)) * block**2
+        else:
+            axis = "space"
+            pairs = clip.frames * (clip.positions + 1) ** 2
+        flops = 2.0 * _PRODUCTS[case.kernel] * clip.batch * (clip.width // head) * pairs * head
+        traffic = _TRAFFIC[case.kernel] * clip.outputs(element)
+        found.append(Problem(f"{axis}, {clip.name}", flops, traffic))
+    return found
+
+
+def is_main(case: Case) -> bool:
+    """Heads of 64 without mask or dropout."""
+    constants = dict(case.constants)
+    return (
+        case.dtype != "fp16" and constants.get("BLOCK_K", constants.get("HEAD")) == 64 and not constants.get("MASKED")
+    )

@@ -1,0 +1,105 @@
+"""The compiled forms of info_nce's Triton kernels, for gpu_bounds."""
+
+import functools
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
+from mmkernels._triton import Tile
+from mmkernels.contrastive import triton_kernels
+from mmkernels.contrastive.triton_kernels import info_nce
+from mmkernels.contrastive.triton_kernels.configs import CONFIGS, Config
+
+# Arguments that are strides or sizes of padded rows: multiples of 16, which the launcher sees to.
+_MULTIPLES_OF_16 = {"D", "stride_q", "stride_k", "stride_x", "stride_y", "stride_strip"}
+_FEATURES = {"queries", "keys", "x", "y", "strip", "grad"}
+_INTEGERS = {"N", "M", "num_x", "num_y", "num_features", "tiles_per_group", "tiles_per_split", "num_groups"} | {
+    "num_splits", "first", "first_x", "length", "strip_rows", "steps_per_split", "first_share",
+}  # fmt: skip
+
+
+def cases(gpus: Iterable[str] = GPUS) -> list[Case]:
+    """Every form that a launcher can ask for on these GPUs."""
+    return [
+        case for gpu in gpus for precision, config in CONFIGS[gpu].items() for case in _cases(gpu, precision, config)
+    ]
+
+
+def _cases(gpu: str, precision: str, config: Config) -> Iterable[Case]:
+    both = (False, True)
+    for dtype in ("bf16", "fp16") if precision == "half" else ("fp32",):
+        make = functools.partial(_case, gpu, precision, dtype)
+        for symmetric in both:
+            yield make("forward_kernel", config.forward, SYMMETRIC=symmetric)
+            for smoothed in both:
+                block = {"STEP": triton_kernels.MERGE_STEP, "BLOCK": triton_kernels.MERGE_BLOCK}
+                yield make("finish_forward_kernel", None, SYMMETRIC=symmetric, SMOOTHED=smoothed, **block)
+        for symmetric, of_keys, smoothed in itertools.product(both, both, both):
+            flags = {"SYMMETRIC": symmetric, "OF_KEYS": of_keys, "SMOOTHED": smoothed}
+            yield make("grad_logits_kernel", config.grad_logits, **flags)
+        yield make("product_kernel", config.product)
+        for store, share in ((True, True), (True, False), (False, True)):
+            block = {"BLOCK_M": triton_kernels.MERGE_ROWS, "BLOCK_N": triton_kernels.MERGE_FEATURES}
+            yield make("merge_product_kernel", None, STORE=store, SHARE=share, **block)
+    if precision == "ieee":  # it sees float32 and targets alone
+        block = {"STEP": triton_kernels.MERGE_STEP, "BLOCK": triton_kernels.MERGE_BLOCK}
+        yield _case(gpu, precision, "fp32", "column_weights_kernel", None, **block)
+
+
+def _case(gpu: str, precision: str, dtype: str, kernel: str, tile: Tile | None, **constants: Any) -> Case:
+    warps, stages = 4, 3  # Triton's defaults
+    if tile is not None:
+        constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+        constants["PRECISION"] = "ieee" if precision == "half" else precision
+        warps, stages = tile.num_warps, tile.num_stages
+    options = tuple(triton_kernels.NO_FUSION.items())
+    return Case(
+        "info_nce", kernel, gpu, precision, dtype, tuple(constants.items()), warps, stages, options, tile is not None
+    )
+
+
+def kernel(name: str) -> Any:
+    return getattr(info_nce, name)
+
+
+def argument(case: Case, name: str) -> Argument:
+    if name in _INTEGERS or name in _MULTIPLES_OF_16:
+        return Argument("i32", name in _MULTIPLES_OF_16)
+    if name == "label_smoothing":
+        return Argument("fp32")
+    return Argument("*" + (case.dtype if name in _FEATURES else "i64" if name == "targets" else "fp32"), True)
+
+
+def problems(case: Case, rows: int = 32768, features: int = 512) -> list[Problem]:
+    """One kernel over a whole [rows, rows] problem, one side."""
+    return [Problem(f"{rows} x {features}", *_work(case, rows, features))]
+
+
+def _work(case: Case, rows: int, features: int) -> tuple[float, float]:
+    element = {"bf16": 2, "fp16": 2, "fp32": 4}[case.dtype]
+    inputs = 2.0 * rows * features * element
+    logits = float(rows) * rows
+    if case.kernel == "forward_kernel":
+        return 2 * logits * features, inputs
+    if case.kernel == "grad_logits_kernel":
+        return 2 * logits * features, inputs + logits * element
+    if case.kernel == "product_kernel":
+        return 2 * logits * features, logits * element + inputs
+    if case.kernel == "merge_product_kernel":
+        return 2.0 * rows * features, rows * features * (4 + 2 * element)
+    if case.kernel == "column_weights_kernel":
+        return 2 * logits, 16.0 * rows
+    return 64.0 * rows, 2 * 32 * 8.0 * rows
+
+
+def is_main(case: Case) -> bool:
+    """The loss that users run most: symmetric, without smoothing."""
+    constants = dict(case.constants)
+    return (
+        case.dtype != "fp16"
+        and not constants.get("SMOOTHED")
+        and constants.get("SYMMETRIC", True)
+        and constants.get("STORE", True)
+        and constants.get("SHARE", True)
+    )
