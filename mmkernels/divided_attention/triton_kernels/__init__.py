@@ -196,12 +196,12 @@ class _Extras:
         self.frame_mask, self.seed = frame_mask.contiguous().view(torch.uint8), seed
         # An averaged class token counts the sequences that hold a frame.
         if layout.axis == "space":
-            counts = frame_mask
+            real = frame_mask
         elif layout.axis == "time":
-            counts = frame_mask.any(1, keepdim=True).expand(B, S)
+            real = frame_mask.any(1, keepdim=True).expand(B, S)
         else:
-            counts = torch.ones_like(frame_mask[:, :1])
-        self.cls_weights = (counts / counts.sum(1, keepdim=True).clamp(min=1)).contiguous()
+            real = torch.ones_like(frame_mask[:, :1])
+        self.cls_weights = real.float() / real.sum(1, keepdim=True).clamp(min=1)
 
 
 def plan(layout: Layout, num_heads: int, head_size: int, config: Config) -> tuple[Geometry, bool]:
@@ -230,10 +230,9 @@ def _merge(partials: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, geom
     B, L, width = out.shape
     D = geometry.units * _UNIT
     heads = width // D
-    merge_kernel_options = {"ROWS": MERGE_ROWS, "HEAD": triton.next_power_of_2(D), "num_warps": MERGE_WARPS}
     engine.merge_kernel[(B * heads,)](
         partials, partial_lse, out, lse, geometry.parts, heads, geometry.units, L, lse.shape[2], int(weighted),
-        **merge_kernel_options,
+        ROWS=MERGE_ROWS, HEAD=triton.next_power_of_2(D), num_warps=MERGE_WARPS,
     )  # fmt: skip
 
 

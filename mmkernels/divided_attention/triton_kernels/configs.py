@@ -49,16 +49,27 @@ _HALF = {
         Tile(32, 32, 256, 8, 1),
     ),
 }  # fmt: skip
-# Without matrix units for it, float32 takes small tiles.
-_SINGLE = {
+# With a mask or dropout, whose generator takes registers, a tile is spread over more warps.
+_HALF_MASKED = {
     32: Config(
-        _square(32, 32, 4), _square(32, 32, 4), Tile(64, 32, 32, 4, 2), Tile(64, 32, 32, 4, 2), Tile(64, 32, 32, 4, 2)
+        _square(64, 32, 8), _square(64, 32, 8), Tile(64, 32, 32, 8, 3), Tile(64, 64, 32, 8, 2), Tile(64, 32, 32, 8, 2)
     ),
     64: Config(
-        _square(32, 64, 4), _square(32, 64, 4), Tile(64, 32, 64, 4, 2), Tile(32, 32, 64, 4, 2), Tile(32, 32, 64, 4, 2)
+        _square(64, 64, 8), _square(64, 64, 8), Tile(64, 32, 64, 8, 3), Tile(64, 64, 64, 8, 2), Tile(64, 32, 64, 8, 2)
+    ),
+    128: _HALF[128],
+    256: _HALF[256],
+}  # fmt: skip
+# float32 has no matrix units on NVIDIA's chips: small tiles.
+_SINGLE = {
+    32: Config(
+        _square(32, 32, 4), _square(32, 32, 4), Tile(32, 32, 32, 4, 2), Tile(32, 32, 32, 4, 2), Tile(32, 32, 32, 4, 2)
+    ),
+    64: Config(
+        _square(32, 64, 4), _square(32, 64, 4), Tile(32, 32, 64, 4, 2), Tile(32, 32, 64, 4, 2), Tile(32, 16, 64, 4, 2)
     ),
     128: Config(
-        _square(32, 128, 8), _square(32, 128, 8), Tile(32, 32, 128, 8, 1), Tile(32, 32, 128, 8, 1),
+        _square(16, 128, 8), _square(16, 128, 8), Tile(32, 32, 128, 8, 1), Tile(16, 16, 128, 8, 1),
         Tile(32, 32, 128, 8, 1),
     ),
     256: Config(
@@ -70,26 +81,35 @@ _SINGLE = {
 _INTERPRETED = {
     head: Config(*[_square(16, head, 4)] * 2, *[Tile(32, 32, head, 4, 1)] * 3) for head in HEADS
 }  # fmt: skip
-_NVIDIA = {
-    ("half", False): _HALF,
-    ("half", True): _spread(_HALF, 8),
-    ("ieee", False): _SINGLE,
-    ("ieee", True): _spread(_SINGLE, 8),
-}
 
-# Chosen from the compile check: large tiles without a spill. By precision ("half" is bf16 and fp16) and whether there
-# is a mask or dropout, which take registers.
+
+def _table(
+    half: dict[int, Config], half_masked: dict[int, Config], single: dict[int, Config], single_masked: dict[int, Config]
+) -> dict[tuple[str, bool], dict[int, Config]]:
+    return {
+        ("half", False): half,
+        ("half", True): half_masked,
+        ("ieee", False): single,
+        ("ieee", True): single_masked,
+    }
+
+
+_SM_100_MASKED = _HALF_MASKED | {
+    128: _HALF[128]._replace(grad_queries=Tile(64, 32, 128, 4, 2), grad_keys=Tile(64, 32, 128, 4, 2))
+}
+# Four warps of 64 lanes may take 512 registers each.
+_GFX942_MASKED = _spread(_HALF, 4)
+_GFX942_MASKED[64] = _GFX942_MASKED[64]._replace(packed_forward=_square(32, 64, 4), packed_backward=_square(32, 64, 4))
+_GFX942_MASKED[128] = _GFX942_MASKED[128]._replace(grad_keys=Tile(64, 32, 128, 4, 1))
+
+# Chosen from the compile check: the largest tiles without a spill, but for float32 in heads of more than 128, where a
+# few registers are. By precision ("half" is bf16 and fp16) and whether there is a mask or dropout.
 CONFIGS: dict[str, dict[tuple[str, bool], dict[int, Config]]] = {
-    "sm_80": _NVIDIA,
-    "sm_90": _NVIDIA,
-    "sm_100": _NVIDIA,
-    # Four warps of 64 lanes may take 512 registers each.
-    "gfx942": {
-        (precision, masked): _spread(table, 4)
-        for precision, table in (("half", _HALF), ("ieee", _SINGLE))
-        for masked in (False, True)
-    },
-    "interpreter": {(precision, masked): _INTERPRETED for precision in ("half", "ieee") for masked in (False, True)},
+    "sm_80": _table(_HALF, _HALF_MASKED, _SINGLE, _spread(_SINGLE, 8)),
+    "sm_90": _table(_HALF, _HALF_MASKED, _SINGLE, _spread(_SINGLE, 8)),
+    "sm_100": _table(_HALF, _SM_100_MASKED, _SINGLE, _spread(_SINGLE, 8)),
+    "gfx942": _table(_spread(_HALF, 4), _GFX942_MASKED, _spread(_SINGLE, 4), _spread(_SINGLE, 4)),
+    "interpreter": _table(*[_INTERPRETED] * 4),
 }
 
 

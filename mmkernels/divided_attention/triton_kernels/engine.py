@@ -133,7 +133,7 @@ def weights_at(cls_weights, cls_weight, clip, sequence, num_sequences, is_cls, p
 @triton.jit
 def kept(seed, threshold, key_token, query_token, clip_and_head, sequence):
     """Which probabilities dropout keeps: the first word of Philox 4x32-10 at a counter of their own."""
-    zero = key_token * query_token * 0
+    zero = tl.zeros_like(key_token + query_token)
     word, _, _, _ = tl.philox(
         tl.load(seed), zero + key_token, zero + query_token, zero + clip_and_head, zero + sequence
     )  # fmt: skip
