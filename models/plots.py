@@ -15,6 +15,8 @@ from torch import Tensor
 
 from models.data.sets import ImageTextSet
 
+# For labels in Chinese and Japanese characters, whichever of these is there.
+_CJK_FONTS = ("Noto Sans CJK JP", "IPAexGothic", "Hiragino Sans", "Yu Gothic", "WenQuanYi Zen Hei")
 RIGHT, WRONG, INK = "#1a7f37", "#c4442b", "#333333"
 
 
@@ -143,6 +145,43 @@ def strip(data: ImageTextSet, title: str, path: Path) -> None:
         _framed(axes, image, None)
         axes.set_xlabel(textwrap.fill(name, 20), fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def confusion(predicted: Tensor, truth: Tensor, classes: Sequence[str], path: Path) -> None:
+    """Rows are the true classes, columns what was said; each row's shares, the right ones on the diagonal."""
+    n = len(classes)
+    counts = torch.zeros(n, n).index_put_((truth, predicted), torch.ones(len(truth)), accumulate=True)
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    with matplotlib.rc_context({"font.sans-serif": [*_CJK_FONTS, *matplotlib.rcParams["font.sans-serif"]]}):
+        figure = Figure(figsize=(2.4 + 0.22 * n, 2 + 0.22 * n), layout="constrained")
+        axes: Axes = figure.subplots()
+        shown = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+        axes.set_xticks(range(n), classes, rotation=90, fontsize=8)
+        axes.set_yticks(range(n), classes, fontsize=8)
+        axes.set(xlabel="predicted", ylabel="true")
+        figure.colorbar(shown, ax=axes, shrink=0.6, label="share of the true class")
+        figure.savefig(path, dpi=120)
+
+
+def attention(clip: Tensor, shares: Tensor, title: str, path: Path) -> None:
+    """The frames of a clip [T, C, S, S] (uint8), and below each the attention on it, [T, h, w]; one scale for all."""
+    frames = clip.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    light = frames.mean(-1) / 255
+    side = frames.shape[1]
+    heat = torch.nn.functional.interpolate(shares[None].float(), (side, side), mode="bilinear")[0].numpy()
+    count = len(frames)
+    with matplotlib.rc_context({"font.sans-serif": [*_CJK_FONTS, *matplotlib.rcParams["font.sans-serif"]]}):
+        figure = Figure(figsize=(1.5 * count + 0.8, 3.8), layout="constrained")
+        figure.suptitle(title)
+        grid = figure.subplots(2, count, squeeze=False)
+        for t in range(count):
+            grid[0, t].imshow(frames[t])
+            grid[0, t].set_title(f"frame {t + 1}: {100 * float(shares[t].sum()):.0f} %", fontsize=8)
+            grid[1, t].imshow(light[t], cmap="gray")
+            grid[1, t].imshow(heat[t], cmap="inferno", alpha=0.65, vmin=0, vmax=float(heat.max()))
+            for axes in grid[:, t]:
+                axes.set(xticks=[], yticks=[])
+        figure.savefig(path, dpi=110)
 
 
 def _framed(axes: Axes, image: Tensor, right: bool | None) -> None:

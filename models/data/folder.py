@@ -23,8 +23,8 @@ CAPTION_COLUMNS = ("caption", "text", "title")
 CAPTION_FILES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows of a captions file with their line numbers, keys in lower case."""
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of a captions file or another list with their line numbers, keys in lower case."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -46,7 +46,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             yield reader.line_num, {k.strip().lower(): v for k, v in row.items() if k is not None and v is not None}
 
 
-def _column(row: dict[str, str], names: tuple[str, ...]) -> str:
+def column(row: dict[str, str], names: tuple[str, ...]) -> str:
     return next((row[name].strip() for name in names if row.get(name, "").strip()), "")
 
 
@@ -72,9 +72,9 @@ def load_folder(path: Path, size: int, bad: BadDataLog | None = None, *, test_sh
     groups: list[str] = []
     by_caption: dict[str, int] = {}
     by_file: dict[str, int] = {}  # the row of an image that was read already
-    for number, row in _rows(source):
+    for number, row in read_rows(source):
         where = f"{source}, line {number}"
-        file, caption = _column(row, IMAGE_COLUMNS), _column(row, CAPTION_COLUMNS)
+        file, caption = column(row, IMAGE_COLUMNS), column(row, CAPTION_COLUMNS)
         if not file:
             bad.report(where, f"names no image (looked for the columns {', '.join(IMAGE_COLUMNS)})")
             continue
