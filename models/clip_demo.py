@@ -118,8 +118,16 @@ def demo_configs(data: str, minutes: float) -> tuple[str, DataConfig, TrainConfi
     )
     if data == "synthetic":
         return "nano", DataConfig(source=data, stored_size=32, batch_size=64, variant_divisor=1), train
-    size = PRESETS["tiny"].vision.image_size
-    return "tiny", DataConfig(source=data, stored_size=size, augment=0.5, batch_size=512, views=1), train
+    emoji = DataConfig(
+        source=data,
+        stored_size=PRESETS["tiny"].vision.image_size,
+        augment=0.5,
+        batch_size=512,
+        views=1,
+        variant_divisor=20,
+        keyword_share=0.15,
+    )
+    return "tiny", emoji, train
 
 
 def run_demo(out: Path, budget: float, data: str) -> None:
