@@ -173,7 +173,11 @@ Tensor backward(const Tensor& grad_out_in, const Tensor& qkv_in, const Tensor& o
   p.grad_token_stride = grad_out.stride(1);
   p.grad_qkv = grad_qkv.mutable_data_ptr();
   p.cls_grads = cls.mutable_data_ptr<float>();
+  const Tensor shares = at::empty({B * H}, floats);
+  p.cls_shares = shares.mutable_data_ptr<float>();
   const AttentionKernels& kernels = attention_kernels_here();
+  if (clips.cls_is_global && clips.sequences > 1)
+    at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) { kernels.prepare_cls(p, begin, end); });
   run(kernels.backward, kernels.backward_cls, p, clips, kernels.plan(p.forward, true), floats);
   return grad_qkv;
 }

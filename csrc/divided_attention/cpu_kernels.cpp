@@ -415,7 +415,7 @@ void short_backward(const AttentionBackward& p, int64_t begin, int64_t end, floa
     for (int64_t h = 0; h < c.heads; ++h) clear_absent_gradients(p, q, h);
     for (int64_t h0 = 0; q.count > 0 && h0 < c.heads; h0 += kHeads) {
       const int64_t heads = std::min(kHeads, c.heads - h0);
-      float lse[Vec::kLanes] = {}, split_deltas[Vec::kLanes] = {}, is_split[Vec::kLanes] = {};
+      float lse[Vec::kLanes] = {}, split_deltas[Vec::kLanes] = {}, split_shares[Vec::kLanes] = {};
       for (int64_t g = 0; g < heads; ++g) {
         const int64_t h = h0 + g, at = g * kSlots * size;
         gather_rows<kDtype>(rows_of(f, q, 0, h), q.count, c.head, size, ahead, t.a + at);
@@ -425,7 +425,7 @@ void short_backward(const AttentionBackward& p, int64_t begin, int64_t end, floa
         for (int64_t i = 0; i < q.count; ++i) lse[g * kSlots + i] = f.lse[lse_index(c, q, h, i)];
         for (int64_t d = 0; q.cls_first && d < size; ++d) t.d[at + d] *= cls_share;
         if (q.cls_is_split) {
-          is_split[g * kSlots] = 1;
+          split_shares[g * kSlots] = p.cls_shares[q.b * c.heads + h];
           split_deltas[g * kSlots] = split_delta(p, q, h);
         }
       }
@@ -455,9 +455,8 @@ void short_backward(const AttentionBackward& p, int64_t begin, int64_t end, floa
         float shares[Vec::kLanes], deltas[Vec::kLanes];
         share.store(shares);
         delta.store(deltas);
-        for (int i = 0; i < Vec::kLanes; ++i) {
-          if (is_split[i] == 0) continue;
-          shares[i] = 1.f;
+        for (int64_t i = 0; i < heads * kSlots; i += kSlots) {
+          shares[i] = split_shares[i];
           deltas[i] = split_deltas[i];
         }
         share = Vec::load(shares);
@@ -645,35 +644,32 @@ MMK_INLINE void put_left(Vec value, float* row, int64_t c) {
   value.store(row + c);
 }
 
-struct RowStatistics {
-  float lse, sum;
-};
+// The scores scaled in place, minus infinity in front.
+void hide_first(float* row, int64_t keys, float scale) {
+  for (int64_t c = 0; c < keys; ++c) row[c] = c == 0 ? kNegativeInfinity : row[c] * scale;
+}
 
-// e^(scaled score - largest) in place; zero past the last key.
+// e^(scaled score - largest) in place, zero past the last key; the largest of them and their sum.
 template <class Product>
-RowStatistics softmax_row(float* row, int64_t keys, float scale_of_scores, bool hides_first, const float* factors) {
-  const Vec scale = Vec::set1(scale_of_scores), start = start_of(hides_first), edge = edge_of(keys);
-  const int64_t padded = round_up(keys, Vec::kLanes), last = padded - Vec::kLanes;
-  Vec largest = Vec::set1(kNegativeInfinity), sum = Vec::set1(0.f);
-  const auto scaled = [&](int64_t c) {
-    Vec x = Vec::load(row + c) * scale;
-    if (c == 0) x = x + start;
-    if (c == last) x = x + edge;
-    return x;
-  };
-  for (int64_t c = 0; c < padded; c += Vec::kLanes) largest = max(largest, scaled(c));
-  largest = Vec::set1(largest.largest());
-  for (int64_t c = 0; c < padded; c += Vec::kLanes) {
-    const Vec x = scaled(c);
-    Vec e = exp(x - largest);
+MMK_INLINE void softmax_row(float* row, int64_t keys, float scale_of_scores, const float* factors, float& largest_score,
+                            float& sum_of_row) {
+  const Vec scale = Vec::set1(scale_of_scores), edge = edge_of(keys);
+  const int64_t last = round_up(keys, Vec::kLanes) - Vec::kLanes;
+  const auto scaled = [&](int64_t c) { return Vec::load(row + c) * scale; };
+  Vec largest = scaled(last) + edge;
+  for (int64_t c = 0; c < last; c += Vec::kLanes) largest = max(largest, scaled(c));
+  largest_score = largest.largest();
+  const Vec shift = Vec::set1(largest_score);
+  Vec sum = Vec::set1(0.f);
+  const auto finish = [&](int64_t c, Vec x) {
+    Vec e = exp(x - shift);
     sum = sum + e;
     if (factors != nullptr) e = e * Vec::load(factors + c);
     put_left<Product>(e, row, c);
-  }
-  const float total = sum.sum();
-  float first[Vec::kLanes];
-  largest.store(first);
-  return {first[0] + std::log(total), total};
+  };
+  for (int64_t c = 0; c < last; c += Vec::kLanes) finish(c, scaled(c));
+  finish(last, scaled(last) + edge);
+  sum_of_row = sum.sum();
 }
 
 template <class Product, Dtype kDtype>
@@ -696,31 +692,42 @@ void long_forward(const AttentionForward& p, int64_t begin, int64_t end, float* 
       const int64_t rows = std::min(t.rows, q.count - i0);
       pack_rows<Product>(queries, i0, rows, c.head, t.rows, t.query_words);
       multiply_columns(t, t.query_words, t.key_columns, rows, q.count, t.scores, next);
-      float shares[kMostRows];
+      float largest[kMostRows], sums[kMostRows], lse[kMostRows];
       for (int64_t i = 0; i < rows; ++i) {
-        float* row = t.scores + i * t.stride;
         const float* factors = nullptr;
         if (p.dropout.threshold != 0) {
           dropout_factors(p, q, h, i0 + i, t.factors);
           factors = t.factors;
         }
-        const bool hides_first = q.is_cls(i0 + i) && q.cls_hides_itself;
-        const RowStatistics statistics = softmax_row<Product>(row, q.count, p.scale, hides_first, factors);
-        shares[i] = 1.f / statistics.sum;
-        keep_lse(p, q, h, i0 + i, statistics.lse);
+        float *row = t.scores + i * t.stride, scale = p.scale;
+        if (q.is_cls(i0 + i) && q.cls_hides_itself) {
+          hide_first(row, q.count, scale);
+          scale = 1.f;
+        }
+        softmax_row<Product>(row, q.count, scale, factors, largest[i], sums[i]);
       }
+      for (int64_t i = 0; i < rows; i += Vec::kLanes) {
+        const int n = static_cast<int>(std::min<int64_t>(Vec::kLanes, rows - i));
+        (Vec::load(largest + i, n) + log(Vec::load(sums + i, n))).store(lse + i, n);
+      }
+      for (int64_t i = 0; i < rows; ++i) keep_lse(p, q, h, i0 + i, lse[i]);
       multiply_rows(t, t.scores, t.value_rows, rows, q.count);
       for (int64_t i = 0; i < rows; ++i)
-        write_row<kDtype>(t.results + i * t.size, shares[i], q.is_cls(i0 + i), out_row(p, q.b, q.tokens[i0 + i], h),
+        write_row<kDtype>(t.results + i * t.size, 1.f / sums[i], q.is_cls(i0 + i), out_row(p, q.b, q.tokens[i0 + i], h),
                           cls, c.head);
     }
   }
 }
 
+// Of a class token's row of which this sequence holds a part.
+struct Split {
+  float share, delta;
+};
+
 // scores -> probabilities (with dropout), products -> gradients of the scores (times the scale), both in place.
 template <class Product>
 MMK_INLINE void differentiate_row(float* scores, float* products, int64_t keys, float scale_of_scores, float lse,
-                                  bool hides_first, const float* factors, bool split, float delta_of_split) {
+                                  bool hides_first, const float* factors, const Split* split) {
   const Vec scale = Vec::set1(scale_of_scores), shift = Vec::set1(lse);
   const Vec start = start_of(hides_first), edge = edge_of(keys);
   const int64_t padded = round_up(keys, Vec::kLanes), last = padded - Vec::kLanes;
@@ -739,8 +746,8 @@ MMK_INLINE void differentiate_row(float* scores, float* products, int64_t keys, 
     deltas = fma(e, dp, deltas);
     e.store(scores + c);
   }
-  const float sum = split ? 1.f : sums.sum();
-  const Vec share = Vec::set1(1.f / sum), delta = Vec::set1(split ? delta_of_split : deltas.sum() / sum);
+  const float own_share = split ? split->share : 1.f / sums.sum();
+  const Vec share = Vec::set1(own_share), delta = Vec::set1(split ? split->delta : deltas.sum() * own_share);
   for (int64_t c = 0; c < padded; c += Vec::kLanes) {
     const Vec probability = Vec::load(scores + c) * share;
     (probability * scale * (Vec::load(products + c) - delta)).store(products + c);
@@ -772,7 +779,7 @@ void long_backward(const AttentionBackward& p, int64_t begin, int64_t end, float
     clear_absent_gradients(p, q, h);
     if (q.count == 0) continue;
     const float cls_share = q.cls_first ? 1.f / static_cast<float>(cls_divisor(c, q.b)) : 1.f;
-    const float delta_of_split = q.cls_is_split ? split_delta(p, q, h) : 0.f;
+    const Split split = q.cls_is_split ? Split{p.cls_shares[q.b * c.heads + h], split_delta(p, q, h)} : Split{};
     const ListedFeatures queries = rows_of(f, q, 0, h), keys = rows_of(f, q, 1, h), values = rows_of(f, q, 2, h);
     const ListedFeatures grads = grad_rows_of(p, q, h);
     const int64_t way = NextRows::way(c, h, f.token_stride, kDtype);
@@ -816,7 +823,7 @@ void long_backward(const AttentionBackward& p, int64_t begin, int64_t end, float
           for (int64_t k = 0; k < q.count; ++k) products[k] *= cls_share;
         }
         differentiate_row<Product>(row, products, q.count, f.scale, f.lse[lse_index(c, q, h, i0 + i)],
-                                   is_cls && q.cls_hides_itself, factors, is_cls && q.cls_is_split, delta_of_split);
+                                   is_cls && q.cls_hides_itself, factors, is_cls && q.cls_is_split ? &split : nullptr);
         if (is_cls)
           for (int64_t k = 0; k < padded; ++k) row[k] *= cls_share;
       }
@@ -850,13 +857,16 @@ void long_backward(const AttentionBackward& p, int64_t begin, int64_t end, float
 // ---- Choices
 
 // float32 everywhere; bfloat16 as pairs where the machine multiplies them, else as float32.
-template <class Call>
-void with_product([[maybe_unused]] Dtype dtype, const Call& call) {
+template <Dtype kDtype>
+struct ProductOf {
+  using Type = Float32Product;
+};
 #ifdef MMK_HAS_BF16_PRODUCT
-  if (dtype == Dtype::kBFloat16) return call(BFloat16Product{});
+template <>
+struct ProductOf<Dtype::kBFloat16> {
+  using Type = BFloat16Product;
+};
 #endif
-  call(Float32Product{});
-}
 
 // Calls with the lanes of a head, and with the size of its rows where it is the common one, else 0.
 template <class Call>
@@ -878,8 +888,8 @@ AttentionPlan plan(const AttentionForward& p, bool backward) {
   if (is_short) {
     plan.scratch_floats = ShortBuffers(c, backward, nullptr).floats;
   } else {
-    with_product(p.dtype, [&](auto product) {
-      plan.scratch_floats = LongBuffers<decltype(product)>(c, backward, nullptr).floats;
+    with_dtype(p.dtype, [&](auto dtype) {
+      plan.scratch_floats = LongBuffers<typename ProductOf<dtype()>::Type>(c, backward, nullptr).floats;
     });
   }
   return plan;
@@ -892,7 +902,7 @@ void forward(const AttentionForward& p, int64_t begin, int64_t end, float* scrat
       return with_slots(slots, p.clips.head, [&](auto lanes, auto size) {
         short_forward<dtype(), lanes(), size()>(p, begin, end, scratch);
       });
-    with_product(p.dtype, [&](auto product) { long_forward<decltype(product), dtype()>(p, begin, end, scratch); });
+    long_forward<typename ProductOf<dtype()>::Type, dtype()>(p, begin, end, scratch);
   });
 }
 
@@ -904,8 +914,7 @@ void backward(const AttentionBackward& p, int64_t begin, int64_t end, float* scr
       return with_slots(slots, c.head, [&](auto lanes, auto size) {
         short_backward<dtype(), lanes(), size()>(p, begin, end, scratch);
       });
-    with_product(p.forward.dtype,
-                 [&](auto product) { long_backward<decltype(product), dtype()>(p, begin, end, scratch); });
+    long_backward<typename ProductOf<dtype()>::Type, dtype()>(p, begin, end, scratch);
   });
 }
 
@@ -941,6 +950,44 @@ void forward_cls(const AttentionForward& p, int64_t begin, int64_t end) {
   }
 }
 
+// What normalises the class token's probabilities again, as each sequence does for its own rows.
+void prepare_cls(const AttentionBackward& p, int64_t begin, int64_t end) {
+  const AttentionForward& f = p.forward;
+  const Clips& c = f.clips;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t b = task / c.heads, h = task % c.heads;
+    const float lse = f.lse[task * c.rows()];
+    const auto row = [&](int64_t token, int64_t part) {
+      const int64_t at = b * f.batch_stride + token * f.token_stride + (part * c.heads + h) * c.head;
+      return static_cast<const char*>(f.qkv) + at * bytes_of(f.dtype);
+    };
+    Vec sum = Vec::set1(0.f);
+    float scores[Vec::kLanes];
+    int filled = 0;
+    const auto flush = [&] {
+      std::fill(scores + filled, scores + Vec::kLanes, kNegativeInfinity);
+      sum = sum + exp(Vec::load(scores) - Vec::set1(lse));
+      filled = 0;
+    };
+    with_dtype(f.dtype, [&](auto dtype) {
+      const auto visit = [&](int64_t token) {
+        Vec products = Vec::set1(0.f);
+        for (int64_t d = 0; d < c.head; d += Vec::kLanes)
+          products =
+              fma(load_floats<dtype()>(row(0, 0), d, c.head), load_floats<dtype()>(row(token, 1), d, c.head), products);
+        scores[filled++] = products.sum() * f.scale;
+        if (filled == Vec::kLanes) flush();
+      };
+      visit(0);
+      for (int64_t s = 0; s < c.sequences; ++s)
+        for (int64_t j = 0; j < c.length; ++j)
+          if (c.present(b, s, j)) visit(c.token(s, j));
+    });
+    flush();
+    p.cls_shares[task] = 1.f / sum.sum();
+  }
+}
+
 void backward_cls(const AttentionBackward& p, int64_t begin, int64_t end) {
   const Clips& c = p.forward.clips;
   for (int64_t task = begin; task < end; ++task) {
@@ -967,7 +1014,7 @@ void backward_cls(const AttentionBackward& p, int64_t begin, int64_t end) {
 }  // namespace
 
 extern const AttentionKernels attention_kernels;
-const AttentionKernels attention_kernels{plan, forward, forward_cls, backward, backward_cls};
+const AttentionKernels attention_kernels{plan, forward, forward_cls, backward, prepare_cls, backward_cls};
 
 }  // namespace MMK_VARIANT
 }  // namespace mmkernels

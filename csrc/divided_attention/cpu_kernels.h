@@ -56,8 +56,9 @@ struct AttentionBackward {
   AttentionForward forward;  // its outputs are inputs here: out, lse
   const void* grad_out;      // in the dtype of qkv
   int64_t grad_batch_stride, grad_token_stride;
-  void* grad_qkv;    // [B, L, 3 H D]
-  float* cls_grads;  // [B, H, sequences, 3, D], what each sequence gives to the class token's query, key and value
+  void* grad_qkv;     // [B, L, 3 H D]
+  float* cls_grads;   // [B, H, sequences, 3, D], what each sequence gives to the class token's query, key and value
+  float* cls_shares;  // [B, H], for a class token whose row goes over several sequences: see prepare_cls
 };
 
 struct AttentionPlan {
@@ -71,6 +72,8 @@ struct AttentionKernels {
   void (*forward)(const AttentionForward&, int64_t begin, int64_t end, float* scratch);
   void (*forward_cls)(const AttentionForward&, int64_t begin, int64_t end);
   void (*backward)(const AttentionBackward&, int64_t begin, int64_t end, float* scratch);
+  // Before the backward pass where the class token attends to several sequences at once, one task a clip and head.
+  void (*prepare_cls)(const AttentionBackward&, int64_t begin, int64_t end);
   void (*backward_cls)(const AttentionBackward&, int64_t begin, int64_t end);
 };
 
