@@ -60,6 +60,17 @@ def test_forms_follow_the_launchers():
     assert kernels == {*configs.Config._fields, "merge"}
 
 
+def test_packed_tiles_fit_together():
+    """A packed tile is square, and both passes split sequences into the same groups."""
+    from mmkernels.divided_attention.triton_kernels import configs
+
+    for tables in configs.CONFIGS.values():
+        for table in tables.values():
+            for tiles in table.values():
+                forward, backward = tiles.packed_forward, tiles.packed_backward
+                assert forward.block_m == forward.block_n == backward.block_m == backward.block_n
+
+
 def case_of(kernel: str, gpu: str, dtype: str = "bf16"):
     return next(
         case
