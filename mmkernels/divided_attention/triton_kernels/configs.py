@@ -68,14 +68,8 @@ _SINGLE = {
     64: Config(
         _square(32, 64, 4), _square(32, 64, 4), Tile(32, 32, 64, 4, 1), Tile(32, 32, 64, 4, 2), Tile(32, 16, 64, 4, 2)
     ),
-    128: Config(
-        _square(16, 128, 8), _square(16, 128, 8), Tile(32, 32, 128, 8, 1), Tile(16, 16, 128, 8, 1),
-        Tile(32, 32, 128, 8, 1),
-    ),
-    256: Config(
-        _square(16, 256, 8), _square(16, 256, 8), Tile(16, 16, 256, 8, 1), Tile(16, 16, 256, 8, 1),
-        Tile(16, 16, 256, 8, 1),
-    ),
+    128: Config(*[_square(16, 128, 8)] * 5),
+    256: Config(*[_square(16, 256, 8)] * 5),
 }  # fmt: skip
 # Small, so that few rows reach every edge.
 _INTERPRETED = {
@@ -94,8 +88,12 @@ def _table(
     }
 
 
+_SINGLE_MASKED = _spread(_SINGLE, 8)
+_SINGLE_MASKED[32] = _SINGLE_MASKED[32]._replace(grad_queries=Tile(32, 16, 32, 8, 2))
+_SINGLE_MASKED[64] = _SINGLE_MASKED[64]._replace(forward=Tile(32, 16, 64, 8, 1))
 _SM_100_MASKED = _HALF_MASKED | {
-    128: _HALF[128]._replace(grad_queries=Tile(64, 32, 128, 4, 2), grad_keys=Tile(64, 32, 128, 4, 2))
+    32: _HALF_MASKED[32]._replace(forward=Tile(64, 32, 32, 4, 3)),
+    128: _HALF[128]._replace(grad_queries=Tile(64, 32, 128, 4, 2), grad_keys=Tile(64, 32, 128, 4, 2)),
 }
 # Four warps of 64 lanes may take 512 registers each.
 _GFX942_MASKED = _spread(_HALF, 4)
@@ -105,9 +103,9 @@ _GFX942_MASKED[128] = _GFX942_MASKED[128]._replace(grad_keys=Tile(64, 32, 128, 4
 # Chosen from the compile check: the largest tiles without a spill, but for float32 in heads of more than 128, where a
 # few registers are. By precision ("half" is bf16 and fp16) and whether there is a mask or dropout.
 CONFIGS: dict[str, dict[tuple[str, bool], dict[int, Config]]] = {
-    "sm_80": _table(_HALF, _HALF_MASKED, _SINGLE, _spread(_SINGLE, 8)),
-    "sm_90": _table(_HALF, _HALF_MASKED, _SINGLE, _spread(_SINGLE, 8)),
-    "sm_100": _table(_HALF, _SM_100_MASKED, _SINGLE, _spread(_SINGLE, 8)),
+    "sm_80": _table(_HALF, _HALF_MASKED, _SINGLE, _SINGLE_MASKED),
+    "sm_90": _table(_HALF, _HALF_MASKED, _SINGLE, _SINGLE_MASKED),
+    "sm_100": _table(_HALF, _SM_100_MASKED, _SINGLE, _SINGLE_MASKED),
     "gfx942": _table(_spread(_HALF, 4), _GFX942_MASKED, _spread(_SINGLE, 4), _spread(_SINGLE, 4)),
     "interpreter": _table(*[_INTERPRETED] * 4),
 }
