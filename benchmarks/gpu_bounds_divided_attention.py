@@ -99,20 +99,19 @@ def problems(case: Case) -> list[Problem]:
     element = {"bf16": 2, "fp16": 2, "fp32": 4}[case.dtype]
     constants = dict(case.constants)
     block, head = constants["BLOCK_M"], constants["BLOCK_K"]
+    packed = case.kernel.startswith("packed")
     found = []
     for clip in CLIPS:
-        packed = "packed" in case.kernel
-        if packed and clip.frames > block:
-            continue
         if packed:  # whole tiles are multiplied, of which a block diagonal counts
-            axis = "time"
-            pairs = -(-clip.positions // (block // clip.frames)) * block**2
+            tiles = -(-clip.positions // max(1, block // clip.frames))
+            pairs = {"time": tiles * block**2} if clip.frames <= block else {}
         else:
-            axis = "space"
-            pairs = clip.frames * (clip.positions + 1) ** 2
-        flops = 2.0 * _PRODUCTS[case.kernel] * clip.batch * (clip.width // head) * pairs * head
-        traffic = _TRAFFIC[case.kernel] * clip.outputs(element)
-        found.append(Problem(f"{axis}, {clip.name}", flops, traffic))
+            pairs = {"space": clip.frames * (clip.positions + 1) ** 2}
+            if clip.frames > 64:
+                pairs["time"] = clip.positions * clip.frames**2
+        for axis, count in pairs.items():
+            flops = 2.0 * _PRODUCTS[case.kernel] * clip.batch * (clip.width // head) * count * head
+            found.append(Problem(f"{axis}, {clip.name}", flops, _TRAFFIC[case.kernel] * clip.outputs(element)))
     return found
 
 

@@ -68,7 +68,7 @@ _SINGLE = {
     64: Config(
         _square(32, 64, 4), _square(32, 64, 4), Tile(32, 32, 64, 4, 1), Tile(32, 32, 64, 4, 2), Tile(32, 16, 64, 4, 2)
     ),
-    128: Config(*[_square(16, 128, 8)] * 5),
+    128: Config(*[_square(16, 128, 8)] * 5)._replace(forward=Tile(32, 16, 128, 8, 1)),
     256: Config(*[_square(16, 256, 8)] * 5),
 }  # fmt: skip
 # Small, so that few rows reach every edge.
@@ -91,6 +91,7 @@ def _table(
 _SINGLE_MASKED = _spread(_SINGLE, 8)
 _SINGLE_MASKED[32] = _SINGLE_MASKED[32]._replace(grad_queries=Tile(32, 16, 32, 8, 2))
 _SINGLE_MASKED[64] = _SINGLE_MASKED[64]._replace(forward=Tile(32, 16, 64, 8, 1))
+_SINGLE_MASKED[128] = Config(*[_square(16, 128, 8)] * 5)._replace(grad_keys=Tile(32, 16, 128, 8, 1))
 _SM_100_MASKED = _HALF_MASKED | {
     32: _HALF_MASKED[32]._replace(forward=Tile(64, 32, 32, 4, 3)),
     128: _HALF[128]._replace(grad_queries=Tile(64, 32, 128, 4, 2), grad_keys=Tile(64, 32, 128, 4, 2)),
