@@ -6,10 +6,10 @@ STAMP := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
 .DEFAULT_GOAL := help
-.PHONY: demo train-clip help env test test-slow lint format bench gpu-check docs clean
+.PHONY: demo train-clip train-timesformer help env test test-slow lint format bench gpu-check docs clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
 env: $(STAMP) ## Make .venv, install the dependencies, build the kernels
 
@@ -45,6 +45,17 @@ train-clip: env ## Train the larger CLIP for as long as it takes (resumable), th
 	$(PY) -m models.clip train --out runs/clip --preset small --styles all --steps 1500 --batch-size 512 --views 1 --lr 2e-3 \
 		--warmup 60 --ema 0.998 --augment 0.5 --checkpoint-every 100
 	$(PY) -m models.clip eval runs/clip
+
+# Each command goes on where a stopped run was.
+train-timesformer: env ## Train TimeSformer on moving digits and on KanjiVG, evaluate both, compare attentions (resumable)
+	$(PY) -m models.timesformer train --out runs/timesformer-digits --data digits --preset tiny --steps 6000 \
+		--warmup 200 --ema 0.998
+	$(PY) -m models.timesformer eval runs/timesformer-digits
+	$(PY) -m models.timesformer train --out runs/timesformer-kanji --data kanji --preset tiny --steps 3000 \
+		--warmup 100 --ema 0.998 --smoothing 0.1 --drop-path 0.1
+	$(PY) -m models.timesformer eval runs/timesformer-kanji
+	$(PY) -m models.timesformer ablation --out runs/timesformer-ablation --data digits --preset tiny --steps 2000 \
+		--warmup 100 --ema 0.998
 
 bench: env ## Compare the kernels with what users run today; tables and plots into docs/figures
 	$(PY) -m benchmarks.report

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -180,7 +180,7 @@ def phase_correlation(videos: Tensor, velocities: Tensor) -> Tensor:
 def evaluate(
     model: TimeSformer,
     splits: VideoSplits,
-    sets: dict[str, VideoSet],
+    sets: Mapping[str, VideoSet],
     views: Views,
     bad: BadDataLog,
     *,

@@ -85,7 +85,7 @@ def _layer_forward(layer: Any, x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _patched_class(layer_class: type) -> type:
+def _patched_class(layer_class: Any) -> type:
     """A subclass of a TimesformerLayer class that runs on the op.
 
     Under its own name: placement rules name layers by their class. transformers wraps the `forward` of every subclass
@@ -94,7 +94,7 @@ def _patched_class(layer_class: type) -> type:
 
     def forward(self: Any, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, ...]:
         if output_attentions:  # the original layer, which holds all probabilities
-            return layer_class.forward(self, hidden_states, output_attentions)  # type: ignore[attr-defined]
+            return layer_class.forward(self, hidden_states, output_attentions)
         return (_layer_forward(self, hidden_states),)
 
     return type(layer_class.__name__, (layer_class,), {"forward": forward, "_mmkernels_original": layer_class})
@@ -180,5 +180,5 @@ def patch_timesformer(model: nn.Module, *, impl: str = "auto") -> TimesformerPat
     ]
     for layer in layers:
         layer._mmkernels_impl = impl
-        layer.__class__ = _patched_class(type(layer))
+        layer.__class__ = _patched_class(layer.__class__)
     return TimesformerPatch(layers, hooks)

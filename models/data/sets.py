@@ -153,6 +153,8 @@ class BadDataLog:
         message = f"{file}: {reason}"
         if self.policy == "raise":
             raise BadDataError(f"{message} (leave the default --on-bad-data skip to go on without such files)")
+        if file in self.files:
+            return  # met again: an evaluation reads its videos more than once
         self.files.append(file)
         self.reasons[reason] += 1
         if self.warn is not None:

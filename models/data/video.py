@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -62,9 +62,9 @@ class VideoSplits:
 
     name: str
     train: VideoSet
-    tests: dict[str, VideoSet]
+    tests: Mapping[str, VideoSet]
     validation: VideoSet | None = None
-    factors: dict[str, list[int]] = field(default_factory=dict)
+    factors: Mapping[str, list[int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
