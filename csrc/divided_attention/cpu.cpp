@@ -133,12 +133,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& qkv_in, const optional<Tensor>&
   const Tensor out = at::empty({B, clips.tokens, H * D}, qkv.options());
   const Tensor lse = at::empty({B, H, clips.rows()}, floats);
   if (B == 0) return {out, lse};
-  const Tensor cls = at::empty({clips.cls_takes_part ? B * H * clips.sequences * (D + 1) : 0}, floats);
+  const Tensor cls = at::empty({clips.cls_takes_part ? B * H * clips.sequences * (D + 2) : 0}, floats);
   AttentionForward p = problem_of(qkv, clips, seed, scale, dropout_p);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr<float>();
   p.cls_out = cls.mutable_data_ptr<float>();
-  p.cls_lse = p.cls_out + B * H * clips.sequences * D;
+  p.cls_largest = p.cls_out + B * H * clips.sequences * D;
+  p.cls_sums = p.cls_largest + B * H * clips.sequences;
   const AttentionKernels& kernels = attention_kernels_here();
   run(kernels.forward, kernels.forward_cls, p, clips, kernels.plan(p, false), floats);
   return {out, lse};

@@ -112,7 +112,8 @@ void clear_absent_outputs(const AttentionForward& p, const Sequence& q, int64_t 
   }
   if (!q.cls_first || q.count > 0) return;
   const int64_t at = (q.b * c.heads + h) * c.sequences + q.s;
-  p.cls_lse[at] = kNegativeInfinity;
+  p.cls_largest[at] = kNegativeInfinity;
+  p.cls_sums[at] = 0;
   if (!c.cls_is_global) p.lse[lse_index(c, q, h, 0)] = kNegativeInfinity;
   std::memset(p.cls_out + at * c.head, 0, c.head * sizeof(float));
 }
@@ -127,9 +128,13 @@ void clear_absent_gradients(const AttentionBackward& p, const Sequence& q, int64
   }
 }
 
-void keep_lse(const AttentionForward& p, const Sequence& q, int64_t h, int64_t i, float lse) {
+void keep_lse(const AttentionForward& p, const Sequence& q, int64_t h, int64_t i, float largest, float sum, float lse) {
   const Clips& c = p.clips;
-  if (q.is_cls(i)) p.cls_lse[(q.b * c.heads + h) * c.sequences + q.s] = lse;
+  if (q.is_cls(i)) {
+    const int64_t at = (q.b * c.heads + h) * c.sequences + q.s;
+    p.cls_largest[at] = largest;
+    p.cls_sums[at] = sum;
+  }
   if (!(q.is_cls(i) && c.cls_is_global)) p.lse[lse_index(c, q, h, i)] = lse;
 }
 
@@ -374,7 +379,9 @@ void short_forward(const AttentionForward& p, int64_t begin, int64_t end, float*
         e.store(t.scores + j * Vec::kLanes);
         sum = sum + e;
       }
-      float lse[Vec::kLanes];
+      float largests[Vec::kLanes], sums[Vec::kLanes], lse[Vec::kLanes];
+      largest.store(largests);
+      sum.store(sums);
       (largest + log(sum)).store(lse);
       const Vec share = Vec::set1(1.f) / sum;
       if (p.dropout.threshold != 0) dropout_tile<kSlots>(p, q, h0, heads, t.factors);
@@ -384,7 +391,10 @@ void short_forward(const AttentionForward& p, int64_t begin, int64_t end, float*
         probability.store(t.scores + j * Vec::kLanes);
       }
       for (int64_t g = 0; g < heads; ++g) {
-        for (int64_t i = 0; i < q.count; ++i) keep_lse(p, q, h0 + g, i, lse[g * kSlots + i]);
+        for (int64_t i = 0; i < q.count; ++i) {
+          const int64_t at = g * kSlots + i;
+          keep_lse(p, q, h0 + g, i, largests[at], sums[at], lse[at]);
+        }
         float* cls = p.cls_out + ((q.b * c.heads + h0 + g) * c.sequences + q.s) * c.head;
         combine_rows(t.scores + g * kSlots, 1, Vec::kLanes, t.c + g * kSlots * size, q.count, size,
                      [&](int64_t i, int64_t d, Vec value) {
@@ -710,7 +720,7 @@ void long_forward(const AttentionForward& p, int64_t begin, int64_t end, float* 
         const int n = static_cast<int>(std::min<int64_t>(Vec::kLanes, rows - i));
         (Vec::load(largest + i, n) + log(Vec::load(sums + i, n))).store(lse + i, n);
       }
-      for (int64_t i = 0; i < rows; ++i) keep_lse(p, q, h, i0 + i, lse[i]);
+      for (int64_t i = 0; i < rows; ++i) keep_lse(p, q, h, i0 + i, largest[i], sums[i], lse[i]);
       multiply_rows(t, t.scores, t.value_rows, rows, q.count);
       for (int64_t i = 0; i < rows; ++i)
         write_row<kDtype>(t.results + i * t.size, 1.f / sums[i], q.is_cls(i0 + i), out_row(p, q.b, q.tokens[i0 + i], h),
@@ -928,11 +938,12 @@ void forward_cls(const AttentionForward& p, int64_t begin, int64_t end) {
       std::memset(out, 0, c.head * bytes_of(p.dtype));
       continue;
     }
-    const float *parts = p.cls_out + task * c.sequences * c.head, *lses = p.cls_lse + task * c.sequences;
+    const float* parts = p.cls_out + task * c.sequences * c.head;
+    const float *largests = p.cls_largest + task * c.sequences, *sums = p.cls_sums + task * c.sequences;
     float total = 0, largest = kNegativeInfinity;
     if (c.cls_is_global) {
-      for (int64_t s = 0; s < c.sequences; ++s) largest = lses[s] > largest || lses[s] != lses[s] ? lses[s] : largest;
-      for (int64_t s = 0; s < c.sequences; ++s) total += std::exp(lses[s] - largest);
+      for (int64_t s = 0; s < c.sequences; ++s) largest = std::max(largest, largests[s]);
+      for (int64_t s = 0; s < c.sequences; ++s) total += sums[s] * std::exp(largests[s] - largest);
       p.lse[task * c.rows()] = largest + std::log(total);
     } else {
       total = static_cast<float>(cls_divisor(c, b));
@@ -942,7 +953,7 @@ void forward_cls(const AttentionForward& p, int64_t begin, int64_t end) {
         Vec sum = Vec::set1(0.f);
         for (int64_t s = 0; s < c.sequences; ++s) {
           const Vec part = load_floats<Dtype::kFloat32>(parts + s * c.head, d, c.head);
-          sum = c.cls_is_global ? fma(part, Vec::set1(std::exp(lses[s] - largest)), sum) : sum + part;
+          sum = c.cls_is_global ? fma(part, Vec::set1(sums[s] * std::exp(largests[s] - largest)), sum) : sum + part;
         }
         store_floats<dtype()>(sum * Vec::set1(1.f / total), out, d, c.head);
       }

@@ -47,9 +47,11 @@ struct AttentionForward {
   Dropout dropout;
   void* out;   // [B, L, H D]
   float* lse;  // [B, H, rows]
-  // The class token's output in each sequence, and its log-sum-exp there.
-  float* cls_out;  // [B, H, sequences, D]
-  float* cls_lse;  // [B, H, sequences]
+  // The class token's output in each sequence, its largest score there and the sum of exp(score - largest). In their
+  // place a log-sum-exp, rounded, would be off by 1e-4 where scores are in the thousands.
+  float* cls_out;      // [B, H, sequences, D]
+  float* cls_largest;  // [B, H, sequences]
+  float* cls_sums;     // [B, H, sequences]
 };
 
 struct AttentionBackward {

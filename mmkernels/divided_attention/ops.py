@@ -1,11 +1,11 @@
 """The registered ops, one pair a backend, their fake kernels and FLOPs, and the autograd.Function around them."""
 
 import functools
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from mmkernels._autograd import refuse_second_derivatives
 from mmkernels.divided_attention.layout import Layout
@@ -90,6 +90,12 @@ def _backward_flops(
     return 5 * _pair_flops(qkv, num_frames, *layout[:3])  # scores again, and the gradients of p, v, q, k
 
 
+# It says so where Triton is missing, which is no news to those who count no FLOPs.
+_log = logging.getLogger("torch.utils.flop_counter")
+_log.disabled = True
+from torch.utils.flop_counter import register_flop_formula
+
+_log.disabled = False
 for _backend in ("cpu", "triton"):
     register_flop_formula(getattr(torch.ops.mmkernels, f"divided_attention_{_backend}_forward"))(_forward_flops)
     register_flop_formula(getattr(torch.ops.mmkernels, f"divided_attention_{_backend}_backward"))(_backward_flops)

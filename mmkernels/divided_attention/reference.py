@@ -20,11 +20,16 @@ def divided_attention(
     """Output and log-sum-exps, computed in float32 (float64 for float64 inputs)."""
     B, L = qkv.shape[:2]
     dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    q, k, v = qkv.to(dtype).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, L, D]
     tokens = torch.arange(L, device=qkv.device)
+    patches, frames = sequences_of(layout, qkv.device)  # [S, R]
+    sequences = torch.arange(len(patches), device=qkv.device)
     absent = torch.zeros(B, layout.num_frames, dtype=torch.bool, device=qkv.device)
     if frame_mask is not None:
         absent = ~frame_mask
+    absent_patches = absent[:, frames]  # [B, S, R]
+    absent_tokens = absent.new_zeros(B, L).index_copy(1, patches.flatten(), absent_patches.flatten(1))
+    present = qkv.to(dtype).masked_fill(absent_tokens[..., None], 0.0)  # what fills an absent frame may be NaN
+    q, k, v = present.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, L, D]
 
     def attend(queries: Tensor, keys: Tensor, hidden: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:
         """Token indices [S, I] and [S, J], hidden keys [B, S, J] -> outputs [B, H, S, I, D] and lse [B, H, S, I]."""
@@ -39,9 +44,6 @@ def divided_attention(
             probabilities = torch.where(kept, probabilities / (1 - dropout_p), 0.0)
         return probabilities @ v[:, :, keys], lse
 
-    patches, frames = sequences_of(layout, qkv.device)  # [S, R]
-    sequences = torch.arange(len(patches), device=qkv.device)
-    absent_patches = absent[:, frames]  # [B, S, R]
     keys, absent_keys = patches, absent_patches
     if layout.cls_is_key:
         keys = torch.cat([torch.zeros_like(patches[:, :1]), patches], 1)
@@ -55,7 +57,6 @@ def divided_attention(
     rows = lse.new_zeros(B, num_heads, L).index_copy(2, patches.flatten(), lse.flatten(2, 3))[:, :, layout.has_cls :]
     if layout.cls_rows:
         if layout.cls_is_global:
-            absent_tokens = absent.new_zeros(B, L).index_copy(1, patches.flatten(), absent_patches.flatten(1))
             values, lse = attend(tokens[None, :1], tokens[None], absent_tokens[:, None], sequences[:1])
             values = values[:, :, 0]
         else:
@@ -80,14 +81,15 @@ def attention_maps(
     """The probabilities with which the query tokens attend to every token: `maps @ v` are rows of the output."""
     B, L = qkv.shape[:2]
     dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    q, k, _ = qkv.to(dtype).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, L, D]
-    scores = scale * q[:, :, tokens] @ k.transpose(-1, -2)  # [B, H, Q, L]
     patches, frames = sequences_of(layout, qkv.device)  # [S, R]
     sequence_of = torch.full((L,), -1, device=qkv.device)
     sequence_of[patches] = torch.arange(len(patches), device=qkv.device)[:, None].expand_as(patches)
     present = torch.ones(B, L, dtype=torch.bool, device=qkv.device)
     if frame_mask is not None:
         present[:, patches] = frame_mask[:, frames]
+    real = qkv.to(dtype).masked_fill(~present[..., None], 0.0)
+    q, k, _ = real.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, L, D]
+    scores = scale * q[:, :, tokens] @ k.transpose(-1, -2)  # [B, H, Q, L]
     is_cls = torch.arange(L, device=qkv.device) < layout.has_cls
 
     def softmax(visible: Tensor) -> Tensor:
