@@ -48,7 +48,7 @@ train-clip: env ## Train the larger CLIP for as long as it takes (resumable), th
 
 # Each command goes on where a stopped run was.
 train-timesformer: env ## Train TimeSformer on moving digits and on KanjiVG, evaluate both, compare attentions (resumable)
-	$(PY) -m models.timesformer train --out runs/timesformer-digits --data digits --preset tiny --steps 6000 \
+	$(PY) -m models.timesformer train --out runs/timesformer-digits --data digits --preset tiny --steps 2000 \
 		--warmup 200 --ema 0.998
 	$(PY) -m models.timesformer eval runs/timesformer-digits
 	$(PY) -m models.timesformer train --out runs/timesformer-kanji --data kanji --preset tiny --steps 3000 \

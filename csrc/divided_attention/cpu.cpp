@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& qkv_in, const optional<Tensor>&
   const auto floats = qkv.options().dtype(at::kFloat);
   const int64_t B = clips.batch, H = clips.heads, D = clips.head;
 
-  const Tensor out = at::empty({B, clips.tokens, H * D}, qkv.options());
+  const Tensor out = empty_result({B, clips.tokens, H * D}, qkv.options());
   const Tensor lse = at::empty({B, H, clips.rows()}, floats);
   if (B == 0) return {out, lse};
   const Tensor cls = at::empty({clips.cls_takes_part ? B * H * clips.sequences * (D + 2) : 0}, floats);
@@ -162,7 +162,7 @@ Tensor backward(const Tensor& grad_out_in, const Tensor& qkv_in, const Tensor& o
                    "grad_out, out: expected the dtype of qkv");
   const auto floats = qkv.options().dtype(at::kFloat);
 
-  const Tensor grad_qkv = at::empty(qkv.sizes(), qkv.options().memory_format(at::MemoryFormat::Contiguous));
+  const Tensor grad_qkv = empty_result(qkv.sizes(), qkv.options().memory_format(at::MemoryFormat::Contiguous));
   if (B == 0) return grad_qkv;
   const Tensor cls = at::empty({clips.cls_takes_part ? B * H * clips.sequences * 3 * D : 0}, floats);
   AttentionBackward p{};

@@ -602,20 +602,19 @@ void pack_contracted_rows(const Rows& x, int64_t row, int64_t count, int64_t siz
   pack_rows<Product>(x, row, count, size, capacity, out);
 }
 
-// tile[rows][stride] = words of rows times columns.
+// tile[row, row + kRows)[stride] = words of rows times columns. A few rows at a time, so that what comes next, softmax
+// or its derivative, finds them in L1.
 template <class Product>
-void multiply_columns(const LongBuffers<Product>& t, const float* words_of_rows, const float* columns, int64_t rows,
+void multiply_columns(const LongBuffers<Product>& t, const float* words_of_rows, const float* columns, int64_t row,
                       int64_t keys, float* tile, NextRows& next) {
   for (int64_t j = 0; j < keys; j += kPanel) {
+    next.fetch();
     const float* panel = columns + j * t.words;
-    for (int64_t i = 0; i < rows; i += kRows) {
-      next.fetch();
-      const FloatTile to{tile + i * t.stride + j, t.stride, false};
-      if (keys - j <= kPanel / 2) {
-        multiply<Product, kVecs / 2>(t.words, t.left(words_of_rows, i), panel, to);
-      } else {
-        multiply<Product>(t.words, t.left(words_of_rows, i), panel, to);
-      }
+    const FloatTile to{tile + row * t.stride + j, t.stride, false};
+    if (keys - j <= kPanel / 2) {
+      multiply<Product, kVecs / 2>(t.words, t.left(words_of_rows, row), panel, to);
+    } else {
+      multiply<Product>(t.words, t.left(words_of_rows, row), panel, to);
     }
   }
 }
@@ -701,9 +700,9 @@ void long_forward(const AttentionForward& p, int64_t begin, int64_t end, float* 
     for (int64_t i0 = 0; i0 < q.count; i0 += t.rows) {
       const int64_t rows = std::min(t.rows, q.count - i0);
       pack_rows<Product>(queries, i0, rows, c.head, t.rows, t.query_words);
-      multiply_columns(t, t.query_words, t.key_columns, rows, q.count, t.scores, next);
       float largest[kMostRows], sums[kMostRows], lse[kMostRows];
       for (int64_t i = 0; i < rows; ++i) {
+        if (i % kRows == 0) multiply_columns(t, t.query_words, t.key_columns, i, q.count, t.scores, next);
         const float* factors = nullptr;
         if (p.dropout.threshold != 0) {
           dropout_factors(p, q, h, i0 + i, t.factors);
@@ -818,9 +817,11 @@ void long_backward(const AttentionBackward& p, int64_t begin, int64_t end, float
         pack_row_pairs(grads, i0, rows, c.head, t.rows, t.grad_pairs);
       }
 #endif
-      multiply_columns(t, t.query_words, t.key_columns, rows, q.count, t.scores, next);
-      multiply_columns(t, t.grad_words, t.value_columns, rows, q.count, t.products, next);
       for (int64_t i = 0; i < rows; ++i) {
+        if (i % kRows == 0) {
+          multiply_columns(t, t.query_words, t.key_columns, i, q.count, t.scores, next);
+          multiply_columns(t, t.grad_words, t.value_columns, i, q.count, t.products, next);
+        }
         float *row = t.scores + i * t.stride, *products = t.products + i * t.stride;
         const bool is_cls = q.is_cls(i0 + i);
         const float* factors = nullptr;
@@ -836,17 +837,16 @@ void long_backward(const AttentionBackward& p, int64_t begin, int64_t end, float
                                    is_cls && q.cls_hides_itself, factors, is_cls && q.cls_is_split ? &split : nullptr);
         if (is_cls)
           for (int64_t k = 0; k < padded; ++k) row[k] *= cls_share;
-      }
 #ifdef MMK_HAS_BF16_PRODUCT
-      if constexpr (LongBuffers<Product>::kPairs) {
-        for (int64_t i = 0; i < rows; i += 2) {
-          const auto second = [&](float* tile) { return i + 1 < rows ? tile + (i + 1) * t.stride : nullptr; };
-          round_two_rows(t.scores + i * t.stride, second(t.scores), padded, false, t.score_pairs + i / 2 * t.stride);
-          round_two_rows(t.products + i * t.stride, second(t.products), padded, true,
-                         t.product_pairs + i / 2 * t.stride);
+        if constexpr (LongBuffers<Product>::kPairs) {
+          if (i % 2 == 0 && i + 1 < rows) continue;
+          const int64_t first = i / 2 * 2, pair = i / 2 * t.stride;
+          const auto second = [&](float* tile) { return first < i ? tile + i * t.stride : nullptr; };
+          round_two_rows(t.scores + first * t.stride, second(t.scores), padded, false, t.score_pairs + pair);
+          round_two_rows(t.products + first * t.stride, second(t.products), padded, true, t.product_pairs + pair);
         }
-      }
 #endif
+      }
       add_transposed(t, t.score_pairs, t.grad_pairs, rows, q.count, i0 == 0, t.value_grads);
       add_transposed(t, t.product_pairs, t.query_pairs, rows, q.count, i0 == 0, t.key_grads);
       multiply_rows(t, t.products, t.key_rows, rows, q.count);
