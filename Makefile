@@ -48,14 +48,14 @@ train-clip: env ## Train the larger CLIP for as long as it takes (resumable), th
 
 # Each command goes on where a stopped run was.
 train-timesformer: env ## Train TimeSformer on moving digits and on KanjiVG, evaluate both, compare attentions (resumable)
-	$(PY) -m models.timesformer train --out runs/timesformer-digits --data digits --preset tiny --steps 2000 \
-		--warmup 200 --ema 0.998
+	$(PY) -m models.timesformer train --out runs/timesformer-digits --data digits --preset tiny --steps 1200 \
+		--warmup 100 --ema 0.998
 	$(PY) -m models.timesformer eval runs/timesformer-digits
-	$(PY) -m models.timesformer train --out runs/timesformer-kanji --data kanji --preset tiny --steps 3000 \
+	$(PY) -m models.timesformer train --out runs/timesformer-kanji --data kanji --preset tiny --steps 2000 \
 		--warmup 100 --ema 0.998 --smoothing 0.1 --drop-path 0.1
 	$(PY) -m models.timesformer eval runs/timesformer-kanji
-	$(PY) -m models.timesformer ablation --out runs/timesformer-ablation --data digits --preset tiny --steps 2000 \
-		--warmup 100 --ema 0.998
+	$(PY) -m models.timesformer ablation --out runs/timesformer-ablation --data digits --preset tiny --steps 800 \
+		--warmup 80 --ema 0.998
 
 bench: env ## Compare the kernels with what users run today; tables and plots into docs/figures
 	$(PY) -m benchmarks.report

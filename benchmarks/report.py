@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +35,7 @@ def main(
     out: Annotated[Path, typer.Option(help="folder of the numbers and the figures")] = Path("docs/figures"),
 ) -> None:
     """Compare the ops with their peers on this machine's CPU."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     unknown = sorted(set(ops or OPS) - set(OPS))
     if unknown:
         raise typer.BadParameter(f"expected some of {', '.join(OPS)}, got {', '.join(unknown)}")
