@@ -22,7 +22,7 @@ CONFIGS: dict[str, dict[str, Config]] = {
     "sm_80": {
         "half": Config(Tile(128, 128, 32, 8, 4), Tile(128, 128, 32, 8, 4), Tile(128, 256, 32, 8, 4)),
         "tf32x3": Config(Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3)),
-        "ieee": Config(Tile(64, 64, 16, 4, 2), Tile(64, 64, 16, 4, 2), Tile(64, 64, 32, 8, 2)),
+        "ieee": Config(Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 4, 2), Tile(64, 64, 32, 8, 2)),
     },
     "sm_90": {
         "half": Config(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4)),
