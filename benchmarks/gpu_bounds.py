@@ -121,7 +121,8 @@ class Problem(NamedTuple):
 
 
 def forms(op: str) -> Any:
-    """The module of an op's forms: cases(gpus), kernel(name), argument(case, name), problems(case), is_main(case)."""
+    """The module of an op's forms: cases(gpus), kernel(name), argument(case, name), problems(case), is_main(case), and
+    GROWING, the constants that only ever add to a kernel."""
     return importlib.import_module(f"benchmarks.gpu_bounds_{op}")
 
 
@@ -226,6 +227,27 @@ def faults(case: Case, compiled: Compiled | str) -> list[str]:
     if compiled.tf32_instructions and case.precision != "tf32x3":
         found.append(f"{compiled.tf32_instructions} TF32 instructions that nobody asked for")
     return found
+
+
+def heaviest(chosen: list[Case]) -> list[Case]:
+    """Those that no other of the forms outdoes: one that differs in nothing but constants that add to the kernel, and
+    takes more registers and memory for them."""
+    rivals: dict[Case, list[dict[str, Any]]] = {}
+
+    def split(case: Case) -> tuple[Case, dict[str, Any]]:
+        growing = forms(case.op).GROWING
+        fixed = tuple((name, value) for name, value in case.constants if name not in growing)
+        return dataclasses.replace(case, constants=fixed), {n: v for n, v in case.constants if n in growing}
+
+    for case in chosen:
+        fixed, sizes = split(case)
+        rivals.setdefault(fixed, []).append(sizes)
+
+    def is_outdone(case: Case) -> bool:
+        fixed, sizes = split(case)
+        return any(other != sizes and all(other[n] >= sizes[n] for n in sizes) for other in rivals[fixed])
+
+    return [case for case in chosen if not is_outdone(case)]
 
 
 def _attempt(case: Case) -> Compiled | str:

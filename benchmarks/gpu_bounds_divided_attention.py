@@ -15,8 +15,10 @@ _KERNELS = {
     "packed_backward": backward.packed_backward_kernel,
     "grad_queries": backward.grad_queries_kernel,
     "grad_keys": backward.grad_keys_kernel,
+    "cls_sums": backward.cls_sums_kernel,
     "merge": engine.merge_kernel,
 }
+GROWING = {"MASKED", "BLOCK_K", "HEAD"}
 _FEATURES = {"grad_out", "qkv", "out", "grad_qkv"}
 _NUMBERS = {*engine.RUNTIME, "parts", "num_tokens", "rows", "weighted"} - {"cls_weight", "keep_scale"}
 _FRACTIONS = {"scale", "scale2", "cls_weight", "keep_scale"}
@@ -70,8 +72,10 @@ def _cases(gpu: str, precision: str, dtype: str, masked: bool, configs: dict[int
             yield make(
                 name, gpu, precision, dtype, tuple(constants.items()), warps, stages, has_dot=True, may_spill=large
             )
-    if not masked:
-        for head in (8, 16, *HEADS):
+    for head in (8, 16, *HEADS):
+        constants = {"MASKED": masked, "BLOCK": triton_kernels.CLS_BLOCK, "HEAD": head}
+        yield make("cls_sums", gpu, precision, dtype, tuple(constants.items()), triton_kernels.CLS_WARPS, 3)
+        if not masked:
             constants = {"ROWS": triton_kernels.MERGE_ROWS, "HEAD": head}
             yield make("merge", gpu, precision, dtype, tuple(constants.items()), triton_kernels.MERGE_WARPS, 3)
 
@@ -94,9 +98,12 @@ def argument(case: Case, name: str) -> Argument:
 
 def problems(case: Case) -> list[Problem]:
     """One kernel over the clips whose sequences it takes: packed ones in time, streamed ones in space or long time."""
-    if case.kernel == "merge":
-        return []
     element = {"bf16": 2, "fp16": 2, "fp32": 4}[case.dtype]
+    if case.kernel == "cls_sums":  # the keys of a global class token
+        return [Problem(clip.name, 2 * clip.outputs(1), clip.outputs(element)) for clip in CLIPS]
+    if case.kernel == "merge":  # a partial for each frame
+        partials = [(clip.name, clip.batch * clip.frames * clip.width) for clip in CLIPS]
+        return [Problem(f"space, {name}", 2.0 * size, 4.0 * size) for name, size in partials]
     constants = dict(case.constants)
     block, head = constants["BLOCK_M"], constants["BLOCK_K"]
     packed = case.kernel.startswith("packed")

@@ -13,6 +13,7 @@ from mmkernels.contrastive.triton_kernels.configs import CONFIGS, Config
 
 # Arguments that are strides or sizes of padded rows: multiples of 16, which the launcher sees to.
 _MULTIPLES_OF_16 = {"D", "stride_q", "stride_k", "stride_x", "stride_y", "stride_strip"}
+GROWING = {"SYMMETRIC", "SMOOTHED", "STORE", "SHARE"}
 _FEATURES = {"queries", "keys", "x", "y", "strip", "grad"}
 _INTEGERS = {"N", "M", "num_x", "num_y", "num_features", "tiles_per_group", "tiles_per_split", "num_groups"} | {
     "num_splits", "first", "first_x", "length", "strip_rows", "steps_per_split", "first_share",

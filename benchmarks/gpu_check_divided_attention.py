@@ -10,6 +10,7 @@ from torch import Tensor
 
 import mmkernels
 from benchmarks.gpu_check import DTYPES, measure
+from benchmarks.peers import attentions
 from mmkernels.divided_attention.ops import layout_of
 
 NOTE = (
@@ -61,7 +62,6 @@ def check_parity(device: torch.device) -> list[dict[str, Any]]:
 
 def measure_all(device: torch.device, quick: bool) -> list[dict[str, Any]]:
     """TimeSformer's two steps, 12 heads of 64: forward alone, and with the backward pass."""
-    peers = importlib.import_module("benchmarks.peers")
     heads, head = 12, 64
     sizes = (
         [(8, 8, 196), (1, 96, 196)] if quick else [(1, 8, 196), (8, 8, 196), (32, 8, 196), (2, 96, 196), (2, 16, 784)]
@@ -74,7 +74,7 @@ def measure_all(device: torch.device, quick: bool) -> list[dict[str, Any]]:
             outputs = batch * tokens * heads * head * qkv.element_size()
             for axis in ("time", "space"):
                 pairs = batch * layout_of(tokens, frames, axis, "timesformer", "nt").pairs
-                for name, attention in peers.attentions(axis, frames, heads, impl="triton").items():
+                for name, attention in attentions(axis, frames, heads, impl="triton").items():
                     for backward in (False, True):
                         row: dict[str, Any] = {"axis": axis, "B": batch, "T": frames, "N": positions}
                         row |= {"dtype": str(dtype)[6:], "pass": "both" if backward else "forward", "peer": name}

@@ -36,15 +36,13 @@ def is_plain(case) -> bool:
     )
 
 
-@pytest.mark.parametrize("gpu", gpu_bounds.GPUS)
-def test_plain_kernels(gpu):
-    check([case for case in gpu_bounds_info_nce.cases([gpu]) if is_plain(case)])
+def test_plain_kernels():
+    check([case for case in gpu_bounds_info_nce.cases() if is_plain(case)])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpu", gpu_bounds.GPUS)
-def test_every_configuration(gpu):
-    check(gpu_bounds_info_nce.cases([gpu]))
+def test_every_configuration():
+    check([case for case in gpu_bounds.heaviest(gpu_bounds_info_nce.cases()) if not is_plain(case)])
 
 
 def case_of(kernel: str, gpu: str, precision: str):

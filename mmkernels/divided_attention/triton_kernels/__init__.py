@@ -10,9 +10,9 @@ holds whole rows, so that maxima, sums and deltas are made anew from q, k, v and
 The class token is a row of every tile that it takes part in. What it takes from a group of sequences goes to partials
 [B, groups, width] in float32, which one kernel adds in their order: no atomics, the same bits from run to run.
 
-Memory beyond inputs and outputs, in bytes: the partials, 4 C B G forward and 12 C B G backward for G groups, and for
-streamed sequences 12 B H rows backward. A copy of qkv and of the gradient where rows do not begin at multiples of 8
-features or D is no multiple of 8.
+Beyond inputs and outputs, in bytes: the partials, 4 C B G forward and 12 C B G backward for G groups; 8 B H G for
+a global class token; 12 B H rows backward for streamed sequences. A copy of qkv and of the gradient where rows do not
+begin at multiples of 8 features or D is no multiple of 8.
 """
 
 from typing import NamedTuple
@@ -27,6 +27,7 @@ from mmkernels.divided_attention.layout import Layout
 from mmkernels.divided_attention.ops import layout_of
 from mmkernels.divided_attention.triton_kernels import engine
 from mmkernels.divided_attention.triton_kernels.backward import (
+    cls_sums_kernel,
     grad_keys_kernel,
     grad_queries_kernel,
     packed_backward_kernel,
@@ -36,6 +37,8 @@ from mmkernels.divided_attention.triton_kernels.forward import forward_kernel
 
 MERGE_ROWS = 16  # partials that a step of merge_kernel adds
 MERGE_WARPS = 4
+CLS_BLOCK = 64  # keys that a step of cls_sums_kernel reads
+CLS_WARPS = 4
 _UNIT = int(engine.UNIT.value)
 
 
@@ -53,6 +56,10 @@ class Geometry(NamedTuple):
     row_step: int
     frame_step: int
     frames: int
+
+    @property
+    def is_global(self) -> bool:
+        return self.cls == engine.GLOBAL.value
 
     @property
     def groups(self) -> int:
@@ -97,15 +104,16 @@ def divided_attention_forward(
     out = qkv.new_empty(B, L, C)
     lse = qkv.new_empty(B, num_heads, layout.num_rows, dtype=torch.float32)
     partials = qkv.new_empty(B, geometry.parts, C, dtype=torch.float32)
-    partial_lse = qkv.new_empty(B, num_heads, geometry.parts, dtype=torch.float32)
+    tops = qkv.new_empty(B, num_heads, geometry.parts, dtype=torch.float32)
+    sums = qkv.new_empty(B, num_heads, geometry.parts, dtype=torch.float32)
     with on_device(qkv.device):
         forward_kernel[geometry.programs(B, tile.block_m)](
-            qkv, extras.frame_mask, extras.cls_weights, extras.seed, out, lse, partials, partial_lse,
+            qkv, extras.frame_mask, extras.cls_weights, extras.seed, out, lse, partials, tops, sums,
             *geometry, *_strides(qkv), scale * LOG2E.value, extras.cls_weight, extras.threshold, extras.keep_scale,
             PACKED=packed, MASKED=extras.masked, **launch_options(tile),
         )  # fmt: skip
         if layout.has_cls:
-            _merge(partials, partial_lse, out, lse, geometry, geometry.cls == engine.GLOBAL.value)
+            _merge(partials, tops, sums, out, lse, geometry, geometry.is_global, scale)
     return out, lse
 
 
@@ -141,10 +149,11 @@ def divided_attention_backward(
     numbers = (*geometry, *_strides(grad_out), *_strides(qkv), scale * LOG2E.value, scale)
     masks = (extras.frame_mask, extras.cls_weights, extras.seed)
     with on_device(qkv.device):
+        sums = _cls_sums(qkv, lse, extras, geometry, scale) if geometry.is_global else lse  # else it is not read
         if packed:
             tile = config.packed_backward
             packed_backward_kernel[geometry.programs(B, tile.block_m)](
-                grad_out, qkv, out, lse, *masks, grad_qkv, partials,
+                grad_out, qkv, out, lse, sums, *masks, grad_qkv, partials,
                 *numbers, extras.cls_weight, extras.threshold, extras.keep_scale,
                 MASKED=extras.masked, **launch_options(tile),
             )  # fmt: skip
@@ -153,7 +162,7 @@ def divided_attention_backward(
             statistics = qkv.new_empty(3, B * num_heads * rows, dtype=torch.float32)
             tile = config.grad_queries
             grad_queries_kernel[geometry.programs(B, tile.block_m)](
-                grad_out, qkv, out, lse, *masks, grad_qkv, partials, statistics,
+                grad_out, qkv, out, lse, sums, *masks, grad_qkv, partials, statistics,
                 *numbers, extras.cls_weight, extras.threshold, extras.keep_scale,
                 MASKED=extras.masked, **launch_options(tile),
             )  # fmt: skip
@@ -164,7 +173,7 @@ def divided_attention_backward(
                 MASKED=extras.masked, **launch_options(tile),
             )  # fmt: skip
         if layout.has_cls:
-            _merge(partials, lse, grad_qkv, lse, geometry, False)
+            _merge(partials, lse, lse, grad_qkv, lse, geometry, False, scale)
     return grad_qkv
 
 
@@ -225,13 +234,33 @@ def plan(layout: Layout, num_heads: int, head_size: int, config: Config) -> tupl
     return geometry, packed
 
 
-def _merge(partials: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, geometry: Geometry, weighted: bool) -> None:
+def _cls_sums(qkv: Tensor, lse: Tensor, extras: "_Extras", geometry: Geometry, scale: float) -> Tensor:
+    """What the probabilities of a global class token, from its rounded log-sum-exp, sum to: [B, H]."""
+    sums = qkv.new_empty(qkv.shape[0], geometry.num_heads, geometry.groups, dtype=torch.float32)
+    cls_sums_kernel[(sums.numel(),)](
+        qkv, lse, extras.frame_mask, sums, *geometry, *_strides(qkv), scale * LOG2E.value,
+        MASKED=extras.masked, BLOCK=CLS_BLOCK, HEAD=triton.next_power_of_2(geometry.units * _UNIT), num_warps=CLS_WARPS,
+    )  # fmt: skip
+    return sums.sum(2)
+
+
+def _merge(
+    partials: Tensor,
+    tops: Tensor,
+    sums: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    geometry: Geometry,
+    weighted: bool,
+    scale: float,
+) -> None:
     """Fill the class token's row of out, [B, L, width], from the partials."""
     B, L, width = out.shape
     D = geometry.units * _UNIT
     heads = width // D
     engine.merge_kernel[(B * heads,)](
-        partials, partial_lse, out, lse, geometry.parts, heads, geometry.units, L, lse.shape[2], int(weighted),
+        partials, tops, sums, out, lse,
+        geometry.parts, heads, geometry.units, L, lse.shape[2], int(weighted), scale * LOG2E.value,
         ROWS=MERGE_ROWS, HEAD=triton.next_power_of_2(D), num_warps=MERGE_WARPS,
     )  # fmt: skip
 

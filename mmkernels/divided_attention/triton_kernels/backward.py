@@ -3,6 +3,8 @@
 With weights g of the queries (the share of an averaged class token, 1 for all others) and dropout's factors f:
     dP = f (dO V^T)    delta = rowsum(P dP) = rowsum(dO O)    dS = g P (dP - delta)
     dV = (f g P)^T dO    dK = scale dS^T Q    dQ = scale dS K
+Probabilities are divided by their sum once more: what a log-sum-exp lost when it was rounded, a thousandth at scores of
+10,000, is in both.
 """
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
@@ -34,9 +36,48 @@ from mmkernels.divided_attention.triton_kernels.engine import (
 )
 
 
+@triton.jit
+def cls_norm(lse, clip, head, num_heads, num_sequences, items, cls, size):
+    """The log-sum-exp of a GLOBAL class token in units of products."""
+    row, _ = first_row(clip, head, num_heads, num_sequences, items, cls)
+    return tl.load(lse + row) * LOG2E / size
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def cls_sums_kernel(
+    qkv, lse, frame_mask, sums,
+    num_heads, units, num_sequences, items, pack, first_patch, cls, seq_step, row_step, frame_step, frames,
+    stride_b, stride_t, scale2,
+    MASKED: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr,
+):  # fmt: skip
+    """What the probabilities of a GLOBAL class token sum to over the keys of a group: sums [B, H, groups]."""
+    program = tl.program_id(0)
+    head = program % num_heads
+    groups = tl.cdiv(num_sequences, pack)
+    group = program // num_heads % groups
+    clip = program // num_heads // groups
+    D = units * UNIT
+    queries = qkv + clip.to(tl.int64) * (stride_b.to(tl.int64) * UNIT) + head * D
+    features = tl.arange(0, HEAD)
+    size = magnitude(scale2)
+    q = signed(tl.load(queries + features, mask=features < D, other=0.0).to(tl.float32), scale2)
+    norm = cls_norm(lse, clip, head, num_heads, num_sequences, items, cls, size)
+    z = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, pack * items, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        sequence, item, inside = items_at(index, group, num_sequences, items, pack, True)
+        token, is_cls = tokens_at(sequence, item, first_patch, cls, seq_step, row_step)
+        present = present_at(frame_mask, clip, token, is_cls, inside, first_patch, frame_step, frames, MASKED)
+        present &= ~is_cls | (sequence == 0)
+        k = load_rows(queries + num_heads * D, token, stride_t, present, D, HEAD).to(tl.float32)
+        s = tl.where(present, tl.sum(k * q[None, :], 1), float("-inf"))
+        z += tl.exp2((s - norm) * size)
+    tl.store(sums + (clip.to(tl.int64) * num_heads + head) * groups + group, tl.sum(z, 0))
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def packed_backward_kernel(
-    grad_out, qkv, out, lse, frame_mask, cls_weights, seed, grad_qkv, partials,
+    grad_out, qkv, out, lse, cls_sums, frame_mask, cls_weights, seed, grad_qkv, partials,
     num_heads, units, num_sequences, items, pack, first_patch, cls, seq_step, row_step, frame_step, frames,
     stride_ob, stride_ot, stride_b, stride_t, scale2, scale, cls_weight, threshold, keep_scale,
     MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -44,7 +85,7 @@ def packed_backward_kernel(
     """grad_qkv [B, L, 3 H D] of a group that is one tile; the class token's part to partials [B, groups, 3 H D].
 
     The tile holds whole rows: their maxima, sums and deltas are made anew, and neither out nor lse is read but for the
-    row of a GLOBAL class token, which spans all groups.
+    row of a GLOBAL class token, which spans all groups: cls_sums [B, H] are the sums of its probabilities.
     """
     clip, head, group, _ = place(tl.program_id(0), num_heads, num_sequences, items, pack, BLOCK_M)
     D = units * UNIT
@@ -71,12 +112,12 @@ def packed_backward_kernel(
     is_global = is_cls & (cls == GLOBAL)
     L = first_patch + num_sequences * (items - tl.minimum(cls, 1))
     if cls == GLOBAL:
-        first_lse, _ = first_row(clip, head, num_heads, num_sequences, items, cls)
-        m = tl.where(is_global, tl.load(lse + first_lse) * LOG2E / size, m)
+        m = tl.where(is_global, cls_norm(lse, clip, head, num_heads, num_sequences, items, cls, size), m)
     p = tl.exp2((s - m[:, None]) * size)
     z = tl.sum(p, 1)
-    z = tl.where(is_global | (z == 0), 1.0, z)
-    p /= z[:, None]
+    if cls == GLOBAL:
+        z = tl.where(is_global, tl.load(cls_sums + clip * num_heads + head), z)
+    p /= tl.where(weight == 0, 1.0, z)[:, None]
 
     dp = dot(grad, tl.trans(v), zeros, "ieee")
     dropped = p
@@ -117,7 +158,7 @@ def packed_backward_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def grad_queries_kernel(
-    grad_out, qkv, out, lse, frame_mask, cls_weights, seed, grad_qkv, partials, statistics,
+    grad_out, qkv, out, lse, cls_sums, frame_mask, cls_weights, seed, grad_qkv, partials, statistics,
     num_heads, units, num_sequences, items, pack, first_patch, cls, seq_step, row_step, frame_step, frames,
     stride_ob, stride_ot, stride_b, stride_t, scale2, scale, cls_weight, threshold, keep_scale,
     MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -125,8 +166,7 @@ def grad_queries_kernel(
     """dQ of a block of queries, and what the keys' kernel needs of them: statistics [3, B H S, items], in float32.
 
     These are the log-sum-exp in units of products, the factor that makes 2^(size (s - lse)) the weighted
-    probability, and delta. The factor takes out what the log-sum-exp lost when it was rounded: at scores of 10,000 that
-    is a thousandth.
+    probability, and delta.
     """
     clip, head, sequence, block = place(tl.program_id(0), num_heads, num_sequences, items, pack, BLOCK_M)
     D = units * UNIT
@@ -155,7 +195,7 @@ def grad_queries_kernel(
         features = tl.arange(0, BLOCK_K)
         cls_q = signed(tl.load(queries + features, mask=features < D, other=0.0).to(tl.float32), scale2)
         cls_grad = tl.load(grads + features, mask=features < D, other=0.0).to(tl.float32)
-        cls_norm = tl.max(tl.where(is_cls, norm, float("-inf")), 0)
+        own_norm = tl.max(tl.where(is_cls, norm, float("-inf")), 0)
         cls_z = 0.0
         cls_delta = 0.0
         for start in range(0, items, BLOCK_N):
@@ -167,7 +207,7 @@ def grad_queries_kernel(
             k = load_rows(queries + C, key_token, stride_t, key_present, D, BLOCK_K).to(tl.float32)
             v = load_rows(queries + 2 * C, key_token, stride_t, key_present, D, BLOCK_K).to(tl.float32)
             s = tl.where(key_present, tl.sum(k * cls_q[None, :], 1), float("-inf"))
-            p = tl.exp2((s - cls_norm) * size)
+            p = tl.exp2((s - own_norm) * size)
             dp = tl.sum(v * cls_grad[None, :], 1)
             if MASKED and threshold != 0:
                 keep = kept(seed, threshold, key_token, 0, clip * num_heads + head, sequence)
@@ -201,8 +241,9 @@ def grad_queries_kernel(
         ds = p * (dp - delta[:, None])
         dq = dot(ds.to(k.dtype), k, dq, "ieee")
 
-    # A global class token sees but a part of its keys here.
-    factor = weight / tl.where((z == 0) | (is_cls & (cls == GLOBAL)), 1.0, z)
+    if cls == GLOBAL:  # of whose keys this is but a part
+        z = tl.where(is_cls, tl.load(cls_sums + clip * num_heads + head), z)
+    factor = weight / tl.where(weight == 0, 1.0, z)
     dq *= (factor * scale)[:, None]
     to = grad_qkv + clip.to(tl.int64) * L * (3 * C) + head * D
     store_rows(to, token, 3 * C, inside & (is_cls == 0), D, dq, BLOCK_K)

@@ -156,14 +156,15 @@ def row_at(sequence, token, is_cls, first_patch, cls, cls_rows):
 
 @triton.jit(do_not_specialize=["parts", "num_heads", "units", "num_tokens", "rows", "weighted"])
 def merge_kernel(
-    partials, partial_lse, out, lse,
-    parts, num_heads, units, num_tokens, rows, weighted,
+    partials, partial_tops, partial_sums, out, lse,
+    parts, num_heads, units, num_tokens, rows, weighted, scale2,
     ROWS: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
     """out[b, 0] = the sum of partials [B, parts, H D] in their order; 0 without parts.
 
-    `weighted`: partials are softmaxes over parts of the keys, partial_lse [B, H, parts] their log-sum-exps in base 2;
-    they meet as one softmax, whose log-sum-exp goes to row 0 of lse [B, H, rows].
+    `weighted`: partials are sums over parts of the keys, each relative to the largest product of its part; with those
+    and the sums of the weights, both [B, H, parts], they meet as one softmax, whose log-sum-exp goes to row 0 of lse
+    [B, H, rows]. Log-sum-exps of the parts would not do: rounded at scores of thousands they are off by 1e-4.
     """
     program = tl.program_id(0)
     head = program % num_heads
@@ -172,26 +173,29 @@ def merge_kernel(
     part = tl.arange(0, ROWS)
     features = tl.arange(0, HEAD)
     of_head = partials + clip * parts * num_heads * D + head * D
-    lse_of_head = partial_lse + program.to(tl.int64) * parts
+    tops = partial_tops + program.to(tl.int64) * parts
+    sums = partial_sums + program.to(tl.int64) * parts
+    size = magnitude(scale2)
     top = 0.0
     total = 1.0
     if weighted != 0:
         m = tl.full((ROWS,), LOWEST, tl.float32)
         z = tl.zeros((ROWS,), tl.float32)
         for start in range(0, parts, ROWS):
-            m = tl.maximum(m, tl.load(lse_of_head + start + part, mask=start + part < parts, other=float("-inf")))
+            m = tl.maximum(m, tl.load(tops + start + part, mask=start + part < parts, other=LOWEST))
         top = tl.max(m, 0)
         for start in range(0, parts, ROWS):
-            x = tl.load(lse_of_head + start + part, mask=start + part < parts, other=float("-inf"))
-            z += tl.exp2(x - top)
+            inside = start + part < parts
+            m = tl.load(tops + start + part, mask=inside, other=LOWEST)
+            z += tl.load(sums + start + part, mask=inside, other=0.0) * tl.exp2((m - top) * size)
         total = tl.sum(z, 0)
-        tl.store(lse + program.to(tl.int64) * rows, (top + tl.log2(total)) * LN2)
+        tl.store(lse + program.to(tl.int64) * rows, (top * size + tl.log2(total)) * LN2)
     acc = tl.zeros((ROWS, HEAD), tl.float32)
     for start in range(0, parts, ROWS):
         index = start + part
         inside = (index < parts)[:, None] & (features < D)[None, :]
         value = tl.load(of_head + index.to(tl.int64)[:, None] * (num_heads * D) + features[None, :], inside, other=0.0)
-        weight = tl.load(lse_of_head + index, mask=(index < parts) & (weighted != 0), other=0.0)
-        acc += value * (tl.exp2(weight - top) / total)[:, None]
+        m = tl.load(tops + index, mask=(index < parts) & (weighted != 0), other=top)
+        acc += value * (tl.exp2((m - top) * size) / total)[:, None]
     at = out + clip * num_tokens * num_heads * D + head * D + features
     tl.store(at, tl.sum(acc, 0).to(out.dtype.element_ty), mask=features < D)

@@ -30,7 +30,7 @@ from mmkernels.divided_attention.triton_kernels.engine import (
 
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_kernel(
-    qkv, frame_mask, cls_weights, seed, out, lse, partials, partial_lse,
+    qkv, frame_mask, cls_weights, seed, out, lse, partials, partial_tops, partial_sums,
     num_heads, units, num_sequences, items, pack, first_patch, cls, seq_step, row_step, frame_step, frames,
     stride_b, stride_t, scale2, cls_weight, threshold, keep_scale,
     PACKED: tl.constexpr, MASKED: tl.constexpr,
@@ -39,8 +39,8 @@ def forward_kernel(
     """out [B, L, H D] and lse [B, H, rows] of a block of the queries of a group against its keys.
 
     PACKED: the group is one tile, and a query sees the keys of its own sequence. What a class token takes from the
-    group goes to partials [B, groups, H D] (AVERAGED: its outputs times their shares; GLOBAL: the softmax over the
-    group's keys, and its log-sum-exp to partial_lse [B, H, groups]).
+    group goes to partials [B, groups, H D] (AVERAGED: its outputs times their shares; GLOBAL: sums of values, and to
+    partial_tops and partial_sums [B, H, groups] the largest product and the sum of the weights).
     """
     clip, head, group, block = place(tl.program_id(0), num_heads, num_sequences, items, pack, BLOCK_M)
     D = units * UNIT
@@ -90,7 +90,8 @@ def forward_kernel(
         acc = dot(p.to(v.dtype), v, acc, "ieee")
         m = top
 
-    acc /= tl.where(z == 0, 1.0, z)[:, None]
+    is_global = is_cls & (cls == GLOBAL)
+    acc /= tl.where(is_global, 1.0, z)[:, None]
     lse2 = m * size + tl.log2(z)
     weight = weights_at(cls_weights, cls_weight, clip, sequence, num_sequences, is_cls, present, cls, MASKED)
     absent = weight == 0
@@ -102,17 +103,15 @@ def forward_kernel(
     store_rows(head_out, token, C, inside & (is_cls == 0), D, acc, BLOCK_K)
     first_lse, cls_rows = first_row(clip, head, num_heads, num_sequences, items, cls)
     row = row_at(sequence, token, is_cls, first_patch, cls, cls_rows)
-    tl.store(lse + first_lse + row, lse2 * LN2, mask=inside & ~(is_cls & (cls == GLOBAL)))
+    tl.store(lse + first_lse + row, lse2 * LN2, mask=inside & ~is_global)
     if (cls != 0) & (block == 0):
         chosen = inside & is_cls
         groups = tl.cdiv(num_sequences, pack)
         if cls == GLOBAL:
-            of_cls = tl.where(chosen, lse2, float("-inf"))
-            peak = tl.maximum(tl.max(of_cls, 0), LOWEST)
-            share = tl.exp2(of_cls - peak)
-            total = tl.sum(share, 0)
-            weight = share / tl.where(total == 0, 1.0, total)
+            peak = tl.max(tl.where(chosen, m, LOWEST), 0)
+            weight = tl.exp2((m - peak) * size)
             at = (clip.to(tl.int64) * num_heads + head) * groups + group
-            tl.store(partial_lse + at, peak + tl.log2(total))
+            tl.store(partial_tops + at, peak)
+            tl.store(partial_sums + at, tl.sum(tl.where(chosen, z * weight, 0.0), 0))
         at = partials + (clip.to(tl.int64) * groups + group) * C + head * D
         store_partial(at, chosen, acc * weight[:, None], D, BLOCK_K)
