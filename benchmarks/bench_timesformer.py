@@ -3,8 +3,12 @@
 python -m benchmarks.bench_timesformer [--batch 1] [--bf16] [--seconds 60]
 """
 
+import os
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported: the profiler's own notes
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +81,7 @@ def main(
             f"{peaks[name] / 2**20:.0f}",
             f"{peaks[name] / most:.0%}",
         )
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
 from torch import Tensor
 
 from models.data.sets import ImageTextSet
@@ -18,6 +20,13 @@ from models.data.sets import ImageTextSet
 # For labels in Chinese and Japanese characters, whichever of these is there.
 _CJK_FONTS = ("Noto Sans CJK JP", "IPAexGothic", "Hiragino Sans", "Yu Gothic", "WenQuanYi Zen Hei")
 RIGHT, WRONG, INK = "#1a7f37", "#c4442b", "#333333"
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """The names; a character that no font here can draw is named by its code point: 水 is U+6C34."""
+    families = {*_CJK_FONTS, *matplotlib.rcParams["font.sans-serif"]} & set(font_manager.get_font_names())
+    drawn = {code for family in families for code in FT2Font(font_manager.findfont(family)).get_charmap()}
+    return ["".join(c if ord(c) in drawn else f"U+{ord(c):04X}" for c in name) for name in names]
 
 
 def _on_white(image: Tensor) -> np.ndarray:
@@ -156,8 +165,9 @@ def confusion(predicted: Tensor, truth: Tensor, classes: Sequence[str], path: Pa
         figure = Figure(figsize=(2.4 + 0.22 * n, 2 + 0.22 * n), layout="constrained")
         axes: Axes = figure.subplots()
         shown = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-        axes.set_xticks(range(n), classes, rotation=90, fontsize=8)
-        axes.set_yticks(range(n), classes, fontsize=8)
+        labels = _labels(classes)
+        axes.set_xticks(range(n), labels, rotation=90, fontsize=8)
+        axes.set_yticks(range(n), labels, fontsize=8)
         axes.set(xlabel="predicted", ylabel="true")
         figure.colorbar(shown, ax=axes, shrink=0.6, label="share of the true class")
         figure.savefig(path, dpi=120)
@@ -172,7 +182,7 @@ def attention(clip: Tensor, shares: Tensor, title: str, path: Path) -> None:
     count = len(frames)
     with matplotlib.rc_context({"font.sans-serif": [*_CJK_FONTS, *matplotlib.rcParams["font.sans-serif"]]}):
         figure = Figure(figsize=(1.5 * count + 0.8, 3.8), layout="constrained")
-        figure.suptitle(title)
+        figure.suptitle(_labels([title])[0])
         grid = figure.subplots(2, count, squeeze=False)
         for t in range(count):
             grid[0, t].imshow(frames[t])

@@ -296,3 +296,9 @@ def test_loading_gives_the_averaged_weights(run: Path, tmp_path: Path) -> None:
     for name, value in trainer.weights().items():
         assert torch.equal(model.state_dict()[name], value)
     assert not torch.equal(model.head.weight, trainer.raw_model.head.weight)  # type: ignore[union-attr, arg-type]
+
+
+def test_labels_that_no_font_draws_are_code_points():
+    from models import plots
+
+    assert plots._labels(["left, 2", "a\U0010fffd"]) == ["left, 2", "aU+10FFFD"]
