@@ -830,7 +830,7 @@ def ablation(
 
     from models.timesformer_eval import Scores, cost, predict_set, step_cost
 
-    columns = ("attention", "M parameters", "top-1", "top-5", "GMAC a clip", "ms a step", "MiB a step")
+    columns = ("attention", "M parameters", "top-1", "top-5", "GMAC a clip", "ms a batch", "MiB a batch")
     table = Table(title=f"{preset.value} on {data}, {steps} steps of {batch_size} clips, test set")
     for column in columns:
         table.add_column(column, justify="left" if column == "attention" else "right")

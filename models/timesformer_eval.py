@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -300,8 +301,7 @@ def cost_table(presets: Sequence[str] = tuple(PRESETS)) -> Table:
 
 
 def step_cost(trainer: Trainer) -> tuple[float, int]:
-    """The median seconds of the run's steps, and the bytes that forward and backward of one hold at their peak."""
-    seconds = statistics.median(row["seconds"] for row in trainer.history)
+    """Seconds of a batch's forward and backward passes, the median of ten, and the bytes that they hold at most."""
     task = trainer.task
     assert isinstance(task, VideoTask)
     model, batch = trainer.raw_model.train(), task.batch(0).to(trainer.device)
@@ -318,5 +318,12 @@ def step_cost(trainer: Trainer) -> tuple[float, int]:
         held = torch.cuda.max_memory_allocated() - before
     else:
         held = peak_allocated(forward_backward)
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        forward_backward()
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
     model.zero_grad()
-    return seconds, held
+    return statistics.median(seconds), held
