@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that need not be here; tabulate what they take and how fast they could be.
 
-    python -m benchmarks.gpu_bounds [info_nce | divided_attention] [--targets sm_90 gfx942] [--all] [--json FILE]
+    python -m benchmarks.gpu_bounds [OP ...] [--targets sm_90 gfx942] [--all] [--json FILE]
 
 Registers, spills, shared memory and instructions come from the compiled code. The time is a bound: FLOPs and bytes
 over the limits of the datasheet. Nothing here is measured. Each op brings its forms in gpu_bounds_<op>.py.
@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-OPS = ("info_nce", "divided_attention")
+OPS = ("info_nce", "divided_attention", "linear_cross_entropy")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
 from mmkernels._triton import Tile
 from mmkernels.contrastive import triton_kernels
-from mmkernels.contrastive.triton_kernels import info_nce
+from mmkernels.contrastive.triton_kernels import cross_entropy
 from mmkernels.contrastive.triton_kernels.configs import CONFIGS, Config
 
 # Arguments that are strides or sizes of padded rows: multiples of 16, which the launcher sees to.
@@ -30,38 +30,42 @@ def cases(gpus: Iterable[str] = GPUS) -> list[Case]:
 def _cases(gpu: str, precision: str, config: Config) -> Iterable[Case]:
     both = (False, True)
     for dtype in ("bf16", "fp16") if precision == "half" else ("fp32",):
-        make = functools.partial(_case, gpu, precision, dtype)
+        make = functools.partial(case, "info_nce", gpu, precision, dtype)
         for symmetric in both:
-            yield make("forward_kernel", config.forward, SYMMETRIC=symmetric)
-            for smoothed in both:
-                block = {"STEP": triton_kernels.MERGE_STEP, "BLOCK": triton_kernels.MERGE_BLOCK}
-                yield make("finish_forward_kernel", None, SYMMETRIC=symmetric, SMOOTHED=smoothed, **block)
-        for symmetric, of_keys, smoothed in itertools.product(both, both, both):
-            flags = {"SYMMETRIC": symmetric, "OF_KEYS": of_keys, "SMOOTHED": smoothed}
-            yield make("grad_logits_kernel", config.grad_logits, **flags)
+            yield from tiles_of_logits(make, config, SYMMETRIC=symmetric, BIAS=False)
         yield make("product_kernel", config.product)
         for store, share in ((True, True), (True, False), (False, True)):
             block = {"BLOCK_M": triton_kernels.MERGE_ROWS, "BLOCK_N": triton_kernels.MERGE_FEATURES}
             yield make("merge_product_kernel", None, STORE=store, SHARE=share, **block)
     if precision == "ieee":  # it sees float32 and targets alone
         block = {"STEP": triton_kernels.MERGE_STEP, "BLOCK": triton_kernels.MERGE_BLOCK}
-        yield _case(gpu, precision, "fp32", "column_weights_kernel", None, **block)
+        yield case("info_nce", gpu, precision, "fp32", "column_weights_kernel", None, **block)
 
 
-def _case(gpu: str, precision: str, dtype: str, kernel: str, tile: Tile | None, **constants: Any) -> Case:
+def tiles_of_logits(make: Callable[..., Case], config: Config, **flags: bool) -> Iterable[Case]:
+    """The kernels that make tiles of logits, and what merges their statistics, in one kind of cross-entropy."""
+    both = (False, True)
+    yield make("forward_kernel", config.forward, **flags)
+    for smoothed in both:
+        block = {"STEP": triton_kernels.MERGE_STEP, "BLOCK": triton_kernels.MERGE_BLOCK}
+        yield make("finish_forward_kernel", None, SMOOTHED=smoothed, **flags, **block)
+    for of_keys, smoothed in itertools.product(both, both):
+        yield make("grad_logits_kernel", config.grad_logits, OF_KEYS=of_keys, SMOOTHED=smoothed, **flags)
+
+
+def case(op: str, gpu: str, precision: str, dtype: str, kernel: str, tile: Tile | None, **constants: Any) -> Case:
+    """One form of a kernel as the launcher asks for it."""
     warps, stages = 4, 3  # Triton's defaults
     if tile is not None:
         constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
         constants["PRECISION"] = "ieee" if precision == "half" else precision
         warps, stages = tile.num_warps, tile.num_stages
     options = tuple(triton_kernels.NO_FUSION.items())
-    return Case(
-        "info_nce", kernel, gpu, precision, dtype, tuple(constants.items()), warps, stages, options, tile is not None
-    )
+    return Case(op, kernel, gpu, precision, dtype, tuple(constants.items()), warps, stages, options, tile is not None)
 
 
 def kernel(name: str) -> Any:
-    return getattr(info_nce, name)
+    return getattr(cross_entropy, name)
 
 
 def argument(case: Case, name: str) -> Argument:
@@ -74,13 +78,14 @@ def argument(case: Case, name: str) -> Argument:
 
 def problems(case: Case, rows: int = 32768, features: int = 512) -> list[Problem]:
     """One kernel over a whole [rows, rows] problem, one side."""
-    return [Problem(f"{rows} x {features}", *_work(case, rows, features))]
+    return [Problem(f"{rows} x {features}", *work(case, rows, rows, features))]
 
 
-def _work(case: Case, rows: int, features: int) -> tuple[float, float]:
+def work(case: Case, rows: int, cols: int, features: int) -> tuple[float, float]:
+    """FLOPs and least bytes of one kernel over [rows, cols] logits."""
     element = {"bf16": 2, "fp16": 2, "fp32": 4}[case.dtype]
-    inputs = 2.0 * rows * features * element
-    logits = float(rows) * rows
+    inputs = (rows + cols) * features * element
+    logits = float(rows) * cols
     if case.kernel == "forward_kernel":
         return 2 * logits * features, inputs
     if case.kernel == "grad_logits_kernel":
@@ -90,8 +95,8 @@ def _work(case: Case, rows: int, features: int) -> tuple[float, float]:
     if case.kernel == "merge_product_kernel":
         return 2.0 * rows * features, rows * features * (4 + 2 * element)
     if case.kernel == "column_weights_kernel":
-        return 2 * logits, 16.0 * rows
-    return 64.0 * rows, 2 * 32 * 8.0 * rows
+        return 2 * logits, 8.0 * (rows + cols)
+    return 32.0 * (rows + cols), 32 * 8.0 * (rows + cols)
 
 
 def is_main(case: Case) -> bool:

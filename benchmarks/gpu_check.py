@@ -1,6 +1,6 @@
 """Check the Triton kernels on the GPU of this machine: parity, speed and memory against what users run today.
 
-    python -m benchmarks.gpu_check [info_nce | divided_attention] [--out runs/gpu_check] [--quick]
+    python -m benchmarks.gpu_check [OP ...] [--out runs/gpu_check] [--quick]
 
 Compares with eager PyTorch, torch.compile of it, and what else users run and have installed. Writes report.md and
 report.json. Speed is reported only if parity holds. Without a GPU it says so and ends well.
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPS = ("info_nce", "divided_attention")
+OPS = ("info_nce", "divided_attention", "linear_cross_entropy")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

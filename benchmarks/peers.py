@@ -1,6 +1,7 @@
-"""What users run today: for the contrastive loss, calls (queries, keys, scale) -> loss; for divided attention, calls
-(qkv) -> output."""
+"""What users run today: for the contrastive loss, calls (queries, keys, scale) -> loss; for linear cross-entropy, calls
+(hidden, weight, targets) -> loss; for divided attention, calls (qkv) -> output."""
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -43,6 +44,24 @@ def contrastive_losses(impl: str = "auto") -> dict[str, Loss]:
     except ImportError:
         return losses
     losses["open_clip ClipLoss"] = ClipLoss()
+    return losses
+
+
+def eager_classification(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The logits as a tensor."""
+    return F.cross_entropy(F.linear(hidden, weight), targets)
+
+
+def classification_losses(impl: str = "auto") -> dict[str, Loss]:
+    """The fused loss first, then its peers. Liger and cut-cross-entropy are Triton kernels: no CPU runs them."""
+    losses: dict[str, Loss] = {
+        "mmkernels": lambda hidden, weight, targets: mmkernels.linear_cross_entropy(hidden, weight, targets, impl=impl),  # type: ignore[arg-type]
+        "eager": eager_classification,
+        "torch.compile": torch.compile(eager_classification, dynamic=False),
+    }
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # without options the call is the eager code
+        options = torch.nn.LinearCrossEntropyOptions()
+        losses["F.linear_cross_entropy"] = functools.partial(F.linear_cross_entropy, options=options)
     return losses
 
 

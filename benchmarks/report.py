@@ -1,6 +1,6 @@
 """The comparison with what users run today: tables on the screen, numbers and a figure on disk.
 
-python -m benchmarks.report [info_nce] [divided_attention] [--quick] [--out docs/figures]
+python -m benchmarks.report [OP ...] [--quick] [--out docs/figures]
 """
 
 import importlib
@@ -25,7 +25,7 @@ mpl.use("Agg")
 
 # An op's report is benchmarks/report_<op>.py: CELLS and QUICK, measure(*cell, seconds) with the rows of one cell,
 # finish(rows) once all are measured, table_of(rows), draw(rows, path).
-OPS = ("info_nce", "divided_attention")
+OPS = ("info_nce", "divided_attention", "linear_cross_entropy")
 
 
 def main(

@@ -31,4 +31,12 @@ inline at::Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& o
   return result;
 }
 
+inline at::Tensor with_contiguous_rows(const at::Tensor& x) {
+  return x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous();
+}
+
+inline Features features_of(const at::Tensor& x) {
+  return {x.const_data_ptr(), dtype_of(x), x.size(0), x.stride(0)};
+}
+
 }  // namespace mmkernels

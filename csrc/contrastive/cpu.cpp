@@ -1,6 +1,4 @@
 // The contrastive ops on CPU tensors: allocation, threads and the O(N) part; the tiles are in cpu_kernels.cpp.
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -11,6 +9,7 @@
 #include <vector>
 
 #include "../common/dispatch.h"
+#include "../common/engine_run.h"
 #include "../common/tensors.h"
 #include "cpu_kernels.h"
 
@@ -22,14 +21,6 @@ namespace {
 
 using at::Tensor;
 using std::optional;
-
-Tensor with_contiguous_rows(const Tensor& x) {
-  return x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous();
-}
-
-Features features_of(const Tensor& x) {
-  return {x.const_data_ptr(), dtype_of(x), x.size(0), x.stride(0)};
-}
 
 optional<Tensor> checked_targets(const optional<Tensor>& targets, int64_t num_keys) {
   if (!targets) return targets;
@@ -51,19 +42,6 @@ void check_inputs(const Tensor& queries, const Tensor& keys, const Tensor& scale
                    "queries, keys: expected one dtype of float32, bfloat16, float16, got ", queries.scalar_type(),
                    " and ", keys.scalar_type());
   TORCH_CHECK_TYPE(scale.scalar_type() == at::kFloat && scale.numel() == 1, "scale: expected one float32");
-}
-
-// Runs one pass of the engine on all the threads that it can keep busy.
-template <class Pass, class Problem>
-void run(Pass pass, const Problem& problem, const Tiling& tiling, const at::TensorOptions& floats) {
-  const Tensor scratch = at::empty({tiling.threads * tiling.scratch_floats}, floats);
-  float* parts = scratch.mutable_data_ptr<float>();
-  std::vector<std::atomic<int32_t>> done(tiling.chunks);
-  Wavefront wave;
-  wave.done = done.data();
-  at::parallel_for(0, tiling.threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) pass(problem, tiling, wave, parts + i * tiling.scratch_floats);
-  });
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& queries_in, const Tensor& keys_in, const Tensor& scale,
@@ -169,12 +147,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_losses, const Ten
   const Tiling tiling = contrastive_kernels_here().tiling(p.logits, true, at::get_num_threads());
   std::vector<double> scale_parts(tiling.panels, 0.);
   Tensor low_keys;
-  if (output_mask[0]) p.grad_queries = grad_queries.mutable_data_ptr();
+  if (output_mask[0]) p.grads.queries = grad_queries.mutable_data_ptr();
   if (output_mask[1]) {
-    p.grad_keys = grad_keys.mutable_data_ptr();
+    p.grads.keys = grad_keys.mutable_data_ptr();
     if (keys.scalar_type() != at::kFloat) {
       low_keys = at::empty({m, size}, keys.options().dtype(at::kShort));
-      p.low_keys = reinterpret_cast<uint16_t*>(low_keys.mutable_data_ptr<int16_t>());
+      p.grads.low_keys = reinterpret_cast<uint16_t*>(low_keys.mutable_data_ptr<int16_t>());
     }
   }
   if (output_mask[2]) p.grad_scale = scale_parts.data();

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkernels.contrastive.targets import check_targets
+from mmkernels._targets import check_targets
 
 
 def info_nce(
@@ -20,7 +20,7 @@ def info_nce(
     if targets is None:
         targets = own
     else:
-        check_targets(targets, keys.shape[0])
+        check_targets(targets, keys.shape[0], "keys")
     logits = scale * queries.to(scale.dtype) @ keys.to(scale.dtype).T  # [N, M]
     rows = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
     if not symmetric:

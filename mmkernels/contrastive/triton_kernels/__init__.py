@@ -1,4 +1,4 @@
-"""InfoNCE in Triton: one pass over tiles of the logits forward, strips of their gradient backward.
+"""Cross-entropies of rows and columns of logits in Triton: one pass over tiles forward, strips of gradients backward.
 
 Forward, G = 2 N M D FLOP: a program owns a block of tiles. Every tile updates the running maximum and sum of its
 rows and of its columns; the partial statistics, at most 32 for each row and each column, are merged in a fixed order.
@@ -24,10 +24,10 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from mmkernels._targets import check_targets, expected_targets
 from mmkernels._triton import Tile, on_device, round_up
-from mmkernels.contrastive.targets import check_targets, expected_targets
 from mmkernels.contrastive.triton_kernels.configs import Config, choose
-from mmkernels.contrastive.triton_kernels.info_nce import (
+from mmkernels.contrastive.triton_kernels.cross_entropy import (
     column_weights_kernel,
     finish_forward_kernel,
     forward_kernel,
@@ -59,7 +59,22 @@ def info_nce_forward(
     symmetric: bool,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The losses [N] and the log-sum-exps of the rows [2, N] and of the columns [2, M] ([2, 0] unless symmetric).
+    """The losses [N] and the log-sum-exps of the rows [2, N] and of the columns [2, M] ([2, 0] unless symmetric)."""
+    if targets is not None:
+        require_targets("info_nce", targets, keys.shape[0], "keys")
+    return cross_entropy_forward(queries, keys, scale, None, targets, symmetric, label_smoothing)
+
+
+def cross_entropy_forward(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    scale: Tensor,  # []
+    bias: Tensor | None,  # [M], only for rows alone
+    targets: Tensor | None,  # [N], -1: none; None: i
+    symmetric: bool,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As info_nce_forward; the logits are scale q.k + bias. The loss of a row without a target means nothing.
 
     The log-sum-exps are in base 2, each as the rounded value and what rounding took.
     """
@@ -67,7 +82,7 @@ def info_nce_forward(
     config, precision = choose(queries)
     tile = config.forward
     queries, keys = _aligned(queries), _aligned(keys)
-    targets = _checked_targets(targets, N, M, queries.device)
+    targets = _targets(targets, N, queries.device)
 
     row_tiles, col_tiles = triton.cdiv(N, tile.block_m), triton.cdiv(M, tile.block_n)
     tiles_per_group = triton.cdiv(row_tiles, _MAX_PARTIALS)
@@ -81,19 +96,21 @@ def info_nce_forward(
 
     with on_device(queries.device):
         forward_kernel[(groups * splits,)](
-            queries, keys, scale, targets, positives, row_partials, col_partials,
+            queries, keys, scale, scale if bias is None else bias, targets, positives, row_partials, col_partials,
             N, M, queries.shape[1], queries.stride(0), keys.stride(0),
             tiles_per_group, tiles_per_split, groups, splits,
-            SYMMETRIC=symmetric, PRECISION=precision, **launch_options(tile),
+            SYMMETRIC=symmetric, BIAS=bias is not None, PRECISION=precision, **launch_options(tile),
         )  # fmt: skip
         query_sum = queries.sum(0, dtype=torch.float32) if smoothed and symmetric else scale
         key_sum = keys.sum(0, dtype=torch.float32) if smoothed else scale
+        bias_sum = scale if bias is None or not smoothed else bias.sum()
         blocks = triton.cdiv(N, MERGE_BLOCK) + (triton.cdiv(M, MERGE_BLOCK) if symmetric else 0)
         finish_forward_kernel[(blocks,)](
             row_partials, col_partials, positives, targets, losses, row_lse, col_lse,
-            queries, keys, query_sum, key_sum, scale,
+            queries, keys, query_sum, key_sum, bias_sum, scale,
             N, M, queries.shape[1], queries.stride(0), keys.stride(0), groups, splits, float(label_smoothing),
-            SYMMETRIC=symmetric, SMOOTHED=smoothed, STEP=MERGE_STEP, BLOCK=MERGE_BLOCK, **NO_FUSION,
+            SYMMETRIC=symmetric, SMOOTHED=smoothed, BIAS=bias is not None,
+            STEP=MERGE_STEP, BLOCK=MERGE_BLOCK, **NO_FUSION,
         )  # fmt: skip
     return losses, row_lse, col_lse
 
@@ -111,13 +128,32 @@ def info_nce_backward(
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and scale; an empty tensor for each false entry of output_mask."""
+    arguments = (queries, keys, scale, None, targets, row_lse, col_lse, symmetric, label_smoothing)
+    return cross_entropy_backward(grad_losses, *arguments, [*output_mask, False])[:3]
+
+
+def cross_entropy_backward(
+    grad_losses: Tensor,  # [N], 0 where there is no target
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    scale: Tensor,  # []
+    bias: Tensor | None,  # [M], only for rows alone
+    targets: Tensor | None,  # [N], -1: none; None: i
+    row_lse: Tensor,  # [2, N]
+    col_lse: Tensor,  # [2, M]
+    symmetric: bool,
+    label_smoothing: float,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of queries, keys, scale and bias; an empty tensor for each false entry of output_mask."""
     N, M = queries.shape[0], keys.shape[0]
     grad_queries = queries.new_empty(queries.shape if output_mask[0] else 0)
     grad_keys = keys.new_empty(keys.shape if output_mask[1] else 0)
+    grad_bias = scale.new_empty(M if output_mask[3] else 0)
     config, precision = choose(queries)
     padded_queries, padded_keys = _aligned(queries), _aligned(keys)
     identity = targets is None
-    targets = _checked_targets(targets, N, M, queries.device, known=True)
+    targets = _targets(targets, N, queries.device)
 
     weights = grad_losses.float() * (0.5 if symmetric else 1.0)  # [N]: a g_i
     factor = scale
@@ -135,18 +171,19 @@ def info_nce_backward(
         shares = scale.new_empty(0)
         for_queries = output_mask[0] or (output_mask[2] and not output_mask[1])
         logits = _Logits(
-            padded_queries, padded_keys, scale, targets, row_lse, col_lse, weights, col_weights,
+            padded_queries, padded_keys, scale, bias, targets, row_lse, col_lse, weights, col_weights,
             symmetric, label_smoothing, config, precision,
         )  # fmt: skip
         if for_queries:
             shares = _product_side(logits, False, factor, grad_queries if output_mask[0] else None, output_mask[2])
-        if output_mask[1]:
-            key_shares = _product_side(logits, True, factor, grad_keys, output_mask[2] and not for_queries)
+        if output_mask[1] or output_mask[3]:
+            grads = (grad_keys if output_mask[1] else None, output_mask[2] and not for_queries)
+            key_shares = _product_side(logits, True, factor, *grads, grad_bias if output_mask[3] else None)
             shares = shares if for_queries else key_shares
-    if not output_mask[2]:
-        return grad_queries, grad_keys, scale.new_empty(0)
-    grad_scale = shares.sum()
-    return grad_queries, grad_keys, grad_scale if unit is None else grad_scale * unit
+    grad_scale = shares.sum() if output_mask[2] else scale.new_empty(0)
+    if unit is not None:
+        grad_scale, grad_bias = grad_scale * unit, grad_bias * unit
+    return grad_queries, grad_keys, grad_scale, grad_bias
 
 
 class _Logits(NamedTuple):
@@ -155,6 +192,7 @@ class _Logits(NamedTuple):
     queries: Tensor  # [N, D]
     keys: Tensor  # [M, D]
     scale: Tensor  # []
+    bias: Tensor | None  # [M]
     targets: Tensor  # [N]
     row_lse: Tensor  # [2, N]
     col_lse: Tensor  # [2, M]
@@ -166,8 +204,13 @@ class _Logits(NamedTuple):
     precision: str
 
 
-def _product_side(logits: _Logits, of_keys: bool, factor: Tensor, grad: Tensor | None, share: bool) -> Tensor:
-    """Fill grad = factor * dS K (of_keys: dS^T Q) strip by strip; returns shares of the scale's gradient if `share`."""
+def _product_side(
+    logits: _Logits, of_keys: bool, factor: Tensor, grad: Tensor | None, share: bool, sums: Tensor | None = None
+) -> Tensor:
+    """Fill grad = factor * dS K (of_keys: dS^T Q) strip by strip, and sums with the sums of the strips' rows.
+
+    Returns shares of the scale's gradient if `share`.
+    """
     queries, keys = logits.queries, logits.keys
     x, y = (keys, queries) if of_keys else (queries, keys)
     num_x, D = x.shape
@@ -196,13 +239,17 @@ def _product_side(logits: _Logits, of_keys: bool, factor: Tensor, grad: Tensor |
         rows = min(strip_rows, num_x - first)
         height, breadth = (width, rows) if of_keys else (rows, width)
         grad_logits_kernel[(triton.cdiv(height, tile.block_m) * triton.cdiv(breadth, tile.block_n),)](
-            queries, keys, logits.scale, logits.targets, logits.row_lse, logits.col_lse, logits.row_weights,
-            logits.col_weights, strip,
+            queries, keys, logits.scale, logits.scale if logits.bias is None else logits.bias, logits.targets,
+            logits.row_lse, logits.col_lse, logits.row_weights, logits.col_weights, strip,
             first, rows, len(queries), len(keys), D, queries.stride(0), keys.stride(0), width,
             float(logits.label_smoothing),
             SYMMETRIC=logits.symmetric, OF_KEYS=of_keys, SMOOTHED=logits.label_smoothing > 0,
-            PRECISION=logits.precision, **launch_options(tile),
+            BIAS=logits.bias is not None, PRECISION=logits.precision, **launch_options(tile),
         )  # fmt: skip
+        if sums is not None:
+            torch.sum(strip[:rows], 1, dtype=torch.float32, out=sums[first : first + rows])
+        if grad is None and not share:
+            continue
         product_kernel[(triton.cdiv(rows, product.block_m) * triton.cdiv(D, product.block_n) * splits,)](
             strip, y, partials,
             num_y, D, y.stride(0), rows, width, steps_per_split, splits,
@@ -227,18 +274,19 @@ def _column_weights(weights: Tensor, targets: Tensor, num_keys: int, identity: b
     return col_weights
 
 
-def _checked_targets(
-    targets: Tensor | None, num_queries: int, num_keys: int, device: torch.device, known: bool = False
-) -> Tensor:
-    """The targets, contiguous; raises if one is out of range: at once on a CPU, on a GPU when the device gets there."""
-    if targets is None:
-        return torch.arange(num_queries, device=device)
-    if not known and not targets.is_cuda:
-        check_targets(targets, num_keys)
-    elif not known:
-        text = f"mmkernels.info_nce: {expected_targets(num_keys)}"
-        torch._assert_async(((targets >= 0) & (targets < num_keys)).all(), text)
-    return targets.contiguous()
+def _targets(targets: Tensor | None, num_queries: int, device: torch.device) -> Tensor:
+    return torch.arange(num_queries, device=device) if targets is None else targets.contiguous()
+
+
+def require_targets(op: str, targets: Tensor, count: int, of: str, ignore_index: int | None = None) -> None:
+    """Raise if a target is out of range: at once on a CPU, on a GPU when the device gets there."""
+    if not targets.is_cuda:
+        check_targets(targets, count, of, ignore_index)
+        return
+    legal = (targets >= 0) & (targets < count)
+    if ignore_index is not None:
+        legal |= targets == ignore_index
+    torch._assert_async(legal.all(), f"mmkernels.{op}: {expected_targets(count, of, ignore_index)}")
 
 
 def _aligned(features: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ Logits are in base 2 here: 2^x is one instruction. A loss adds its own epilogue 
 import triton
 import triton.language as tl
 
-from mmkernels._triton import LOWEST, dot
+from mmkernels._triton import LOG2E, LOWEST, dot
 
 # A tile whose rows and columns all sum to over 2^-32 of its largest exponential needs one exponential an entry: then
 # s - peak rounds away no more than the logits were rounded by.
@@ -47,6 +47,14 @@ def similarities(
         x_ptrs += BLOCK_K
         y_ptrs += BLOCK_K
     return acc
+
+
+@triton.jit
+def with_bias(s, bias, cols, num_y, BIAS: tl.constexpr):
+    """The logits in base 2 with the bias of their columns, if there is one."""
+    if BIAS:
+        s += (tl.load(bias + cols, mask=cols < num_y, other=0.0) * LOG2E)[None, :]
+    return s
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The kernels of InfoNCE."""
+"""The kernels of cross-entropies over tiles of logits: InfoNCE, and linear cross-entropy as its rows with a bias."""
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
 
@@ -14,18 +14,20 @@ from mmkernels.contrastive.triton_kernels.engine import (
     softmax_grad,
     softmax_grad_both,
     tile_statistics,
+    with_bias,
 )
 
 
 @triton.jit
 def _add_to_statistics(
-    s, m, z, rows, target, positives, col_out, col_plane, col_start, N, M, first,
-    SYMMETRIC: tl.constexpr, WIDTH: tl.constexpr,
+    s, bias, m, z, rows, target, positives, col_out, col_plane, col_start, N, M, first,
+    SYMMETRIC: tl.constexpr, BIAS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The rows' (m, z) with the columns col_start and following; the columns' in memory, anew if `first`."""
     cols = col_start + tl.arange(0, WIDTH)
     row_ok = rows < N
     col_ok = cols < M
+    s = with_bias(s, bias, cols, M, BIAS)
     s = tl.where(row_ok[:, None] & col_ok[None, :], s, float("-inf"))
     here = (target >= col_start) & (target < col_start + WIDTH)
     if tl.max(here.to(tl.int32), 0) > 0:
@@ -48,16 +50,16 @@ def _add_to_statistics(
 
 @triton.jit(do_not_specialize=["N", "M", "tiles_per_group", "tiles_per_split", "num_groups", "num_splits"])
 def forward_kernel(
-    queries, keys, scale, targets, positives, row_partials, col_partials,
+    queries, keys, scale, bias, targets, positives, row_partials, col_partials,
     N, M, D, stride_q, stride_k, tiles_per_group, tiles_per_split, num_groups, num_splits,
-    SYMMETRIC: tl.constexpr,
+    SYMMETRIC: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Statistics of a group of rows against a split of the columns.
 
     row_partials [2, num_splits, N] and col_partials [2, num_groups, M] take (m, z), z = sum of 2^(s - m); positives [N]
-    takes s[i, targets[i]], from the very tile that the statistics saw. The columns' statistics grow in col_partials
-    itself: this program alone owns its part of them.
+    takes s[i, targets[i]], from the very tile that the statistics saw; a target of -1 is none. The columns' statistics
+    grow in col_partials itself: this program alone owns its part of them.
     """
     group, split = program_tile(tl.program_id(0), num_groups, num_splits)
     scale2 = tl.load(scale) * LOG2E
@@ -89,12 +91,12 @@ def forward_kernel(
             HALF: tl.constexpr = BLOCK_N // 2
             left, right = halves(scale2 * tile)
             m, z = _add_to_statistics(
-                left, m, z, rows, target, positives, col_out, col_plane, col_start, N, M, first,
-                SYMMETRIC, HALF,
+                left, bias, m, z, rows, target, positives, col_out, col_plane, col_start, N, M, first,
+                SYMMETRIC, BIAS, HALF,
             )  # fmt: skip
             m, z = _add_to_statistics(
-                right, m, z, rows, target, positives, col_out, col_plane, col_start + HALF, N, M, first,
-                SYMMETRIC, HALF,
+                right, bias, m, z, rows, target, positives, col_out, col_plane, col_start + HALF, N, M, first,
+                SYMMETRIC, BIAS, HALF,
             )  # fmt: skip
         tl.store(row_out + rows, m, mask=row_ok)
         tl.store(row_out + row_plane + rows, z, mask=row_ok)
@@ -135,15 +137,15 @@ def _product_with(vector, x, rows, ok, stride_x, D, BLOCK: tl.constexpr, STEP: t
 @triton.jit(do_not_specialize=["N", "M", "num_groups", "num_splits", "label_smoothing"])
 def finish_forward_kernel(
     row_partials, col_partials, positives, targets, losses, row_lse, col_lse,
-    queries, keys, query_sum, key_sum, scale,
+    queries, keys, query_sum, key_sum, bias_sum, scale,
     N, M, D, stride_q, stride_k, num_groups, num_splits, label_smoothing,
-    SYMMETRIC: tl.constexpr, SMOOTHED: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
+    SYMMETRIC: tl.constexpr, SMOOTHED: tl.constexpr, BIAS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """losses_i = a ((m_i - p_i) + log z_i + eps (p_i - mean_j s_ij)), likewise for column t_i; and the log-sum-exps.
 
     row_lse [2, N] and col_lse [2, M], in base 2, are the rounded value and what rounding took.
     In float64, as there is little of it: a loss near zero at large logits keeps its digits.
-    mean_j s_ij = scale <q_i, sum of the keys> / M needs no tile of logits.
+    mean_j s_ij = (scale <q_i, sum of the keys> + sum of the bias) / M needs no tile of logits.
     """
     program = tl.program_id(0)
     row_blocks = tl.cdiv(N, BLOCK)
@@ -158,7 +160,10 @@ def finish_forward_kernel(
         loss = (m - positive) + log_z
         scale2 = tl.load(scale) * LOG2E
         if SMOOTHED:
-            mean = scale2 * _product_with(key_sum, queries, rows, ok, stride_q, D, BLOCK, STEP) / M
+            total = scale2 * _product_with(key_sum, queries, rows, ok, stride_q, D, BLOCK, STEP)
+            if BIAS:
+                total += tl.load(bias_sum) * LOG2E
+            mean = total / M
             loss += label_smoothing * (positive - mean)
         if SYMMETRIC:
             target = tl.load(targets + rows, mask=ok, other=0)
@@ -192,9 +197,9 @@ def column_weights_kernel(targets, row_weights, col_weights, N, M, STEP: tl.cons
 
 @triton.jit
 def _store_grad(
-    s, targets, row_lse, col_lse, row_weights, col_weights, strip,
+    s, bias, targets, row_lse, col_lse, row_weights, col_weights, strip,
     first_row, first_col, row_in_strip, col_in_strip, height, width, N, M, stride_row, stride_col, label_smoothing,
-    SYMMETRIC: tl.constexpr, SMOOTHED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SYMMETRIC: tl.constexpr, SMOOTHED: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dS of a tile of logits into the strip [height, width] that begins at first_row, first_col of the logits."""
     in_rows = row_in_strip + tl.arange(0, BLOCK_M)
@@ -203,6 +208,7 @@ def _store_grad(
     cols = first_col + in_cols
     row_ok = rows < N
     col_ok = cols < M
+    s = with_bias(s, bias, cols, M, BIAS)
 
     weight = tl.load(row_weights + rows, mask=row_ok, other=0.0)
     lse = tl.load(row_lse + rows, mask=row_ok, other=0.0)
@@ -236,9 +242,9 @@ def _store_grad(
 
 @triton.jit(do_not_specialize=["first", "length", "N", "M", "label_smoothing"])
 def grad_logits_kernel(
-    queries, keys, scale, targets, row_lse, col_lse, row_weights, col_weights, strip,
+    queries, keys, scale, bias, targets, row_lse, col_lse, row_weights, col_weights, strip,
     first, length, N, M, D, stride_q, stride_k, stride_strip, label_smoothing,
-    SYMMETRIC: tl.constexpr, OF_KEYS: tl.constexpr, SMOOTHED: tl.constexpr,
+    SYMMETRIC: tl.constexpr, OF_KEYS: tl.constexpr, SMOOTHED: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """strip [length, stride_strip] = rows first and following of dS; OF_KEYS: of dS transposed. Zero past its end.
@@ -273,14 +279,14 @@ def grad_logits_kernel(
     left, right = halves((tl.load(scale) * LOG2E) * tile)
     HALF: tl.constexpr = BLOCK_N // 2
     _store_grad(
-        left, targets, row_lse, col_lse, row_weights, col_weights, strip,
+        left, bias, targets, row_lse, col_lse, row_weights, col_weights, strip,
         first_row, first_col, row_in_strip, col_in_strip, height, width, N, M, stride_row, stride_col, label_smoothing,
-        SYMMETRIC, SMOOTHED, BLOCK_M, HALF,
+        SYMMETRIC, SMOOTHED, BIAS, BLOCK_M, HALF,
     )  # fmt: skip
     _store_grad(
-        right, targets, row_lse, col_lse, row_weights, col_weights, strip,
+        right, bias, targets, row_lse, col_lse, row_weights, col_weights, strip,
         first_row, first_col, row_in_strip, col_in_strip + HALF, height, width, N, M, stride_row, stride_col,
-        label_smoothing, SYMMETRIC, SMOOTHED, BLOCK_M, HALF,
+        label_smoothing, SYMMETRIC, SMOOTHED, BIAS, BLOCK_M, HALF,
     )  # fmt: skip
 
 

@@ -1,0 +1,114 @@
+"""The registered ops, one pair a backend, their fake kernels, and the autograd.Function around them."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels._autograd import refuse_second_derivatives
+
+_library = torch.library.Library("mmkernels", "FRAGMENT")
+
+# losses [N], lse [2, N]: the rounded value and what rounding took off; float32. The bias is float32.
+_FORWARD = (
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, float label_smoothing)"
+    " -> (Tensor losses, Tensor lse)"
+)
+# One gradient for each true entry of output_mask (hidden, weight, bias), an empty tensor for each false one.
+_BACKWARD = (
+    "(Tensor grad_losses, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor lse, int ignore_index,"
+    " float label_smoothing, bool[3] output_mask) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+)
+
+
+def _forward_fake(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    rows = hidden.shape[0]
+    return hidden.new_empty(rows, dtype=torch.float32), hidden.new_empty(2, rows, dtype=torch.float32)
+
+
+def _backward_fake(
+    grad_losses: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape if output_mask[0] else 0),
+        weight.new_empty(weight.shape if output_mask[1] else 0),
+        lse.new_empty(weight.shape[0] if output_mask[2] else 0),
+    )
+
+
+for _backend in ("cpu", "triton"):
+    _library.define(f"linear_cross_entropy_{_backend}_forward{_FORWARD}", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(f"linear_cross_entropy_{_backend}_backward{_BACKWARD}", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"mmkernels::linear_cross_entropy_{_backend}_forward", _forward_fake, lib=_library)
+    torch.library.register_fake(f"mmkernels::linear_cross_entropy_{_backend}_backward", _backward_fake, lib=_library)
+
+
+@functools.cache
+def _triton() -> Any:
+    """Triton is imported by the first call that runs it: importing mmkernels imports torch alone."""
+    from mmkernels.linear_cross_entropy import triton_kernels
+
+    return triton_kernels
+
+
+for _pass in ("forward", "backward"):
+
+    def _launch(*args: Any, _name: str = f"linear_cross_entropy_{_pass}") -> tuple[Tensor, ...]:
+        return getattr(_triton(), _name)(*args)
+
+    # The CPU key serves the interpreter.
+    for _key in ("CUDA", "CPU"):
+        _library.impl(f"linear_cross_entropy_triton_{_pass}", _launch, _key)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        ignore_index: int,
+        label_smoothing: float,
+        backend: str,
+    ) -> Tensor:
+        forward = getattr(torch.ops.mmkernels, f"linear_cross_entropy_{backend}_forward")
+        losses, lse = forward(hidden, weight, bias, targets, ignore_index, label_smoothing)
+        ctx.save_for_backward(hidden, weight, bias, targets, lse)
+        ctx.options, ctx.backend = (ignore_index, label_smoothing), backend
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, lse = ctx.saved_tensors
+        mask = list(ctx.needs_input_grad[:3])
+        backward = getattr(torch.ops.mmkernels, f"linear_cross_entropy_{ctx.backend}_backward")
+        with torch.no_grad():
+            grads = backward(grad_losses, hidden, weight, bias, targets, lse, *ctx.options, mask)
+        if torch.is_grad_enabled():  # create_graph=True
+            sources = (hidden, weight) if bias is None else (hidden, weight, bias)
+            grads = refuse_second_derivatives("linear_cross_entropy", grads, grad_losses, *sources)
+        return *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), None, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    backend: str,
+) -> Tensor:
+    """The loss of every row, [N] float32, on the backend named; differentiable."""
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, ignore_index, label_smoothing, backend)

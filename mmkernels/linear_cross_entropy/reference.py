@@ -1,0 +1,23 @@
+"""Eager, obviously right, on any device: the oracle of the tests."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmkernels._targets import check_targets
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V], float32 or float64
+    targets: Tensor,  # [N]
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:  # [N]
+    """The loss of every row, 0 where it is ignored, from all logits in float32 (float64 for float64 inputs)."""
+    check_targets(targets, weight.shape[0], "rows of weight", ignore_index)
+    dtype = hidden.dtype if hidden.itemsize == 8 else hidden.float().dtype
+    logits = F.linear(hidden.to(dtype), weight.to(dtype), bias)  # [N, V]
+    return F.cross_entropy(
+        logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
+    )

@@ -1,0 +1,61 @@
+"""Linear cross-entropy in Triton: the rows' cross-entropy of the contrastive kernels, with a bias.
+
+Ignored rows are computed, and count for nothing: which they are, the host need not wait to know.
+"""
+
+import torch
+from torch import Tensor
+
+from mmkernels.contrastive.triton_kernels import cross_entropy_backward, cross_entropy_forward, require_targets
+
+_NO_TARGET = -1
+
+
+def linear_cross_entropy_forward(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [N]
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """The losses [N], 0 where a row is ignored, and the log-sum-exps [2, N], in base 2."""
+    one = hidden.new_ones((), dtype=torch.float32)
+    if hidden.shape[0] == 0:
+        return one.new_empty(0), one.new_empty(2, 0)
+    require_targets("linear_cross_entropy", targets, weight.shape[0], "rows of weight", ignore_index)
+    ignored = targets == ignore_index
+    counted = targets.masked_fill(ignored, _NO_TARGET)
+    bias = None if bias is None else bias.contiguous()
+    losses, lse, _ = cross_entropy_forward(hidden, weight, one, bias, counted, False, label_smoothing)
+    return losses.masked_fill_(ignored, 0.0), lse
+
+
+def linear_cross_entropy_backward(
+    grad_losses: Tensor,  # [N]
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [N]
+    lse: Tensor,  # [2, N]
+    ignore_index: int,
+    label_smoothing: float,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of hidden, weight and bias; an empty tensor for each false entry of output_mask."""
+    if hidden.shape[0] == 0:
+        shapes = ((hidden, hidden.shape), (weight, weight.shape), (lse, weight.shape[:1]))
+        zeros = [x.new_zeros(shape if wanted else 0) for (x, shape), wanted in zip(shapes, output_mask, strict=True)]
+        return zeros[0], zeros[1], zeros[2]
+    ignored = targets == ignore_index
+    # A mean over no row arrives here as infinity.
+    grads = grad_losses.masked_fill(ignored, 0.0)
+    counted = targets.masked_fill(ignored, _NO_TARGET)
+    bias = None if bias is None else bias.contiguous()
+    one, columns = lse.new_ones(()), lse.new_empty(2, 0)
+    of_hidden, of_weight, of_bias = output_mask
+    grad_hidden, grad_weight, _, grad_bias = cross_entropy_backward(
+        grads, hidden, weight, one, bias, counted, lse, columns, False, label_smoothing,
+        [of_hidden, of_weight, False, of_bias],
+    )  # fmt: skip
+    return grad_hidden, grad_weight, grad_bias

@@ -1,0 +1,38 @@
+"""Every Triton kernel of linear_cross_entropy that info_nce does not have, compiled for GPUs that are not here."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks import gpu_bounds, gpu_bounds_linear_cross_entropy
+
+
+def check(cases):
+    assert cases
+    found = gpu_bounds.all_faults(cases)
+    assert not found, "\n".join(found)
+
+
+def is_plain(case) -> bool:
+    """bf16, without smoothing, the hidden rows' side."""
+    constants = dict(case.constants)
+    return case.dtype == "bf16" and case.has_dot and not constants.get("SMOOTHED") and not constants.get("OF_KEYS")
+
+
+@pytest.mark.parametrize("gpu", gpu_bounds.GPUS)
+def test_plain_kernels(gpu):
+    check([case for case in gpu_bounds_linear_cross_entropy.cases([gpu]) if is_plain(case)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", gpu_bounds.GPUS)
+def test_every_configuration(gpu):
+    check(gpu_bounds_linear_cross_entropy.cases([gpu]))
