@@ -7,10 +7,10 @@ import functools
 from collections.abc import Iterable
 
 from benchmarks.gpu_bounds import GPUS, Case, Problem
-from benchmarks.gpu_bounds_info_nce import argument, case, kernel, tiles_of_logits, work
+from benchmarks.gpu_bounds_info_nce import GROWING, argument, case, kernel, tiles_of_logits, work
 from mmkernels.contrastive.triton_kernels.configs import CONFIGS
 
-__all__ = ["argument", "cases", "is_main", "kernel", "problems"]
+__all__ = ["GROWING", "argument", "cases", "is_main", "kernel", "problems"]
 
 
 def cases(gpus: Iterable[str] = GPUS) -> list[Case]:
