@@ -15,6 +15,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "info_nce": ("triton", "cpu", "reference"),
     "divided_attention": ("triton", "cpu", "reference"),
     "linear_cross_entropy": ("triton", "cpu", "reference"),
+    "beam_search": ("cpu", "reference"),
 }
 
 _library = torch.library.Library("mmkernels", "FRAGMENT")

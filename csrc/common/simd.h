@@ -133,6 +133,23 @@ MMK_INLINE Vec round(Vec a) {
 MMK_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
   return {_mm512_scalef_ps(a.v, n.v)};
 }
+// The floats whose sign and exponent are the low nine bits of each lane.
+MMK_INLINE Vec exponent_of_low_bits(Vec a) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))};
+}
+// Whether a lane of a is greater than its one of b.
+MMK_INLINE bool any_above(Vec a, Vec b) {
+  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0;
+}
+// The sum of lanes in doubles.
+struct DoubleSum {
+  __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+  MMK_INLINE void add(Vec a) {
+    low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)));
+    high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)));
+  }
+  MMK_INLINE double total() const { return _mm512_reduce_add_pd(_mm512_add_pd(low, high)); }
+};
 
 // rows[i] lane j <-> rows[j] lane i.
 MMK_INLINE void transpose(Vec (&rows)[16]) {
@@ -300,6 +317,24 @@ MMK_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
   const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(clamped), _mm256_set1_epi32(127)), 23);
   return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(bits))};
 }
+MMK_INLINE Vec exponent_of_low_bits(Vec a) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23))};
+}
+MMK_INLINE bool any_above(Vec a, Vec b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)) != 0;
+}
+struct DoubleSum {
+  __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
+  MMK_INLINE void add(Vec a) {
+    low = _mm256_add_pd(low, _mm256_cvtps_pd(_mm256_castps256_ps128(a.v)));
+    high = _mm256_add_pd(high, _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1)));
+  }
+  MMK_INLINE double total() const {
+    double lanes[4];
+    _mm256_storeu_pd(lanes, _mm256_add_pd(low, high));
+    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+  }
+};
 
 #else
 
@@ -407,6 +442,23 @@ MMK_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
   }
   return r;
 }
+MMK_INLINE Vec exponent_of_low_bits(Vec a) {
+  uint32_t bits[Vec::kLanes];
+  std::memcpy(bits, &a.v, sizeof(bits));
+  for (uint32_t& lane : bits) lane <<= 23;
+  std::memcpy(&a.v, bits, sizeof(bits));
+  return a;
+}
+MMK_INLINE bool any_above(Vec a, Vec b) {
+  return a.v[0] > b.v[0] || a.v[1] > b.v[1] || a.v[2] > b.v[2] || a.v[3] > b.v[3];
+}
+struct DoubleSum {
+  double lanes[Vec::kLanes] = {};
+  MMK_INLINE void add(Vec a) {
+    for (int i = 0; i < Vec::kLanes; ++i) lanes[i] += a.v[i];
+  }
+  MMK_INLINE double total() const { return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]); }
+};
 
 #endif
 

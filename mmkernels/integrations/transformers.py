@@ -1,15 +1,19 @@
-"""Hugging Face's TimeSformer on the fused attention: patched in place, undone by one call."""
+"""Hugging Face's models on the fused ops: TimeSformer's attention, patched in place; beam search for `generate`."""
 
 from __future__ import annotations
 
 import functools
+import logging
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mmkernels.beam_search import beam_search as search_beams
 from mmkernels.divided_attention import divided_attention
+
+logger = logging.getLogger("mmkernels")
 
 
 def drop_positions(like: Tensor, num_frames: int, p: float) -> Tensor:
@@ -182,3 +186,132 @@ def patch_timesformer(model: nn.Module, *, impl: str = "auto") -> TimesformerPat
         layer._mmkernels_impl = impl
         layer.__class__ = _patched_class(layer.__class__)
     return TimesformerPatch(layers, hooks)
+
+
+def _rows(value: Any, index: Tensor | slice, rows: int) -> Any:
+    """The tensors of a model's keyword argument that have `rows` rows, at an index; all else as it is."""
+    if isinstance(value, Tensor):
+        return value[index].contiguous() if value.ndim and value.shape[0] == rows else value
+    if isinstance(value, dict):  # a ModelOutput is one
+        copy = value.copy() if type(value) is dict else type(value)(**value)
+        for name, part in value.items():
+            copy[name] = _rows(part, index, rows)
+        return copy
+    if isinstance(value, (tuple, list)):
+        return type(value)(_rows(part, index, rows) for part in value)
+    return value
+
+
+def beam_search(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    **model_kwargs: Any,
+) -> Any:
+    """Beam search for Hugging Face's `generate`, on :func:`mmkernels.beam_search`.
+
+    Replaces::
+
+        model.generate(**inputs, num_beams=5)
+        model.generate(**inputs, num_beams=5, custom_generate=beam_search)      # the same hypotheses
+
+    For decoder-only and encoder-decoder models whose cache can be reordered, VisionEncoderDecoderModel among them. The
+    prompt runs once an item, not once a beam. All options of `generate` that act through logits processors work, and
+    so do `early_stopping`, `length_penalty`, `num_return_sequences`, several EOS ids and `return_dict_in_generate`:
+    its `sequences`, `sequences_scores` and `beam_indices` are filled, asked for or not; its `scores`, the [B K, V] of
+    every step that `output_scores` asks for, are never kept. A `pad_token_id` of 0 is honoured, which transformers 5.23
+    takes for none. Items with NaN logits are named in a warning.
+
+    Raises:
+        ValueError: sampling, a static cache, logits, attentions or hidden states of every step, or stopping criteria
+            other than length and EOS: each by name.
+    """
+    from transformers.generation import stopping_criteria as stopping
+    from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateBeamEncoderDecoderOutput
+
+    c = generation_config
+    for name in ("do_sample", "output_attentions", "output_hidden_states", "output_logits"):
+        if getattr(c, name):
+            raise ValueError(f"{name}: expected False with custom_generate=beam_search, got {getattr(c, name)}")
+    for criterion in stopping_criteria:
+        if not isinstance(criterion, (stopping.MaxLengthCriteria, stopping.EosTokenCriteria)):
+            raise ValueError(f"stopping_criteria: expected those of length and EOS, got {type(criterion).__name__}")
+    if c.cache_implementation is not None and c.cache_implementation.startswith("static"):
+        raise ValueError(f"cache_implementation: expected a dynamic cache, got {c.cache_implementation!r}")
+    for name in ("synced_gpus", "assistant_model", "streamer"):
+        if model_kwargs.pop(name, None):
+            raise ValueError(f"{name}: expected none with custom_generate=beam_search")
+    K, rows, prompt_length = c.num_beams, *input_ids.shape
+    B = rows // K
+    first = slice(None, None, K)
+    prompts = input_ids[first]
+    model_kwargs = {name: _rows(value, first, rows) for name, value in model_kwargs.items()}
+    is_decoder_only = not model.config.is_encoder_decoder
+
+    def step(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        ids, kwargs = state
+        if kwargs is None:
+            kwargs = model_kwargs
+            outputs = model._prefill(prompts, c, kwargs, is_first_iteration=True)
+            ids = prompts
+        else:
+            ids = torch.cat([ids, tokens[:, None]], 1)
+            inputs = model.prepare_inputs_for_generation(
+                ids, next_sequence_length=1 if kwargs["use_cache"] else None, **kwargs
+            )
+            outputs = model(**inputs, return_dict=True)
+        kwargs = model._update_model_kwargs_for_generation(
+            outputs, kwargs, is_encoder_decoder=model.config.is_encoder_decoder
+        )
+        return outputs.logits[:, -1], (ids, kwargs)
+
+    def reorder(state: Any, index: Tensor) -> Any:
+        ids, kwargs = state
+        if len(ids) != len(index):  # from one row an item to one a beam
+            kwargs = {
+                name: value if name == "past_key_values" else _rows(value, index, B) for name, value in kwargs.items()
+            }
+        cache = kwargs.get("past_key_values")
+        if cache is not None:
+            if hasattr(model, "_reorder_cache"):
+                kwargs["past_key_values"] = model._reorder_cache(cache, index)
+            else:
+                cache.reorder_cache(index)
+        return ids[index], kwargs
+
+    def process(history: Tensor, log_probs: Tensor) -> Tensor:
+        if len(log_probs) == B:  # processors count on one row a beam
+            return logits_processor(history.repeat_interleave(K, 0), log_probs.repeat_interleave(K, 0))[first]
+        return logits_processor(history, log_probs)
+
+    eos = [] if c._eos_token_tensor is None else c._eos_token_tensor.tolist()
+    pad = None if c._pad_token_tensor is None else int(c._pad_token_tensor)
+    result = search_beams(
+        step,
+        (None, None),
+        batch_size=B,
+        num_beams=K,
+        bos_token_id=prompts[:, -1],
+        eos_token_id=eos,
+        pad_token_id=pad,
+        max_length=c.max_length - prompt_length,
+        length_penalty=c.length_penalty,
+        early_stopping=c.early_stopping,
+        num_return_sequences=c.num_return_sequences,
+        prompt=prompts,
+        log_prob_processor=process if len(logits_processor) else None,
+        reorder=reorder,
+    )
+    for item, fault in result.faults().items():
+        logger.warning("beam_search: item %d: %s", item, fault)
+    R = c.num_return_sequences
+    sequences = torch.cat([prompts.repeat_interleave(R, 0), result.sequences.flatten(0, 1)], 1)
+    if not c.return_dict_in_generate:
+        return sequences
+    past = torch.arange(result.beams.shape[-1], device=sequences.device) >= result.lengths[..., None]
+    offsets = torch.arange(B, device=sequences.device)[:, None, None] * K
+    beams = torch.where(past, -1, result.beams + offsets).flatten(0, 1).int()
+    output: Any = GenerateBeamDecoderOnlyOutput if is_decoder_only else GenerateBeamEncoderDecoderOutput
+    return output(sequences=sequences, sequences_scores=result.scores.flatten(), beam_indices=beams)

@@ -1,0 +1,302 @@
+"""The public calls: docstrings, validation, choice of implementation."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mmkernels import _backends
+from mmkernels.beam_search import ops, reference
+from mmkernels.beam_search.reference import BeamCandidates, Beams, Progress, Rule
+from mmkernels.beam_search.search import BeamSearchResult, Options, search
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Impl = Literal["auto", "cpu", "reference"]
+
+
+def beam_search_step(
+    logits: Tensor,
+    scores: Tensor,
+    *,
+    valid: Tensor | None = None,
+    forbidden: Tensor | None = None,
+    num_candidates: int | None = None,
+    normalize: bool = True,
+    mask_first: bool = False,
+    impl: Impl = "auto",
+) -> BeamCandidates:
+    """The best candidates of each item, from one read of the logits.
+
+    Replaces::
+
+        log_probs = torch.log_softmax(logits.float(), -1).view(B, K, V)     # [B K, V], written and read again
+        totals = (scores[:, :, None] + log_probs).view(B, K * V)
+        best, at = totals.topk(2 * K)                                       # in no defined order where scores tie
+        beams, tokens = at // V, at % V
+
+    Candidates come in one total order: the higher score; then the higher logit; then the lower beam * V + token. It
+    is the same, bit for bit, on every implementation, in every batch and for any number of threads, and so are the
+    scores: the sum of the softmax is exact and has no order (docs/beam_search.md).
+
+    Args:
+        logits: [B K, V], float32, bfloat16, float16 or float64 (reference only; scores are then float64).
+        scores: [B, K], float32: the score of each beam so far.
+        valid: [B, K], bool; beams that are False give no candidates, and their logits are not read.
+        forbidden: [V] or [B K, V], bool; True forbids a token.
+        num_candidates: C, how many to give; default 2 K.
+        normalize: False takes `logits` for log-probabilities (or any scores) as they are.
+        mask_first: True takes forbidden tokens out of the softmax, too, so that the rest sums to 1.
+        impl: "auto" picks the best implementation that can run; a name runs that one or raises.
+
+    Returns:
+        BeamCandidates of scores, beams, tokens and valid, [B, C] each, and poisoned, [B]: items whose valid beams had
+        a NaN or +inf among their logits; they have no candidates, the others are unharmed. Forbidden tokens and logits
+        of -inf are no candidates: where fewer than C are left, valid is False.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: wrong shapes, devices or values.
+        RuntimeError: the `impl` asked for cannot run here; the text lists every implementation with its reason.
+    """
+    for name, tensor in (("logits", logits), ("scores", scores)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.ndim != 2:
+            raise ValueError(f"{name}: expected 2 dimensions, got shape {tuple(tensor.shape)}")
+    if logits.dtype not in _DTYPES:
+        raise TypeError(f"logits: expected float32, bfloat16, float16 or float64, got {logits.dtype}")
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    if scores.dtype != dtype:
+        raise TypeError(f"scores: expected {dtype} for logits of {logits.dtype}, got {scores.dtype}")
+    B, K = scores.shape
+    V = logits.shape[1]
+    if logits.shape[0] != B * K:
+        raise ValueError(f"logits: expected {B * K} rows for scores of shape {(B, K)}, got {logits.shape[0]}")
+    if V == 0 or K == 0:
+        raise ValueError(f"logits, scores: expected V >= 1 and K >= 1, got V = {V}, K = {K}")
+    if num_candidates is None:
+        num_candidates = 2 * K
+    if not isinstance(num_candidates, int) or num_candidates < 1:
+        raise ValueError(f"num_candidates: expected an int >= 1, got {num_candidates!r}")
+    for name, mask, shapes in (("valid", valid, [(B, K)]), ("forbidden", forbidden, [(V,), (B * K, V)])):
+        if mask is None:
+            continue
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"{name}: expected a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+        if tuple(mask.shape) not in shapes:
+            raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}")
+    for name, other in (("scores", scores), ("valid", valid), ("forbidden", forbidden)):
+        if other is not None and other.device != logits.device:
+            raise ValueError(
+                f"{name}: expected device {logits.device} as of logits, got {other.device}; move one of them"
+            )
+    if forbidden is not None:
+        forbidden = forbidden.expand(B * K, V)
+    chosen = _backends.choose("beam_search", impl, logits.device.type, logits.dtype)
+    if chosen == "reference":
+        return reference.beam_search_step(logits, scores, valid, forbidden, num_candidates, normalize, mask_first)
+    return BeamCandidates(
+        *ops.beam_search_step(logits, scores, valid, forbidden, num_candidates, normalize, mask_first, chosen)
+    )
+
+
+def beam_search(
+    step: Callable[[Tensor, Any], tuple[Tensor, Any]],
+    state: Any,
+    *,
+    batch_size: int,
+    num_beams: int,
+    bos_token_id: int | Tensor,
+    eos_token_id: int | Sequence[int],
+    max_length: int,
+    min_length: int = 0,
+    pad_token_id: int | None = None,
+    length_penalty: float = 1.0,
+    length_penalty_kind: Literal["power", "wu"] = "power",
+    early_stopping: bool | Literal["never"] = False,
+    patience: float = 1.0,
+    num_return_sequences: int = 1,
+    preset: Literal["hf", "fairseq", "ctranslate2"] = "hf",
+    renormalize: bool | None = None,
+    forced_eos_token_id: int | None = None,
+    no_repeat_ngram_size: int = 0,
+    repetition_penalty: float = 1.0,
+    bad_words: Sequence[Sequence[int]] = (),
+    allowed_tokens: Callable[[int, Tensor], Sequence[int]] | None = None,
+    prefix: Tensor | None = None,
+    prompt: Tensor | None = None,
+    num_groups: int = 1,
+    diversity_penalty: float = 0.0,
+    log_prob_processor: Callable[[Tensor, Tensor], Tensor] | None = None,
+    reorder: Callable[[Any, Tensor], Any] | None = None,
+    steps_between_checks: int = 8,
+    device: torch.device | str | None = None,
+    impl: Impl = "auto",
+) -> BeamSearchResult:
+    """Beam search over any model, all items of a batch at once, without a copy of the histories.
+
+    Replaces the loop of ``model.generate(num_beams=K)``::
+
+        def step(tokens, state):                    # tokens [rows]; state: any pytree of tensors [rows, ...]
+            hidden = cell(embedding(tokens), state)
+            return head(hidden), hidden             # logits [rows, V], the state to keep
+        result = mmkernels.beam_search(step, hidden, batch_size=B, num_beams=5, bos_token_id=1, eos_token_id=2,
+                                       max_length=20)
+        result.sequences[:, 0]                      # [B, L], the best of each item, padded
+
+    The first step runs on one row an item, [B], all others on [B K]: after each step the state's rows are gathered by
+    the parents of the beams. What is the same for all beams of an item (an encoder's output) does not belong into the
+    state: let `step` hold it, [B, ...], and view its rows as [B, K] (or [B, 1]).
+
+    Args:
+        step: (tokens [rows], int64; state) -> (logits [rows, V], state).
+        state: a pytree of tensors whose first dimension is B.
+        batch_size: B; 0 gives an empty result.
+        num_beams: K.
+        bos_token_id: the token before the first step; an int, or [B] of int64.
+        eos_token_id: the token or tokens that end a hypothesis; an empty sequence: none does.
+        max_length: T, tokens of the longest hypothesis, EOS included, BOS and prompt not.
+        min_length: EOS is forbidden to the first `min_length` tokens.
+        pad_token_id: what follows a hypothesis in `sequences`; default: the first EOS (0 where there is none).
+        length_penalty: alpha; a hypothesis of n tokens scores sum of log-probabilities / penalty(n).
+        length_penalty_kind: "power", n ** alpha, or "wu", ((5 + n) / 6) ** alpha.
+        early_stopping: of preset "hf". True: an item is done with K hypotheses. False: when the best running beam, if
+            it ended at this length, would not beat the worst of K hypotheses. "never": the same at length T if alpha
+            > 0.
+        patience: with early_stopping=True and in the other presets: done with round(K * patience) hypotheses.
+        num_return_sequences: R <= K, hypotheses returned for an item.
+        preset: whose rules: Hugging Face transformers 5, fairseq, or CTranslate2 (docs/beam_search.md).
+        renormalize: True normalises again after tokens are forbidden; default: for "ctranslate2" alone.
+        forced_eos_token_id: the only token at position T ("fairseq" forces the first EOS anyway).
+        no_repeat_ngram_size: n; no n tokens in a row occur twice in a hypothesis (prompt included). 0: no limit.
+        repetition_penalty: tokens that occurred: log-probabilities (logits for "ctranslate2") below 0 are multiplied
+            by it, others divided.
+        bad_words: sequences of tokens that must not occur.
+        allowed_tokens: (item, tokens so far) -> the tokens allowed next. Called for each beam; syncs with the host.
+        prefix: [B, P], int64, tokens that every hypothesis of an item starts with; entries below 0 force nothing.
+        prompt: [B, P], int64, the tokens so far, BOS included, that count for repetitions, n-grams, bad words and
+            `allowed_tokens`, not for lengths; default: BOS alone. "ctranslate2" counts what it generates alone.
+        num_groups: G groups of K / G beams; each keeps its own hypotheses, and a later group pays
+        diversity_penalty: for each time that a group before it chose the token in this step (Hamming diversity).
+        log_prob_processor: (tokens so far [rows, n], log-probabilities [rows, V]) -> log-probabilities, last of all.
+        reorder: (state, rows [B K]) -> state, in place of the gather, for a state that is no pytree of tensors.
+        steps_between_checks: on a GPU the host asks so seldom whether all items are done.
+        device: of the search where `bos_token_id` is an int; default: that of the first tensor in `state`, or the CPU.
+        impl: of the step; "auto" picks the best implementation that can run; a name runs that one or raises.
+
+    Returns:
+        BeamSearchResult: sequences, scores, per-token scores, a certificate and faults by item.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of range, or options that exclude each other.
+        RuntimeError: the `impl` asked for cannot run here; the text lists every implementation with its reason.
+
+    An item with NaN logits, or none of whose beams can go on, stops there and is named in `result.faults()`; the
+    others are unharmed, and every item gets the same bits in any batch, as far as `step` gives them. Runs without
+    gradients.
+
+    Source: length penalty and pruning: Wu et al. 2016 (arXiv:1609.08144); patience: Kasai et al. 2022
+    (arXiv:2204.05424); diverse groups: Vijayakumar et al. 2016 (arXiv:1610.02424).
+    """
+    if not callable(step):
+        raise TypeError(f"step: expected a callable (tokens, state) -> (logits, state), got {type(step).__name__}")
+    for name, value, least in (
+        ("batch_size", batch_size, 0),
+        ("num_beams", num_beams, 1),
+        ("max_length", max_length, 1),
+        ("min_length", min_length, 0),
+        ("num_return_sequences", num_return_sequences, 1),
+        ("no_repeat_ngram_size", no_repeat_ngram_size, 0),
+        ("num_groups", num_groups, 1),
+        ("steps_between_checks", steps_between_checks, 1),
+    ):
+        if not isinstance(value, int):
+            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    eos = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(int(token) for token in eos_token_id)
+    if any(token < 0 for token in eos):
+        raise ValueError(f"eos_token_id: expected tokens >= 0, got {eos}; pass () where there is none")
+    if num_return_sequences > num_beams:
+        raise ValueError(f"num_return_sequences: expected at most num_beams = {num_beams}, got {num_return_sequences}")
+    if num_beams % num_groups:
+        raise ValueError(f"num_groups: expected a divisor of num_beams = {num_beams}, got {num_groups}")
+    if preset not in ("hf", "fairseq", "ctranslate2"):
+        raise ValueError(f"preset: expected 'hf', 'fairseq' or 'ctranslate2', got {preset!r}")
+    if length_penalty_kind not in ("power", "wu"):
+        raise ValueError(f"length_penalty_kind: expected 'power' or 'wu', got {length_penalty_kind!r}")
+    if early_stopping not in (True, False, "never"):
+        raise ValueError(f"early_stopping: expected True, False or 'never', got {early_stopping!r}")
+    if preset != "hf" and early_stopping is not False:
+        raise ValueError(f"early_stopping: preset {preset!r} has its own rule; leave it out, got {early_stopping!r}")
+    if patience <= 0 or (patience != 1 and preset == "hf" and early_stopping is not True):
+        raise ValueError(
+            f"patience: expected a value above 0, and 1 where hypotheses are not counted, got {patience}; pass "
+            "early_stopping=True"
+        )
+    if repetition_penalty <= 0:
+        raise ValueError(f"repetition_penalty: expected a value above 0, got {repetition_penalty}")
+    if preset == "fairseq" and not eos:
+        raise ValueError("eos_token_id: preset 'fairseq' forces it at max_length; pass one")
+    if min_length >= max_length and (preset == "fairseq" or forced_eos_token_id is not None):
+        raise ValueError(f"min_length: expected less than max_length = {max_length}, got {min_length}: EOS is forced")
+    for word in bad_words:
+        if len(word) == 0:
+            raise ValueError("bad_words: expected sequences of at least one token, got an empty one")
+    for name, tokens in (("prefix", prefix), ("prompt", prompt)):
+        if tokens is None:
+            continue
+        if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
+            raise TypeError(f"{name}: expected an int64 tensor, got {getattr(tokens, 'dtype', type(tokens).__name__)}")
+        if tokens.ndim != 2 or tokens.shape[0] != batch_size:
+            raise ValueError(f"{name}: expected shape [{batch_size}, P], got {tuple(tokens.shape)}")
+    if isinstance(bos_token_id, Tensor):
+        if tuple(bos_token_id.shape) != (batch_size,) or bos_token_id.dtype != torch.int64:
+            raise ValueError(
+                f"bos_token_id: expected an int or int64 [{batch_size}], got {bos_token_id.dtype} of shape "
+                f"{tuple(bos_token_id.shape)}"
+            )
+    elif not isinstance(bos_token_id, int):
+        raise TypeError(f"bos_token_id: expected an int or a tensor, got {type(bos_token_id).__name__}")
+
+    def fused_step(*args: Any, **options: Any) -> BeamCandidates:
+        return beam_search_step(*args, **options, impl=impl)
+
+    def advance(found: BeamCandidates, progress: Progress, eos: Tensor, penalties: Tensor, rule: Rule) -> Beams:
+        chosen = _backends.choose("beam_search", impl, found.scores.device.type, found.scores.dtype)
+        if chosen in ops.ADVANCES:
+            return ops.beam_search_advance(found, progress, eos, penalties, rule, chosen)
+        return reference.beam_search_advance(found, progress, eos, penalties, rule)
+
+    options = Options(
+        batch_size=batch_size,
+        num_beams=num_beams,
+        bos_token_id=bos_token_id,
+        eos=eos,
+        max_length=max_length,
+        min_length=min_length,
+        pad_token_id=(eos[0] if eos else 0) if pad_token_id is None else pad_token_id,
+        length_penalty=length_penalty,
+        length_penalty_kind=length_penalty_kind,
+        early_stopping=early_stopping,
+        patience=patience,
+        num_return_sequences=num_return_sequences,
+        preset=preset,
+        renormalize=preset == "ctranslate2" if renormalize is None else renormalize,
+        forced_eos=eos[0] if preset == "fairseq" and forced_eos_token_id is None else forced_eos_token_id,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        repetition_penalty=repetition_penalty,
+        bad_words=tuple(tuple(word) for word in bad_words),
+        allowed_tokens=allowed_tokens,
+        prefix=prefix,
+        prompt=prompt,
+        num_groups=num_groups,
+        diversity_penalty=diversity_penalty,
+        log_prob_processor=log_prob_processor,
+        reorder=reorder,
+        steps_between_checks=steps_between_checks,
+        device=device,
+    )
+    return search(step, state, options, fused_step, advance)

@@ -1,0 +1,49 @@
+"""Which tokens may follow: masks over the vocabulary, from the options and the tokens so far."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def repeated_ngrams(history: Tensor, size: int, vocabulary: int) -> Tensor | None:
+    """Tokens that would complete an n-gram that occurred: [rows, V], from histories [rows, n]; None: none can."""
+    if history.shape[1] < size:
+        return None
+    windows = history.unfold(1, size, 1)  # [rows, W, size]
+    recent = history[:, None, history.shape[1] - size + 1 :]
+    completes = (windows[:, :, :-1] == recent).all(-1)
+    return _marked(torch.where(completes, windows[:, :, -1], vocabulary), vocabulary)
+
+
+def occurred(history: Tensor, vocabulary: int) -> Tensor:
+    """Tokens that occur in each history: [rows, V]."""
+    return _marked(history, vocabulary)
+
+
+def _marked(tokens: Tensor, vocabulary: int) -> Tensor:
+    marks = torch.zeros(tokens.shape[0], vocabulary + 1, dtype=torch.bool, device=tokens.device)
+    # Ids past the vocabulary (padding of a prompt, say) meet in a column that is dropped.
+    return marks.scatter_(1, torch.where(tokens < 0, vocabulary, tokens).clamp(max=vocabulary), True)[:, :vocabulary]
+
+
+def completed_words(history: Tensor, words: Sequence[Tensor], vocabulary: int) -> Tensor | None:
+    """Last tokens of words of several tokens whose beginning stands last in the history: [rows, V]."""
+    marks: Tensor | None = None
+    for word in words:
+        begun = len(word) - 1
+        if history.shape[1] < begun:
+            continue
+        if marks is None:
+            marks = torch.zeros(history.shape[0], vocabulary, dtype=torch.bool, device=history.device)
+        marks[:, word[-1]] |= (history[:, history.shape[1] - begun :] == word[:-1]).all(1)
+    return marks
+
+
+def outside(allowed: Callable[[int, Tensor], Sequence[int]], history: Tensor, beams: int, vocabulary: int) -> Tensor:
+    """Tokens that the function does not allow: [rows, V]; rows are `beams` an item."""
+    marks = torch.ones(history.shape[0], vocabulary, dtype=torch.bool)
+    for row, tokens in enumerate(history):
+        chosen = allowed(row // beams, tokens)
+        marks[row, torch.as_tensor(chosen, dtype=torch.int64, device="cpu")] = False
+    return marks.to(history.device)

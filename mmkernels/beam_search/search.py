@@ -1,0 +1,383 @@
+"""The loop around the step: a trellis of tokens and parents, finished hypotheses by reference into it, one backtrack.
+
+Nothing here waits for the device but the check of the done flags, and nothing copies a history unless a constraint
+reads it. Beams and hypotheses that do not exist are marked by a bit, never by a score.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from mmkernels.beam_search import constraints
+from mmkernels.beam_search.reference import (
+    BOUND,
+    COUNT,
+    COUNT_OR_TOP,
+    POISONED,
+    BeamCandidates,
+    Beams,
+    Progress,
+    Rule,
+    continuing,
+    ends,
+    log_softmax,
+)
+
+_FAULTS = ("", "NaN or +inf among the logits", "every continuation is forbidden")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of :func:`mmkernels.beam_search`, checked."""
+
+    batch_size: int
+    num_beams: int
+    bos_token_id: int | Tensor
+    eos: tuple[int, ...]
+    max_length: int
+    min_length: int
+    pad_token_id: int
+    length_penalty: float
+    length_penalty_kind: str
+    early_stopping: bool | Literal["never"]
+    patience: float
+    num_return_sequences: int
+    preset: str
+    renormalize: bool
+    forced_eos: int | None
+    no_repeat_ngram_size: int
+    repetition_penalty: float
+    bad_words: tuple[tuple[int, ...], ...]
+    allowed_tokens: Callable[[int, Tensor], Any] | None
+    prefix: Tensor | None
+    prompt: Tensor | None
+    num_groups: int
+    diversity_penalty: float
+    log_prob_processor: Callable[[Tensor, Tensor], Tensor] | None
+    reorder: Callable[[Any, Tensor], Any] | None
+    steps_between_checks: int
+    device: torch.device | str | None
+
+    def penalty(self, length: int) -> float:
+        """What the score of a hypothesis of this length is divided by."""
+        base = length if self.length_penalty_kind == "power" else (5 + length) / 6
+        return base**self.length_penalty
+
+
+@dataclass(frozen=True)
+class BeamSearchResult:
+    """The hypotheses of each item, best first.
+
+    Attributes:
+        sequences: [B, R, L], int64: tokens with EOS, without BOS, then padding. L is the longest hypothesis here.
+        lengths: [B, R], int64: tokens of each hypothesis, EOS included; 0 where there is none.
+        scores: [B, R], float32: sum of log-probabilities / length penalty; -inf where there is no hypothesis.
+        log_probs: [B, R], float32: the sum.
+        token_scores: [B, R, L], float32: what each token added to it; 0 past the end.
+        beams: [B, R, L], int64: which beam each token continued; 0 past the end.
+        valid: [B, R], bool: whether there is such a hypothesis.
+        certified: [B], bool: True if no hypothesis that the beams at the stop could have grown into would score
+            above the R returned: stopping early missed nothing of this beam. False where it may have, after NaN, and
+            where a `log_prob_processor` or a negative `diversity_penalty`, whose sums may rise, was cut short.
+        fault: [B], int64: 0, or the number of what stopped the item (:meth:`faults`).
+        steps: how often `step` was called.
+    """
+
+    sequences: Tensor
+    lengths: Tensor
+    scores: Tensor
+    log_probs: Tensor
+    token_scores: Tensor
+    beams: Tensor
+    valid: Tensor
+    certified: Tensor
+    fault: Tensor
+    steps: int
+
+    def faults(self) -> dict[int, str]:
+        """{item: what stopped it} of the items that did not end by the rules; empty where all did."""
+        return {item: _FAULTS[code] for item, code in enumerate(self.fault.tolist()) if code}
+
+
+class _Search:
+    """N = B G items of k = K / G beams each."""
+
+    def __init__(
+        self,
+        options: Options,
+        fused_step: Callable[..., BeamCandidates],
+        advance: Callable[..., Beams],
+        device: torch.device,
+    ) -> None:
+        o = self.o = options
+        self.fused_step, self.advance, self.device = fused_step, advance, device
+        self.k = o.num_beams // o.num_groups
+        self.eos = torch.tensor(o.eos, dtype=torch.int64, device=device)
+        self.target = round(self.k * o.patience)
+        self.cuts = o.preset != "fairseq"  # what runs at max_length becomes a hypothesis
+        self.words = [torch.tensor(word, device=device) for word in o.bad_words if len(word) > 1]
+        self.history: Tensor | None = None  # [B, G, k, n], where an option reads it
+        if (
+            o.no_repeat_ngram_size
+            or o.repetition_penalty != 1
+            or self.words
+            or o.allowed_tokens is not None
+            or o.log_prob_processor is not None
+        ):
+            start = self.first_tokens()[:, None] if o.prompt is None else o.prompt.to(device)
+            if o.preset == "ctranslate2":  # counts what it generates alone
+                start = start[:, :0]
+            self.history = start[:, None, None].expand(-1, o.num_groups, 1, -1)
+
+    def first_tokens(self) -> Tensor:
+        bos = self.o.bos_token_id
+        if isinstance(bos, Tensor):
+            return bos.to(self.device)
+        return torch.full((self.o.batch_size,), bos, dtype=torch.int64, device=self.device)
+
+    def candidates_wanted(self, vocabulary: int) -> int:
+        o, k = self.o, self.k
+        if o.preset == "hf":
+            return max(2, 1 + len(o.eos)) * k
+        if o.preset == "fairseq":
+            return max(k, min(2 * k, k * vocabulary - 1))
+        return max(2, 1 + len(o.eos)) * k
+
+    def masks(self, history: Tensor | None, t: int, rows: int, vocabulary: int) -> Tensor | None:
+        """Tokens forbidden at step t, [V] or [rows, V]; None: none is."""
+        o = self.o
+        everything = torch.ones(vocabulary, dtype=torch.bool, device=self.device)
+        if o.forced_eos is not None and t == o.max_length - 1:
+            everything[o.forced_eos] = False
+            return everything
+        parts: list[Tensor | None] = []
+        single = [word[0] for word in o.bad_words if len(word) == 1]
+        if single or (t < o.min_length and o.eos):
+            mask = ~everything
+            mask[single] = True
+            if o.preset == "hf":  # transformers does not take EOS for a bad word
+                mask[self.eos] = False
+            if t < o.min_length:
+                mask[self.eos] = True
+            parts.append(mask)
+        if history is not None:
+            if o.no_repeat_ngram_size:
+                parts.append(constraints.repeated_ngrams(history, o.no_repeat_ngram_size, vocabulary))
+            if self.words:
+                parts.append(constraints.completed_words(history, self.words, vocabulary))
+            if o.allowed_tokens is not None:
+                parts.append(constraints.outside(o.allowed_tokens, history, rows // o.batch_size, vocabulary))
+        forbidden: Tensor | None = None
+        for part in parts:
+            forbidden = part if forbidden is None else forbidden if part is None else forbidden | part
+        if o.prefix is not None and t < o.prefix.shape[1]:
+            wanted = o.prefix[:, t].to(self.device).repeat_interleave(rows // o.batch_size)[:, None]
+            others = torch.arange(vocabulary, device=self.device) != wanted
+            free = forbidden if forbidden is not None else ~everything
+            forbidden = torch.where(wanted >= 0, others, free)
+        return forbidden
+
+    def candidates(
+        self, logits: Tensor, scores: Tensor, valid: Tensor | None, g: int, t: int, taken: Tensor | None
+    ) -> BeamCandidates:
+        """One group's candidates; `taken` [B, V] counts the tokens that the groups before chose in this step."""
+        o, rows, V = self.o, logits.shape[0], logits.shape[1]
+        history = None if self.history is None else self.history[:, g].flatten(0, 1)
+        forbidden = self.masks(history, t, rows, V)
+        forced = o.forced_eos is not None and t == o.max_length - 1
+        wanted = self.candidates_wanted(V)
+        penalised = o.repetition_penalty != 1
+        if not (penalised or o.log_prob_processor or taken is not None or (forced and o.preset == "hf")):
+            return self.fused_step(
+                logits, scores, valid=valid, forbidden=forbidden, num_candidates=wanted, mask_first=o.renormalize
+            )
+        # The options that edit log-probabilities need them as a tensor.
+        edits_logits = o.preset == "ctranslate2"
+        x = logits if logits.dtype == torch.float64 else logits.float()
+        if not edits_logits:
+            x = log_softmax(x)
+        if penalised and history is not None:
+            scaled = torch.where(x < 0, x * o.repetition_penalty, x / o.repetition_penalty)
+            x = torch.where(constraints.occurred(history, V), scaled, x)
+        if forbidden is not None:
+            x = torch.where(forbidden, -torch.inf, x)
+        if forced and o.preset == "hf":  # at no cost; a NaN still shows
+            assert o.forced_eos is not None
+            x = torch.full_like(x, -torch.inf)
+            x[:, o.forced_eos] = torch.where(logits.isnan().any(-1), torch.nan, 0.0).to(x.dtype)
+        if edits_logits:
+            x = log_softmax(x)
+        if o.log_prob_processor is not None:
+            x = o.log_prob_processor(history, x)  # type: ignore[arg-type]
+        if o.renormalize and not edits_logits:
+            x = log_softmax(x)
+        if taken is not None:
+            x = x - o.diversity_penalty * taken.repeat_interleave(rows // o.batch_size, 0)
+        return self.fused_step(x, scores, valid=valid, num_candidates=wanted, normalize=False)
+
+    def step_groups(self, logits: Tensor, scores: Tensor, valid: Tensor | None, t: int) -> BeamCandidates:
+        """The candidates of all groups, [N, C]."""
+        o, B, G, V = self.o, self.o.batch_size, self.o.num_groups, logits.shape[1]
+        if G == 1:
+            return self.candidates(logits, scores, valid, 0, t, None)
+        groups = logits.view(B, -1, scores.shape[1], V) if t else logits[:, None, None].expand(B, G, 1, V)
+        scores = scores.view(B, G, -1)
+        taken = torch.zeros(B, V, dtype=scores.dtype, device=self.device) if o.diversity_penalty else None
+        found = []
+        for g in range(G):
+            of_group = None if valid is None else valid.view(B, G, -1)[:, g].contiguous()
+            one = self.candidates(
+                groups[:, g].reshape(-1, V), scores[:, g].contiguous(), of_group, g, t, taken if g else None
+            )
+            found.append(one)
+            if taken is not None:
+                columns, goes_on = continuing(one, ends(one, self.eos, False), self.k)
+                taken.scatter_add_(1, one.tokens.gather(1, columns), goes_on.to(taken.dtype))
+        return BeamCandidates(*(torch.stack(parts, 1).flatten(0, 1) for parts in zip(*found, strict=True)))
+
+    def run(self, step: Callable[[Tensor, Any], tuple[Tensor, Any]], state: Any) -> BeamSearchResult:
+        o, k, B, G, T = self.o, self.k, self.o.batch_size, self.o.num_groups, self.o.max_length
+        N = B * G
+        tokens = self.first_tokens()
+        items = torch.arange(N, device=self.device)
+        trellis: list[Beams] = []
+        valid: Tensor | None = None
+        for t in range(T):
+            logits, state = step(tokens, state)
+            self.check_logits(logits, B if t == 0 else B * o.num_beams)
+            if t == 0:
+                dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+                scores = torch.zeros(N, 1, dtype=dtype, device=logits.device)
+                progress = Progress.none(N, k, scores)
+                penalties = scores.new_tensor([1.0, *(o.penalty(n) for n in range(1, T + 1))])
+            found = self.step_groups(logits, scores, valid, t)
+            scores, parents, tokens, valid = beams = self.advance(found, progress, self.eos, penalties, self.rule(t))
+            trellis.append(beams)
+            if t == T - 1 or self.all_done(progress.done, t):
+                break
+            rows = (items[:, None] // G if t == 0 else items[:, None] * k + parents).expand(N, k).reshape(-1)
+            if o.reorder is not None:
+                state = o.reorder(state, rows)
+            else:
+                state = pytree.tree_map(lambda x, rows=rows: x.index_select(0, rows), state)
+            if self.history is not None:
+                at = parents.view(B, G, k, 1).expand(-1, -1, -1, self.history.shape[-1])
+                self.history = torch.cat([self.history.gather(2, at), tokens.view(B, G, k, 1)], -1)
+            tokens = tokens.view(-1)
+        return self.result(progress, trellis)
+
+    def rule(self, t: int) -> Rule:
+        """The preset's rules at step t."""
+        o = self.o
+        stop = COUNT
+        if o.preset == "hf" and o.early_stopping is not True:
+            stop = BOUND
+        elif o.preset == "ctranslate2" and o.length_penalty == 0:
+            stop = COUNT_OR_TOP
+        at_the_end = o.early_stopping == "never" and o.length_penalty > 0
+        return Rule(
+            step=t,
+            max_length=o.max_length,
+            stop=stop,
+            bound_length=o.max_length if at_the_end else t + 1,
+            target=self.target,
+            num_return=o.num_return_sequences,
+            cuts=self.cuts,
+            first_come=o.preset == "fairseq",
+        )
+
+    def check_logits(self, logits: Tensor, rows: int) -> None:
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != rows:
+            raise ValueError(
+                f"step: expected logits [{rows}, V], got {tuple(getattr(logits, 'shape', ())) or type(logits).__name__}"
+            )
+        if self.o.eos and max(self.o.eos) >= logits.shape[1]:
+            raise ValueError(f"eos_token_id: expected tokens below V = {logits.shape[1]}, got {self.o.eos}")
+
+    def all_done(self, done: Tensor, t: int) -> bool:
+        """The only wait for the device."""
+        if done.device.type != "cpu" and (t + 1) % self.o.steps_between_checks:
+            return False
+        return bool(done.all())
+
+    def result(self, finished: Progress, trellis: list[Beams]) -> BeamSearchResult:
+        """One walk back through the trellis for all hypotheses; then the groups' hypotheses are pooled."""
+        o, B, R = self.o, self.o.batch_size, self.o.num_return_sequences
+        (N, k), steps = finished.scores.shape, len(trellis)
+        # [N, k, steps]
+        sequences = torch.full((N, k, steps), o.pad_token_id, dtype=torch.int64, device=self.device)
+        beams = torch.zeros_like(sequences)
+        token_scores = finished.scores.new_zeros(N, k, steps)
+        beam, score = finished.beams, finished.log_probs
+        for t in range(steps - 1, -1, -1):
+            scores, parents, tokens, _ = trellis[t]
+            last, inside = finished.valid & (finished.times == t), finished.valid & (finished.times > t)
+            # A hypothesis ends in a candidate, which need not have become a beam; before it, it runs along beams.
+            token = torch.where(last, finished.tokens, tokens.gather(1, beam))
+            parent = torch.where(last, finished.beams, parents.gather(1, beam))
+            before = trellis[t - 1].scores.gather(1, parent) if t else torch.zeros_like(score)
+            own = torch.where(last, finished.log_probs, scores.gather(1, beam))
+            here = last | inside
+            sequences[:, :, t] = torch.where(here, token, o.pad_token_id)
+            beams[:, :, t] = torch.where(here, parent, 0)
+            token_scores[:, :, t] = torch.where(here, own - before, 0.0)
+            beam = torch.where(here, parent, beam)
+        lengths = torch.where(finished.valid, finished.times + 1, 0)
+
+        def pooled(x: Tensor) -> Tensor:
+            return x.view(B, -1, *x.shape[2:])
+
+        scores = pooled(finished.scores)
+        order = scores.sort(dim=1, descending=True, stable=True).indices[:, :R]
+        longest = int(lengths.max()) if lengths.numel() else 0
+
+        def chosen(x: Tensor) -> Tensor:
+            x = pooled(x)
+            return x.gather(1, order) if x.ndim == 2 else x[torch.arange(B, device=x.device)[:, None], order, :longest]
+
+        scores, valid = chosen(finished.scores), chosen(finished.valid)
+        missed, fault = finished.missed.view(B, -1).amax(1), finished.fault.view(B, -1).amax(1)
+        may_rise = o.log_prob_processor is not None or o.diversity_penalty < 0
+        certified = (missed == -torch.inf) | ((missed <= scores[:, -1]) & (not may_rise))
+        return BeamSearchResult(
+            sequences=chosen(sequences),
+            lengths=chosen(lengths),
+            scores=scores,
+            log_probs=torch.where(valid, chosen(finished.log_probs), -torch.inf),
+            token_scores=chosen(token_scores),
+            beams=chosen(beams),
+            valid=valid,
+            certified=certified & (fault != POISONED),
+            fault=fault,
+            steps=steps,
+        )
+
+
+def search(
+    step: Callable[[Tensor, Any], tuple[Tensor, Any]],
+    state: Any,
+    options: Options,
+    fused_step: Callable[..., BeamCandidates],
+    advance: Callable[..., Beams],
+) -> BeamSearchResult:
+    """Beam search with checked options."""
+    device = options.device
+    if device is None and isinstance(options.bos_token_id, Tensor):
+        device = options.bos_token_id.device
+    if device is None:
+        tensors = [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
+        device = tensors[0].device if tensors else "cpu"
+    device = torch.device(device)
+    if options.batch_size == 0:
+        R = options.num_return_sequences
+        numbers, flags = torch.zeros(0, R, dtype=torch.int64, device=device), torch.zeros(0, R, device=device) > 0
+        floats, long = torch.zeros(0, R, device=device), numbers[:, :, None][:, :, :0]
+        return BeamSearchResult(
+            long, numbers, floats, floats, floats[:, :, None][:, :, :0], long, flags, flags[:, 0], numbers[:, 0], 0
+        )
+    with torch.no_grad():
+        return _Search(options, fused_step, advance, device).run(step, state)
