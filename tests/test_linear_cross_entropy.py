@@ -13,6 +13,7 @@ from linear_cross_entropy_cases import CASES, Case, assert_results, check_case, 
 
 import mmkernels
 from mmkernels import _backends
+from mmkernels.linear_cross_entropy import ops
 from mmkernels.testing import assert_within_budget, features, peak_allocated
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -28,6 +29,17 @@ def in_double(hidden, weight, bias, targets):
 @needs_library
 def test_cpu_matches_float64(case, dtype):
     check_case(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@needs_library
+def test_products_kept_or_made_again_give_the_same_bits(case, dtype, monkeypatch):
+    inputs = case.inputs(dtype)
+    kept = run(*inputs, "cpu", **case.options)
+    monkeypatch.setattr(ops, "_keeps_products", lambda *_: False)
+    for a, b in zip(kept, run(*inputs, "cpu", **case.options), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -286,16 +298,39 @@ def test_memory_is_of_the_order_of_the_rows(dtype, ignored, threads):
     assert peak - gradients <= allowed + (hidden.nbytes if ignored != "none" else 0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_library
+def test_products_are_kept_where_they_are_small(dtype):
+    """No larger than the weight and its gradient or 64 MiB, and only if a gradient can be asked for."""
+
+    def kept(n, v, d, learns=True):
+        hidden, weight, _, targets = Case(n, v, d, bias=False).inputs(dtype)
+        hidden.requires_grad_(learns)
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.nbytes) or x, lambda x: x):
+            mmkernels.linear_cross_entropy(hidden, weight, targets, impl="cpu")
+        return 4 * n * v in held
+
+    assert kept(1024, 16384, 64)  # 64 MiB
+    assert not kept(1025, 16384, 64)
+    assert not kept(1024, 16384, 64, learns=False)
+    rows = 2 * 600 * torch.empty((), dtype=dtype).element_size() // 4
+    assert kept(rows, 30000, 600)  # as the weight and its gradient
+    assert not kept(rows + 1, 30000, 600)
+    with torch.no_grad():
+        assert not kept(64, 64, 64)
+
+
 @needs_library
 def test_opcheck():
     ops = torch.ops.mmkernels
     for dtype, with_bias, ignored in itertools.product(DTYPES[:2], [True, False], ["some", "all"]):
         hidden, weight, bias, targets = Case(70, 80, 33, ignored=ignored).inputs(dtype)
         common = (hidden, weight, bias.float() if with_bias else None, targets)
-        torch.library.opcheck(ops.linear_cross_entropy_cpu_forward, (*common, -100, 0.1))
-        losses, lse = ops.linear_cross_entropy_cpu_forward(*common, -100, 0.1)
-        for mask in ([True, True, with_bias], [False, True, False]):
-            arguments = (torch.ones_like(losses), *common, lse, -100, 0.1, mask)
+        for keep, mask in itertools.product([True, False], ([True, True, with_bias], [False, True, False])):
+            torch.library.opcheck(ops.linear_cross_entropy_cpu_forward, (*common, -100, 0.1, keep))
+            losses, *kept = ops.linear_cross_entropy_cpu_forward(*common, -100, 0.1, keep)
+            arguments = (torch.ones_like(losses), *common, *kept, -100, 0.1, mask)
             torch.library.opcheck(ops.linear_cross_entropy_cpu_backward, arguments)
 
 

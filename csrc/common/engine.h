@@ -8,6 +8,7 @@
 //
 // A loss is an epilogue; the engine knows nothing of softmax. An epilogue has
 //   begin_panel(row0, rows)      the panel of queries that comes next;
+//   recall(s, col0, cols)        backward alone: fills in the products of a tile if it has them, else returns false;
 //   tile(s, col0, cols)          forward: reads the products of a tile; backward: turns them into gradients;
 //   update_columns(col0, cols)   forward alone: what belongs to the keys, whatever the threads in the order of panels;
 //   end_panel(panel)             the panel has met all the keys.
@@ -238,7 +239,7 @@ void backward_panels(const Logits& x, const Gradients& grads, const Tiling& t, W
       const RowsLeft keys = key_words<Product>(x.keys, col0, cols, x.size, col_capacity, b.key_rows);
       const int64_t next = (chunk + 1) % t.chunks * t.cols, next_cols = std::min(t.cols, x.keys.rows - next);
       Ahead ahead = Ahead::of(x.keys, next, next_cols, x.size, calls_in_tile(x, b.words, rows, cols, true));
-      product_of_features(b, keys, rows, cols, ahead);
+      if (!epilogue.recall(b.tile, col0, cols)) product_of_features(b, keys, rows, cols, ahead);
       epilogue.tile(b.tile, col0, cols);
       // Lanes and rows past the edge of the logits held padding: no gradient comes from there.
       const int64_t padded_rows = round_up(rows, kPanel), padded_cols = round_up(cols, kRows);

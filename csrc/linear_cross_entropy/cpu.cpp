@@ -69,8 +69,9 @@ void check_inputs(const Tensor& hidden, const Tensor& weight, const optional<Ten
                     "bias: expected [V] of float32");
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& hidden, const Tensor& weight_in, const optional<Tensor>& bias_in,
-                                   const Tensor& targets, int64_t ignore_index, double label_smoothing) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& weight_in,
+                                           const optional<Tensor>& bias_in, const Tensor& targets, int64_t ignore_index,
+                                           double label_smoothing, bool keep_products) {
   check_inputs(hidden, weight_in, bias_in, targets);
   const Tensor weight = with_contiguous_rows(weight_in);
   const Tensor bias = bias_in ? bias_in->contiguous() : Tensor();
@@ -80,7 +81,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& hidden, const Tensor& weight_in
   const auto floats = weight.options().dtype(at::kFloat);
 
   const Tensor losses = at::zeros({counted.all}, floats), lse = at::zeros({2, counted.all}, floats);
-  if (n == 0) return {losses, lse};
+  const Tensor products = empty_result({keep_products ? counted.all : 0, classes}, floats);
+  if (keep_products) products.narrow(0, n, counted.all - n).zero_();  // the rows that count come first
+  if (n == 0) return {losses, lse, products};
   const Tensor statistics = at::empty({4, n}, floats);
   LinearCrossEntropyForward p{};
   p.logits = {features_of(weight), features_of(counted.hidden), weight.size(1), 1.f};
@@ -91,6 +94,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& hidden, const Tensor& weight_in
   p.sum = p.largest + n;
   p.total = p.largest + 2 * n;
   p.positive = p.largest + 3 * n;
+  if (keep_products) p.products = products.mutable_data_ptr<float>();
   const LinearCrossEntropyKernels& kernels = linear_cross_entropy_kernels_here();
   run(kernels.forward, p, kernels.tiling(p.logits, false, at::get_num_threads()), floats);
 
@@ -107,7 +111,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& hidden, const Tensor& weight_in
     lse_of_row[row] = static_cast<float>(whole);
     lse_of_row[counted.all + row] = static_cast<float>(whole - lse_of_row[row]);
   }
-  return {losses, lse};
+  return {losses, lse, products};
 }
 
 // Rows [0, rows.size()) of x to where they belong, zeros in all others.
@@ -128,8 +132,8 @@ void spread_rows(const Tensor& x, const std::vector<int64_t>& rows) {
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_losses, const Tensor& hidden, const Tensor& weight_in,
                                             const optional<Tensor>& bias_in, const Tensor& targets,
-                                            const Tensor& lse_in, int64_t ignore_index, double label_smoothing,
-                                            std::array<bool, 3> output_mask) {
+                                            const Tensor& lse_in, const Tensor& products, int64_t ignore_index,
+                                            double label_smoothing, std::array<bool, 3> output_mask) {
   check_inputs(hidden, weight_in, bias_in, targets);
   const Tensor weight = with_contiguous_rows(weight_in);
   const Tensor bias = bias_in ? bias_in->contiguous() : Tensor();
@@ -140,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_losses, const Ten
 
   const auto make = [&](bool wanted, std::vector<int64_t> shape, const at::TensorOptions& options) {
     if (!wanted) shape = {0};
-    return n == 0 ? at::zeros(shape, options) : at::empty(shape, options);
+    return n == 0 ? at::zeros(shape, options) : empty_result(shape, options);
   };
   const Tensor grad_hidden = make(output_mask[0], {counted.all, size}, hidden.options());
   const Tensor grad_weight = make(output_mask[1], {classes, size}, weight.options());
@@ -168,6 +172,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_losses, const Ten
   p.weight = term + 2 * n;
   p.target_weight = term + 3 * n;
   p.shift = label_smoothing != 0 ? term + 4 * n : nullptr;
+  if (products.size(0) > 0) p.products = products.const_data_ptr<float>();
 
   Tensor low_hidden;
   if (output_mask[0]) {

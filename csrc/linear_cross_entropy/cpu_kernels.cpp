@@ -44,6 +44,8 @@ struct ClassStatistics {
   void tile(float* s, int64_t col0, int64_t cols) {
     for (int64_t c = 0; c < cols; ++c) {
       float* row = s + c * kTileStride;
+      if (p.products != nullptr)
+        std::memcpy(p.products + (col0 + c) * p.logits.queries.rows + bias.class0, row, bias.classes * sizeof(float));
       Vec largest = Vec::set1(kLowest);
       for (int64_t r = 0; r < bias.padded_classes; r += Vec::kLanes) {
         const Vec logits = Vec::load(row + r) + Vec::load(bias.values + r);
@@ -87,6 +89,16 @@ struct ClassGradient {
   void begin_panel(int64_t first, int64_t count) {
     bias.begin(p.bias, first, count);
     std::fill(bias_grad, bias_grad + kMaxRows, 0.f);
+  }
+
+  bool recall(float* s, int64_t col0, int64_t cols) const {
+    if (p.products == nullptr) return false;
+    for (int64_t c = 0; c < cols; ++c) {
+      float* row = s + c * kTileStride;
+      std::memcpy(row, p.products + (col0 + c) * p.logits.queries.rows + bias.class0, bias.classes * sizeof(float));
+      std::fill(row + bias.classes, row + bias.padded_classes, 0.f);
+    }
+    return true;
   }
 
   void tile(float* s, int64_t col0, int64_t cols) {

@@ -16,6 +16,7 @@ struct LinearCrossEntropyForward {
   bool totals;             // gather the sums of the logits too (label smoothing)
   // Outputs, [n]: the largest logit, the sum of e^(logit - largest), the sum of the logits, the target's logit.
   float *largest, *sum, *total, *positive;
+  float* products;  // [n, V], hidden weight^T for the backward pass; null: not kept
 };
 
 struct LinearCrossEntropyBackward {
@@ -25,6 +26,7 @@ struct LinearCrossEntropyBackward {
   // d loss / d logit (i, j) = weight[i] e^(logit - lse[i]) - shift[i] - target_weight[i] [j = target i]
   // An lse is the sum of two floats: at logits of 100 one alone would put 4e-6 of noise on every probability.
   const float *lse, *lse_rest, *weight, *target_weight, *shift;  // [n]; shift null: no smoothing
+  const float* products;                                         // [n, V] of the forward pass, or null
   Gradients grads;
   float* grad_bias;  // [V]; null: not wanted
 };

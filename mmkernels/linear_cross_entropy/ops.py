@@ -8,23 +8,36 @@ from torch import Tensor
 
 from mmkernels._autograd import refuse_second_derivatives
 
+_FREE_BYTES = 64 << 20
+
 _library = torch.library.Library("mmkernels", "FRAGMENT")
 
-# losses [N], lse [2, N]: the rounded value and what rounding took off; float32. The bias is float32.
+# losses [N]; lse [2, N]: the rounded value and what rounding took off; products: hidden weight^T [N, V] if they are to
+# be kept for the backward pass, else [0, V]. These are float32, and so is the bias.
 _FORWARD = (
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, float label_smoothing)"
-    " -> (Tensor losses, Tensor lse)"
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, float label_smoothing,"
+    " bool keep_products) -> (Tensor losses, Tensor lse, Tensor products)"
 )
 # One gradient for each true entry of output_mask (hidden, weight, bias), an empty tensor for each false one.
 _BACKWARD = (
-    "(Tensor grad_losses, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor lse, int ignore_index,"
-    " float label_smoothing, bool[3] output_mask) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+    "(Tensor grad_losses, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor lse, Tensor products,"
+    " int ignore_index, float label_smoothing, bool[3] output_mask)"
+    " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
 
 
-def _forward_fake(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    rows = hidden.shape[0]
-    return hidden.new_empty(rows, dtype=torch.float32), hidden.new_empty(2, rows, dtype=torch.float32)
+def _forward_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    keep_products: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, classes = hidden.shape[0], weight.shape[0]
+    losses = hidden.new_empty(rows, dtype=torch.float32)
+    return losses, losses.new_empty(2, rows), losses.new_empty(rows if keep_products else 0, classes)
 
 
 def _backward_fake(
@@ -34,6 +47,7 @@ def _backward_fake(
     bias: Tensor | None,
     targets: Tensor,
     lse: Tensor,
+    products: Tensor,
     ignore_index: int,
     label_smoothing: float,
     output_mask: list[bool],
@@ -81,24 +95,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ignore_index: int,
         label_smoothing: float,
         backend: str,
+        keep_products: bool,
     ) -> Tensor:
         forward = getattr(torch.ops.mmkernels, f"linear_cross_entropy_{backend}_forward")
-        losses, lse = forward(hidden, weight, bias, targets, ignore_index, label_smoothing)
-        ctx.save_for_backward(hidden, weight, bias, targets, lse)
+        losses, *kept = forward(hidden, weight, bias, targets, ignore_index, label_smoothing, keep_products)
+        ctx.save_for_backward(hidden, weight, bias, targets, *kept)
         ctx.options, ctx.backend = (ignore_index, label_smoothing), backend
         return losses
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, lse = ctx.saved_tensors
+        hidden, weight, bias, *rest = ctx.saved_tensors
         mask = list(ctx.needs_input_grad[:3])
         backward = getattr(torch.ops.mmkernels, f"linear_cross_entropy_{ctx.backend}_backward")
         with torch.no_grad():
-            grads = backward(grad_losses, hidden, weight, bias, targets, lse, *ctx.options, mask)
+            grads = backward(grad_losses, hidden, weight, bias, *rest, *ctx.options, mask)
         if torch.is_grad_enabled():  # create_graph=True
             sources = (hidden, weight) if bias is None else (hidden, weight, bias)
             grads = refuse_second_derivatives("linear_cross_entropy", grads, grad_losses, *sources)
-        return *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), None, None, None, None
+        return *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), *[None] * 5
+
+
+def _keeps_products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a backward pass can come that need not multiply again: the products take no more than the weight and its
+    gradient."""
+    small = 4 * hidden.shape[0] * weight.shape[0] <= max(2 * weight.numel() * weight.itemsize, _FREE_BYTES)
+    learns = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    return small and learns and torch.is_grad_enabled()
 
 
 def linear_cross_entropy(
@@ -111,4 +134,6 @@ def linear_cross_entropy(
     backend: str,
 ) -> Tensor:
     """The loss of every row, [N] float32, on the backend named; differentiable."""
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, ignore_index, label_smoothing, backend)
+    keep = backend == "cpu" and _keeps_products(hidden, weight, bias)
+    options = (ignore_index, label_smoothing, backend, keep)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, *options)

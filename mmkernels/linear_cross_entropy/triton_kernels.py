@@ -18,17 +18,21 @@ def linear_cross_entropy_forward(
     targets: Tensor,  # [N]
     ignore_index: int,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor]:
-    """The losses [N], 0 where a row is ignored, and the log-sum-exps [2, N], in base 2."""
+    keep_products: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses [N], 0 where a row is ignored, and the log-sum-exps [2, N], in base 2; no products are kept."""
+    if keep_products:
+        raise NotImplementedError("keep_products: expected False, the Triton kernels make the products again")
     one = hidden.new_ones((), dtype=torch.float32)
+    no_products = one.new_empty(0, weight.shape[0])
     if hidden.shape[0] == 0:
-        return one.new_empty(0), one.new_empty(2, 0)
+        return one.new_empty(0), one.new_empty(2, 0), no_products
     require_targets("linear_cross_entropy", targets, weight.shape[0], "rows of weight", ignore_index)
     ignored = targets == ignore_index
     counted = targets.masked_fill(ignored, _NO_TARGET)
     bias = None if bias is None else bias.contiguous()
     losses, lse, _ = cross_entropy_forward(hidden, weight, one, bias, counted, False, label_smoothing)
-    return losses.masked_fill_(ignored, 0.0), lse
+    return losses.masked_fill_(ignored, 0.0), lse, no_products
 
 
 def linear_cross_entropy_backward(
@@ -38,6 +42,7 @@ def linear_cross_entropy_backward(
     bias: Tensor | None,  # [V]
     targets: Tensor,  # [N]
     lse: Tensor,  # [2, N]
+    products: Tensor,  # [0, V]
     ignore_index: int,
     label_smoothing: float,
     output_mask: list[bool],

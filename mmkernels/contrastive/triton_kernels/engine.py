@@ -51,9 +51,10 @@ def similarities(
 
 @triton.jit
 def with_bias(s, bias, cols, num_y, BIAS: tl.constexpr):
-    """The logits in base 2 with the bias of their columns, if there is one."""
+    """The logits in base 2 with the bias of their columns, if there is one; past the last column, with the last's."""
     if BIAS:
-        s += (tl.load(bias + cols, mask=cols < num_y, other=0.0) * LOG2E)[None, :]
+        # A mask in its place would take the registers that some tiles have not left.
+        s += (tl.load(bias + tl.minimum(cols, num_y - 1)) * LOG2E)[None, :]
     return s
 
 
