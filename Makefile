@@ -4,6 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+FORMATTED := $(SOURCES) $(wildcard tests/gpu/*.h tests/gpu/*.cpp)
 
 .DEFAULT_GOAL := help
 .PHONY: demo train-clip train-timesformer help env test test-slow lint format bench gpu-check docs clean
@@ -30,12 +31,12 @@ lint: env ## ruff, mypy and clang-format, without changing a file
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run -Werror csrc/*/*.h csrc/*/*.cpp
+	$(VENV)/bin/clang-format --dry-run -Werror $(FORMATTED)
 
 format: env ## Let ruff and clang-format rewrite the files
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/clang-format -i csrc/*/*.h csrc/*/*.cpp
+	$(VENV)/bin/clang-format -i $(FORMATTED)
 
 demo: env ## Train CLIP on emoji in under 15 minutes on two cores, evaluate it, draw pictures
 	$(PY) -m models.clip demo

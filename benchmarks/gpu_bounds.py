@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-OPS = ("info_nce", "divided_attention", "linear_cross_entropy")
+OPS = ("info_nce", "divided_attention", "linear_cross_entropy", "beam_search")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +128,20 @@ def forms(op: str) -> Any:
 
 def compile_case(case: Case) -> Compiled:
     """Compile one form with the toolchain in Triton's wheel and read the result."""
+    gpu = GPUS[case.gpu]
+    read = _read_nvidia if gpu.target.backend == "cuda" else _read_amd
+    return read(_compiled(case), gpu, case.num_warps, _matrix(case))
+
+
+def assembly(case: Case) -> Any:
+    """What the compiler made of one form: ptx, cubin, amdgcn."""
+    return _compiled(case).asm
+
+
+def _compiled(case: Case) -> Any:
     op = forms(case.op)
     kernel = op.kernel(case.kernel)
-    constants = dict(case.constants)
+    constants = {name: value for name, value in case.constants if name in kernel.arg_names}
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -143,9 +154,7 @@ def compile_case(case: Case) -> Compiled:
     gpu = GPUS[case.gpu]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **dict(case.options)}
-    compiled = triton.compile(source, target=gpu.target, options=options)
-    read = _read_nvidia if gpu.target.backend == "cuda" else _read_amd
-    return read(compiled, gpu, case.num_warps, _matrix(case))
+    return triton.compile(source, target=gpu.target, options=options)
 
 
 def _matrix(case: Case) -> str:

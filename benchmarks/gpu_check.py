@@ -1,4 +1,4 @@
-"""Check the Triton kernels on the GPU of this machine: parity, speed and memory against what users run today.
+"""Check the GPU kernels on the GPU of this machine: parity, speed and memory against what users run today.
 
     python -m benchmarks.gpu_check [OP ...] [--out runs/gpu_check] [--quick]
 
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPS = ("info_nce", "divided_attention", "linear_cross_entropy")
+OPS = ("info_nce", "divided_attention", "linear_cross_entropy", "beam_search")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -73,9 +73,9 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def report(machine: dict[str, str], results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
-    lines = ["# Check of the Triton kernels", "", *(f"- {key}: {value}" for key, value in machine.items()), ""]
+    lines = ["# Check of the GPU kernels", "", *(f"- {key}: {value}" for key, value in machine.items()), ""]
     for op, result in results.items():
-        lines += [f"## {op}: parity with float64", "", *table(result["parity"]), "", f"## {op}: speed and memory", ""]
+        lines += [f"## {op}: parity", "", *table(result["parity"]), "", f"## {op}: speed and memory", ""]
         if result["speed"]:
             lines += [*table(result["speed"]), "", checks(op).NOTE, ""]
         else:

@@ -15,7 +15,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "info_nce": ("triton", "cpu", "reference"),
     "divided_attention": ("triton", "cpu", "reference"),
     "linear_cross_entropy": ("triton", "cpu", "reference"),
-    "beam_search": ("cpu", "reference"),
+    "beam_search": ("cuda", "triton", "cpu", "reference"),
 }
 
 _library = torch.library.Library("mmkernels", "FRAGMENT")
@@ -38,6 +38,21 @@ def _load_library() -> str | None:
     return None
 
 
+@functools.cache
+def _cuda_unavailable() -> str | None:
+    reason = _load_library()
+    if reason is not None:
+        return reason
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("mmkernels::beam_search_step_cuda", "CUDA"):
+        return "the library was built without a CUDA toolkit; reinstall with nvcc of torch's CUDA release"
+    if not torch.cuda.is_available():
+        return "no GPU is visible to torch"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"it needs compute capability 8.0, this GPU has {major}.{minor}"
+    return None
+
+
 def triton_interprets() -> bool:
     """Whether Triton kernels run in the interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -49,6 +64,8 @@ def unavailable(impl: str) -> str | None:
         return None
     if impl == "cpu":
         return _load_library()
+    if impl == "cuda":
+        return _cuda_unavailable()
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if not torch.cuda.is_available() and not triton_interprets():
@@ -66,7 +83,7 @@ def refuses(impl: str, device_type: str, dtype: torch.dtype, limit: str | None =
         return reason
     if limit is not None:
         return limit
-    device = "cpu" if impl == "cpu" or triton_interprets() else "cuda"
+    device = "cpu" if impl == "cpu" or (impl == "triton" and triton_interprets()) else "cuda"
     if device_type != device:
         return f"it takes {device} tensors, and these are on {device_type}"
     if dtype not in _COMPILED_DTYPES:

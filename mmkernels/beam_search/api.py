@@ -12,7 +12,7 @@ from mmkernels.beam_search.reference import BeamCandidates, Beams, Progress, Rul
 from mmkernels.beam_search.search import BeamSearchResult, Options, search
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-Impl = Literal["auto", "cpu", "reference"]
+Impl = Literal["auto", "cuda", "triton", "cpu", "reference"]
 
 
 def beam_search_step(

@@ -1,5 +1,8 @@
 """The registered ops, one of each a backend, and their fake kernels."""
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,7 +27,7 @@ _ADVANCE = (
     " -> (Tensor scores, Tensor parents, Tensor tokens, Tensor valid)"
 )
 # Backends with an op for it; the others run the reference, which waits for no device.
-ADVANCES = ("cpu",)
+ADVANCES = ("cpu", "cuda")
 
 
 def _step_fake(
@@ -46,7 +49,7 @@ def _step_fake(
     )
 
 
-for _backend in ("cpu",):
+for _backend in ("cpu", "triton", "cuda"):
     _library.define(f"beam_search_step_{_backend}{_STEP}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"mmkernels::beam_search_step_{_backend}", _step_fake, lib=_library)
 
@@ -62,6 +65,23 @@ def _advance_fake(*arguments: Tensor | int | bool) -> tuple[Tensor, Tensor, Tens
 for _backend in ADVANCES:
     _library.define(f"beam_search_advance_{_backend}{_ADVANCE}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"mmkernels::beam_search_advance_{_backend}", _advance_fake, lib=_library)
+
+
+@functools.cache
+def _triton() -> Any:
+    """Triton is imported by the first call that runs it: importing mmkernels imports torch alone."""
+    from mmkernels.beam_search import triton_kernels
+
+    return triton_kernels
+
+
+def _launch(*args: Any) -> tuple[Tensor, ...]:
+    return _triton().beam_search_step(*args)
+
+
+# The CPU key serves the interpreter.
+for _key in ("CUDA", "CPU"):
+    _library.impl("beam_search_step_triton", _launch, _key)
 
 
 def beam_search_step(

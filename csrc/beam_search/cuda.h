@@ -1,0 +1,113 @@
+// The step of beam search on a GPU, as its torch side asks for it: plain data, and how the work is split.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "../common/tiles_types.h"
+
+namespace mmkernels {
+
+struct BeamStep {
+  const void* logits;  // [items x beams, vocabulary]
+  Dtype dtype;
+  int64_t row_stride, forbidden_stride;
+  const bool* forbidden;  // [items x beams, vocabulary], or null
+  const float* scores;    // [items, beams]
+  const bool* valid;      // [items, beams], or null
+  int64_t items, beams, vocabulary, candidates;
+  bool normalize, mask_first;
+  float* out_scores;                // [items, candidates]
+  int64_t *out_beams, *out_tokens;  // [items, candidates]
+  bool *out_valid, *out_poisoned;   // [items, candidates], [items]
+};
+
+// What follows a step: beam_search_advance in reference.py, whose Progress and Rule these are.
+struct BeamAdvance {
+  int64_t items, beams, candidates;
+  const float* scores;  // [items, candidates], as are the next three
+  const int64_t *found_beams, *tokens;
+  const bool *valid, *poisoned;         // the second [items]
+  float *best_scores, *best_log_probs;  // [items, beams], as are the next four
+  int64_t *best_times, *best_beams, *best_tokens;
+  bool* best_valid;
+  int64_t *counts, *faults;  // [items], as are the next three
+  bool* done;
+  float* missed;
+  bool* top_ended;
+  const int64_t* eos;
+  int64_t num_eos;
+  const float* penalties;  // [max_length + 1]
+  int64_t step, max_length, stop, bound_length, target, num_return;
+  bool cuts, first_come;
+  float* next_scores;  // [items, beams], as are the next three
+  int64_t *next_parents, *next_tokens;
+  bool* next_valid;
+};
+
+// What the split depends on.
+struct BeamDevice {
+  int multiprocessors;
+  bool clusters;                    // blocks of a row can read each other's shared memory (compute capability 9.0)
+  int warps = 8;                    // of a block
+  int64_t part_bytes = 32 << 10;    // of logits for a block
+  int64_t least_part = 2048;        // entries that are worth a block
+  int64_t staged_bytes = 96 << 10;  // of logits that a block keeps in shared memory, at most
+  int64_t group_bytes = 16 << 20;   // of logits between one read of them and the next: they are in L2 still
+};
+
+// A row is `parts` blocks. A cluster of them, or one block alone, reads the logits once; other parts of a row meet in
+// memory, and the softmax's sum takes a second kernel.
+struct BeamPlan {
+  int warps, parts;
+  int64_t part, keep;  // entries of a part; the most candidates it can place
+  bool cluster, staged, sums_apart;
+  int64_t group;           // rows of one launch
+  float shift;             // 1.5 x 2^23 quanta of the sum: quantum_bits and log_sums in reference.py
+  size_t shared, scratch;  // bytes
+};
+
+constexpr int kMaxWarps = 8;
+// A softmax's terms are added in float32 where they are kColumns apart in a block of kRows x kColumns.
+constexpr int kRows = 8, kColumns = 16;
+// What a block of scan keeps beside the staged logits.
+constexpr size_t kScanShared = 256;
+
+inline int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+inline BeamPlan plan_beam_step(const BeamStep& s, const BeamDevice& device) {
+  BeamPlan plan{};
+  const int64_t rows = s.items * s.beams, V = s.vocabulary, element = bytes_of(s.dtype);
+  const int64_t idle = divide_up(2 * device.multiprocessors, rows);
+  int64_t parts = std::max(divide_up(V * element, device.part_bytes), std::min(idle, divide_up(V, device.least_part)));
+  parts = std::min<int64_t>(parts, device.clusters ? 8 : 64);
+  const int64_t unit = kRows * kColumns * device.warps;  // warps have whole blocks of the softmax's sum
+  plan.warps = device.warps;
+  plan.part = divide_up(divide_up(V, parts), unit) * unit;
+  plan.parts = static_cast<int>(divide_up(V, plan.part));
+  plan.keep = std::min(std::min(s.candidates, V), plan.part);
+  plan.cluster = device.clusters && plan.parts > 1;
+  plan.sums_apart = s.normalize && plan.parts > 1 && !plan.cluster;
+  plan.staged = plan.part * element <= device.staged_bytes;
+  plan.shared = kScanShared + (plan.staged ? plan.part * element + 16 : 0);
+  plan.group = plan.sums_apart ? std::max<int64_t>(1, device.group_bytes / (V * element)) : rows;
+  int bits = 0;
+  while ((int64_t{1} << bits) < V) ++bits;
+  plan.shift = 1.5f * std::ldexp(1.f, 23 - (52 - bits));
+  const size_t in_parts = static_cast<size_t>(rows) * plan.parts;
+  plan.scratch = in_parts * plan.warps * sizeof(double) + in_parts * sizeof(float) + rows * 2 * sizeof(float) +
+                 in_parts * plan.keep * (sizeof(float) + sizeof(int32_t));
+  return plan;
+}
+
+// All return null, or what went wrong. They run on the current device; the last two put their kernels on `stream`, wait
+// for nothing and allocate nothing.
+const char* beam_device(BeamDevice& device);
+const char* run_beam_step(const BeamStep& step, const BeamPlan& plan, void* scratch, void* stream);
+const char* run_beam_advance(const BeamAdvance& advance, void* stream);
+
+}  // namespace mmkernels
