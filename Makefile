@@ -7,7 +7,7 @@ SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 FORMATTED := $(SOURCES) $(wildcard tests/gpu/*.h tests/gpu/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: demo train-clip train-timesformer help env test test-slow lint format bench gpu-check docs clean
+.PHONY: demo train-clip train-timesformer train-captioning help env test test-slow lint format bench gpu-check docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -57,6 +57,12 @@ train-timesformer: env ## Train TimeSformer on moving digits and on KanjiVG, eva
 	$(PY) -m models.timesformer eval runs/timesformer-kanji
 	$(PY) -m models.timesformer ablation --out runs/timesformer-ablation --data digits --preset tiny --steps 800 \
 		--warmup 80 --ema 0.998
+
+# The same command goes on where a stopped run was.
+train-captioning: env ## Train the captioner on emoji until CIDEr on a held-out style gets no better, then evaluate it
+	$(PY) -m models.captioning train --out runs/captioning --styles all --validation-style fluent-flat --steps 1000 \
+		--batch-size 256 --lr 2e-3 --warmup 60 --ema 0.998 --evaluate-every 100 --checkpoint-every 100
+	$(PY) -m models.captioning eval runs/captioning
 
 bench: env ## Compare the kernels with what users run today; tables and plots into docs/figures
 	$(PY) -m benchmarks.report

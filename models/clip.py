@@ -40,9 +40,9 @@ from models.cli import (
     pick_precision,
     run_app,
 )
-from models.data import BadDataError, Batch, BatchPlan, Splits, Tokenizer
-from models.data.augment import Augment
-from models.data.sets import BadDataLog, decode_image
+from models.data import Batch, BatchPlan, Splits, Tokenizer
+from models.data.config import DataConfig, batch_plan, load_data, pick_styles
+from models.data.sets import BadDataLog, read_image
 from models.layers import ConvStem, Transformer
 from models.training import TrainConfig, Trainer, clear_run, console, decay_groups, load_run, read_history
 
@@ -317,73 +317,6 @@ class ClipTask:
         return [decayed, plain, scale]
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class DataConfig:
-    """Which data, and how it is shown in training."""
-
-    source: str = "emoji"  # "emoji", "synthetic", or the path of a folder or captions file
-    styles: tuple[str, ...] = ("openmoji", "openmoji-flat", "openmoji-line", "noto")
-    validation_style: str | None = None
-    stored_size: int = 48  # the side at which images are kept; augmentation samples from it
-    batch_size: int = 256
-    views: int = 2
-    variant_divisor: int = 5
-    keyword_share: float = 0.3
-    augment: float = 1.0
-    seed: int = 0
-    cache_dir: str = "runs/cache"
-
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> DataConfig:
-        """The config that :func:`dataclasses.asdict` made ``values`` from."""
-        return DataConfig(**{**values, "styles": tuple(values["styles"])})
-
-
-def load_data(config: DataConfig, bad: BadDataLog) -> Splits:
-    """Read the data a config names."""
-    if config.source == "emoji":
-        from models.data.emoji import EmojiConfig, load_emoji
-
-        return load_emoji(
-            EmojiConfig(
-                train_styles=config.styles,
-                validation_style=config.validation_style,
-                size=config.stored_size,
-                cache_dir=Path(config.cache_dir),
-            ),
-            bad,
-        )
-    if config.source == "synthetic":
-        from models.data.synthetic import load_synthetic
-
-        return load_synthetic(config.stored_size)
-    from models.data.folder import load_folder
-
-    path = Path(config.source)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"--data {config.source}: not 'emoji', 'synthetic' or an existing folder or captions file"
-        )
-    return load_folder(path, config.stored_size, bad)
-
-
-def batch_plan(splits: Splits, model: ClipConfig, data: DataConfig) -> BatchPlan:
-    """The training batches of a data set for a model."""
-    return BatchPlan(
-        splits.train,
-        Tokenizer(model.text.context_length, model.text.vocab_size),
-        Augment(model.vision.image_size, data.augment),
-        batch_size=data.batch_size,
-        views=data.views,
-        variant_divisor=data.variant_divisor,
-        keyword_share=data.keyword_share,
-        seed=data.seed,
-    )
-
-
 def load_clip(path: Path) -> tuple[CLIP, DataConfig]:
     """The model of a run folder or a checkpoint file, with averaged weights where there are any, ready to evaluate."""
     weights, described = load_run(path, f"python -m models.clip train --out {path}")
@@ -413,18 +346,6 @@ class LossChoice(str, Enum):
     eager = "eager"
 
 
-def pick_styles(choice: str, validation_style: str = "") -> tuple[str, ...]:
-    """The styles a list with commas names; "all" is every style that can be had here, but for the validation style."""
-    if choice != "all":
-        return tuple(name.strip() for name in choice.split(",") if name.strip())
-    from models.data.emoji import NPM_STYLES, all_train_styles
-
-    found = all_train_styles(Path(DataConfig.cache_dir))
-    if missing := [name for name in NPM_STYLES if name not in found]:
-        console.print(f"[yellow]npm is not on this machine: going on without the styles {', '.join(missing)}")
-    return tuple(name for name in found if name != validation_style)
-
-
 def train_run(
     preset: str,
     data: DataConfig,
@@ -447,7 +368,8 @@ def train_run(
     random.seed(train.seed)
     config = PRESETS[preset]
     model = CLIP(config).to(memory_format=torch.channels_last)
-    plan = batch_plan(splits, config, data)
+    tokenizer = Tokenizer(config.text.context_length, config.text.vocab_size)
+    plan = batch_plan(splits, data, tokenizer, config.vision.image_size)
     task = ClipTask(plan, loss, image_weight, scale_lr)
     if not resume:
         clear_run(out)
@@ -639,10 +561,7 @@ def retrieve(
     config = model.config.text
     encoder = Encoder(model, Tokenizer(config.context_length, config.vocab_size))
     if image is not None:
-        try:
-            pixels = decode_image(image.read_bytes(), gallery.size, name=str(image))
-        except OSError as error:
-            raise BadDataError(f"{image}: {error.strerror or error}") from error
+        pixels = read_image(image, gallery.size)
         scores = encoder.texts(gallery.names()) @ encoder.images(pixels.unsqueeze(0))[0]
     else:
         scores = encoder.images(gallery.images) @ encoder.texts([text])[0]

@@ -120,6 +120,20 @@ class Residual(nn.Module):
         return F.relu(x + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))))
 
 
+def conv_stages(before: int, widths: Sequence[int], depths: Sequence[int]) -> nn.Sequential:
+    """Stages of a convolutional network on ``before`` channels; each halves the side and has ``depth`` residuals."""
+    stages: list[nn.Module] = []
+    for width, depth in zip(widths, depths, strict=True):
+        stages += [nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        stages += [Residual(width) for _ in range(depth)]
+        before = width
+    network = nn.Sequential(*stages)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return network
+
+
 class ConvStem(nn.Module):
     """A small convolutional network in the place of the patch embedding; every stage halves the side of its input.
 
@@ -128,17 +142,8 @@ class ConvStem(nn.Module):
 
     def __init__(self, widths: Sequence[int], depths: Sequence[int], out: int) -> None:
         super().__init__()
-        stages: list[nn.Module] = []
-        before = 3
-        for width, depth in zip(widths, depths, strict=True):
-            stages += [nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            stages += [Residual(width) for _ in range(depth)]
-            before = width
-        self.stages = nn.Sequential(*stages)
-        self.proj = nn.Conv2d(before, out, 1)
-        for module in self.stages.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.stages = conv_stages(3, widths, depths)
+        self.proj = nn.Conv2d(widths[-1], out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, 3, S, S] -> [B, out, S / 2^stages, S / 2^stages]."""

@@ -75,6 +75,8 @@ def keep_freed_memory() -> None:
         libc.mallopt(-2, 2**26)  # M_TOP_PAD: grow in steps of 64 MiB
 
 
+BEST = "best.safetensors"  # the weights that did best in validation, where a run has any
+
 # What a row of the history holds beside the loss and the numbers of the task.
 _UNSHOWN = ("step", "grad_norm", "lr", "seconds")
 
@@ -197,6 +199,7 @@ class Trainer:
         if compile_model:
             self.model = torch.compile(self.model)
         self.step = 0
+        self.stop = False  # set by `on_step` of :meth:`fit`: this step is the last
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
 
@@ -329,7 +332,7 @@ class Trainer:
         quiet = not console.is_terminal
         with history, Progress(*columns, console=console, disable=quiet) as bar:
             job = bar.add_task("training", total=self.config.steps, completed=self.step, note="")
-            while self.step < self.config.steps and self.progress() < 1:
+            while not self.stop and self.step < self.config.steps and self.progress() < 1:
                 began = time.perf_counter()
                 row = {"step": float(self.step)} | self.train_step()
                 self.step += 1
@@ -361,9 +364,50 @@ class Trainer:
         return {name: value.detach().clone() for name, value in state.items()}
 
 
-def read_history(run_dir: Path) -> list[dict[str, float]]:
-    """The rows of ``history.jsonl``; a last line cut off by a kill is left out."""
-    path = run_dir / "history.jsonl"
+@dataclass
+class EarlyStopping:
+    """Scores the weights to evaluate now and then, keeps the best, and ends a run that gets no better.
+
+    Called after each step (``on_step`` of :meth:`Trainer.fit`). Scores lie in ``validation.jsonl``, the best weights in
+    ``best.safetensors``, so that a resumed run goes on with both.
+    """
+
+    score: Callable[[dict[str, Tensor]], float]  # of a state dict; higher is better
+    every: int
+    patience: int  # evaluations without a better one
+
+    def start(self, trainer: Trainer) -> None:
+        """Take up the scores of a run that was resumed; those beyond its checkpoint are found again."""
+        self.rows = [row for row in read_history(trainer.run_dir, "validation.jsonl") if row["step"] <= trainer.step]
+        trainer.stop = self._over()
+
+    def _over(self) -> bool:
+        scores = [row["score"] for row in self.rows]
+        return bool(scores) and len(scores) - 1 - scores.index(max(scores)) >= self.patience
+
+    def __call__(self, trainer: Trainer) -> None:
+        """Evaluate, if it is time."""
+        last = trainer.step >= trainer.config.steps or trainer.progress() >= 1
+        if trainer.step % self.every and not last:
+            return
+        weights = trainer.weights()
+        value = self.score(weights)
+        best = max((row["score"] for row in self.rows), default=-math.inf)
+        if value > best:
+            described = {"step": trainer.step, "score": value, "model": trainer.model_config}
+            tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
+            save_checkpoint(trainer.run_dir / BEST, tensors, described)
+        self.rows.append({"step": trainer.step, "score": value})
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        (trainer.run_dir / "validation.jsonl").write_text(text, encoding="utf-8")
+        trainer.stop = self._over()
+        note = ", the best so far" if value > best else f" (best {best:.3f})"
+        console.print(f"step {trainer.step}: validation {value:.3f}{note}{'; stopped' if trainer.stop else ''}")
+
+
+def read_history(run_dir: Path, name: str = "history.jsonl") -> list[dict[str, float]]:
+    """The rows of a log of a run; a last line cut off by a kill is left out."""
+    path = run_dir / name
     rows = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -376,7 +420,8 @@ def read_history(run_dir: Path) -> list[dict[str, float]]:
 
 def clear_run(run_dir: Path) -> None:
     """Delete the checkpoints and the logs of a run folder, to start anew in it."""
-    for old in [*run_dir.glob("step-*.safetensors"), run_dir / "history.jsonl"]:
+    logs = [run_dir / "history.jsonl", run_dir / "validation.jsonl"]
+    for old in [*run_dir.glob("step-*.safetensors"), run_dir / BEST, *logs]:
         old.unlink(missing_ok=True)
     shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
 
@@ -384,9 +429,12 @@ def clear_run(run_dir: Path) -> None:
 def load_run(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights (the averaged ones, where there are any) and configuration of a run folder or a checkpoint file.
 
+    Of a folder: those that did best in validation, or else the newest.
     ``remedy`` is the command that makes a checkpoint, for the error where the folder has none.
     """
-    if path.is_dir():
+    if (path / BEST).is_file():
+        tensors, metadata = load_checkpoint(path / BEST)
+    elif path.is_dir():
         found = load_newest(path, lambda message: console.print(f"[yellow]{message}"))
         if found is None:
             raise CheckpointError(f"{path} holds no checkpoint; train first: {remedy}")

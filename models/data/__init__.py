@@ -1,7 +1,17 @@
 """Image-text data behind one interface: emoji drawings, a user's own folder, synthetic shapes."""
 
 from models.data.batches import Batch, BatchPlan
-from models.data.captions import Tokenizer
+from models.data.captions import Tokenizer, Vocabulary
 from models.data.sets import BadDataError, BadDataPolicy, Concept, ImageTextSet, Splits
 
-__all__ = ["BadDataError", "BadDataPolicy", "Batch", "BatchPlan", "Concept", "ImageTextSet", "Splits", "Tokenizer"]
+__all__ = [
+    "BadDataError",
+    "BadDataPolicy",
+    "Batch",
+    "BatchPlan",
+    "Concept",
+    "ImageTextSet",
+    "Splits",
+    "Tokenizer",
+    "Vocabulary",
+]

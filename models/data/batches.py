@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from models.data.augment import Augment
-from models.data.captions import Tokenizer, sample_caption
+from models.data.captions import sample_caption
 from models.data.sets import ImageTextSet
 
 
@@ -43,7 +44,7 @@ class BatchPlan:
     def __init__(
         self,
         data: ImageTextSet,
-        tokenizer: Tokenizer,
+        tokenizer: Callable[[Sequence[str]], Tensor],
         augment: Augment,
         *,
         batch_size: int,

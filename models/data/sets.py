@@ -6,10 +6,11 @@ its caption: batches therefore never hold a concept twice, and retrieval counts 
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -132,6 +133,26 @@ class Splits:
         if self.validation is not None:
             sets["validation"] = self.validation
         return sets | self.tests
+
+
+def hold_out_validation(splits: Splits, share: float, seed: int = 0) -> Splits:
+    """The same data with ``share`` of the training set's groups, picked by hash, as its validation set."""
+    concepts = splits.train.concepts
+
+    def held(concept: int) -> bool:
+        digest = hashlib.sha256(f"{seed}:validation:{concepts[concept].group}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64 < share
+
+    mask = torch.tensor([held(concept) for concept in splits.train.concept_ids.tolist()])
+    if not mask.any() or mask.all():
+        raise ValueError(f"{len(mask)} training images are too few to hold {share:.0%} of them out for validation")
+    note = f"{int(mask.sum())} training images held out for validation"
+    return replace(
+        splits,
+        train=splits.train.select((~mask).nonzero().squeeze(1)),
+        validation=splits.train.select(mask.nonzero().squeeze(1)),
+        notes=[*splits.notes, note],
+    )
 
 
 class BadDataLog:
