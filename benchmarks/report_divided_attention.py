@@ -1,6 +1,5 @@
 """The report of divided_attention: TimeSformer's two steps, forward alone and with backward, against their peers."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from rich.table import Table
 
 from benchmarks.peak import cpu_peak
 from benchmarks.peers import attentions
-from benchmarks.timing import interleaved, median
+from benchmarks.timing import bandwidth, interleaved, median
 from mmkernels.divided_attention.ops import layout_of
 from mmkernels.testing import peak_allocated
 
@@ -23,18 +22,6 @@ CELLS = [
     for size in ((1, 8, 196), (4, 8, 196), (1, 96, 196), (1, 16, 784))
 ]
 QUICK = [cell for cell in CELLS if cell[2:] == (1, 8, 196)]
-
-
-def bandwidth() -> float:
-    """Bytes a second of a copy of 256 MiB, what is read and what is written counted once each."""
-    source = torch.ones(1 << 26)
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(5):
-        before = time.perf_counter()
-        target.copy_(source)
-        best = min(best, time.perf_counter() - before)
-    return 2 * source.nbytes / best
 
 
 def measure(

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 
 def interleaved(
     candidates: Mapping[str, Callable[[], Any]], *, seconds: float = 10.0, least: int = 3, most: int = 50
@@ -29,3 +31,15 @@ def interleaved(
 
 def median(times: list[float]) -> float:
     return statistics.median(times)
+
+
+def bandwidth() -> float:
+    """Bytes a second of a copy of 256 MiB, what is read and what is written counted once each."""
+    source = torch.ones(1 << 26)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(5):
+        before = time.perf_counter()
+        target.copy_(source)
+        best = min(best, time.perf_counter() - before)
+    return 2 * source.nbytes / best

@@ -261,6 +261,34 @@ def test_the_first_step_is_not_expanded():
     assert set(calls[1:]) == {12}
 
 
+def test_the_state_is_any_pytree_and_its_tensors_follow_the_beams():
+    table = features(30, 30, seed=1) * 12
+
+    def step(tokens, state):
+        (history,), rest = state["past"], state["rest"]
+        assert rest == "kept"
+        seen.append(torch.cat([history, tokens[:, None]], 1))
+        return table[tokens] + history.sum(1, keepdim=True).sin(), {"past": (seen[-1],), "rest": rest}
+
+    seen = []
+    start = {"past": (torch.zeros(2, 0, dtype=torch.int64),), "rest": "kept"}
+    options = {"num_beams": 3, "bos_token_id": 1, "eos_token_id": (), "max_length": 6, "num_return_sequences": 3}
+    result = mmkernels.beam_search(step, start, batch_size=2, **options)
+    for b, r in itertools.product(range(2), range(3)):  # the last step's rows hold each hypothesis but its last token
+        own = result.sequences[b, r, :-1].tolist()
+        assert [1, *own] in seen[-1][3 * b : 3 * b + 3].tolist()
+
+
+@pytest.mark.parametrize("shape", [(), (3, 2)])
+def test_a_state_without_a_row_for_each_token_is_refused(shape):
+    table = features(30, 30, seed=1) * 12
+    with pytest.raises(ValueError, match="state: expected tensors of 2 rows"):
+        mmkernels.beam_search(
+            lambda tokens, state: (table[tokens], state), torch.zeros(shape), batch_size=2, num_beams=3,
+            bos_token_id=1, eos_token_id=2, max_length=4,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("preset", ["hf", "fairseq", "ctranslate2"])
 def test_an_item_is_the_same_in_every_batch(preset):
     """Logits from a table: the search alone decides."""

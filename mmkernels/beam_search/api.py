@@ -151,7 +151,7 @@ def beam_search(
 
     Args:
         step: (tokens [rows], int64; state) -> (logits [rows, V], state).
-        state: a pytree of tensors whose first dimension is B.
+        state: a pytree; the first dimension of its tensors is B, later B K. Other leaves are handed on as they are.
         batch_size: B; 0 gives an empty result.
         num_beams: K.
         bos_token_id: the token before the first step; an int, or [B] of int64.

@@ -4,6 +4,7 @@ Nothing here waits for the device but the check of the done flags, and nothing c
 reads it. Beams and hypotheses that do not exist are marked by a bit, never by a score.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -103,6 +104,18 @@ class BeamSearchResult:
         return {item: _FAULTS[code] for item, code in enumerate(self.fault.tolist()) if code}
 
 
+def gathered(leaf: Any, rows: Tensor, expected: int) -> Any:
+    """A leaf of the state at these of its `expected` rows; what is no tensor stays."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if leaf.ndim == 0 or leaf.shape[0] != expected:
+        raise ValueError(
+            f"state: expected tensors of {expected} rows, one for each of `tokens`, got shape {tuple(leaf.shape)}; "
+            "let `step` hold what all rows share"
+        )
+    return leaf.index_select(0, rows)
+
+
 class _Search:
     """N = B G items of k = K / G beams each."""
 
@@ -119,7 +132,11 @@ class _Search:
         self.eos = torch.tensor(o.eos, dtype=torch.int64, device=device)
         self.target = round(self.k * o.patience)
         self.cuts = o.preset != "fairseq"  # what runs at max_length becomes a hypothesis
+        # On the device once: a copy in a step would wait for it.
         self.words = [torch.tensor(word, device=device) for word in o.bad_words if len(word) > 1]
+        single = [word[0] for word in o.bad_words if len(word) == 1]
+        self.single = torch.tensor(single, dtype=torch.int64, device=device)
+        self.prefix = None if o.prefix is None else o.prefix.to(device)
         self.history: Tensor | None = None  # [B, G, k, n], where an option reads it
         if (
             o.no_repeat_ngram_size
@@ -150,19 +167,17 @@ class _Search:
     def masks(self, history: Tensor | None, t: int, rows: int, vocabulary: int) -> Tensor | None:
         """Tokens forbidden at step t, [V] or [rows, V]; None: none is."""
         o = self.o
-        everything = torch.ones(vocabulary, dtype=torch.bool, device=self.device)
+        none = torch.zeros(vocabulary, dtype=torch.bool, device=self.device)
         if o.forced_eos is not None and t == o.max_length - 1:
-            everything[o.forced_eos] = False
-            return everything
+            none[o.forced_eos] = True
+            return ~none
         parts: list[Tensor | None] = []
-        single = [word[0] for word in o.bad_words if len(word) == 1]
-        if single or (t < o.min_length and o.eos):
-            mask = ~everything
-            mask[single] = True
+        if len(self.single) or (t < o.min_length and o.eos):
+            mask = none.index_fill(0, self.single, True)
             if o.preset == "hf":  # transformers does not take EOS for a bad word
-                mask[self.eos] = False
+                mask.index_fill_(0, self.eos, False)
             if t < o.min_length:
-                mask[self.eos] = True
+                mask.index_fill_(0, self.eos, True)
             parts.append(mask)
         if history is not None:
             if o.no_repeat_ngram_size:
@@ -174,11 +189,10 @@ class _Search:
         forbidden: Tensor | None = None
         for part in parts:
             forbidden = part if forbidden is None else forbidden if part is None else forbidden | part
-        if o.prefix is not None and t < o.prefix.shape[1]:
-            wanted = o.prefix[:, t].to(self.device).repeat_interleave(rows // o.batch_size)[:, None]
+        if self.prefix is not None and t < self.prefix.shape[1]:
+            wanted = self.prefix[:, t].repeat_interleave(rows // o.batch_size)[:, None]
             others = torch.arange(vocabulary, device=self.device) != wanted
-            free = forbidden if forbidden is not None else ~everything
-            forbidden = torch.where(wanted >= 0, others, free)
+            forbidden = torch.where(wanted >= 0, others, none if forbidden is None else forbidden)
         return forbidden
 
     def candidates(
@@ -263,7 +277,7 @@ class _Search:
             if o.reorder is not None:
                 state = o.reorder(state, rows)
             else:
-                state = pytree.tree_map(lambda x, rows=rows: x.index_select(0, rows), state)
+                state = pytree.tree_map(functools.partial(gathered, rows=rows, expected=len(logits)), state)
             if self.history is not None:
                 at = parents.view(B, G, k, 1).expand(-1, -1, -1, self.history.shape[-1])
                 self.history = torch.cat([self.history.gather(2, at), tokens.view(B, G, k, 1)], -1)
