@@ -54,11 +54,9 @@ def cases(gpus: Iterable[str] = GPUS) -> list[Case]:
 def _cases(gpu: str) -> Iterator[Case]:
     tile = TILES[gpu]
 
-    def make(kernel: str, dtype: str, **constants: Any) -> Case:
+    def make(kernel: str, dtype: str, warps: int = tile.num_warps, **constants: Any) -> Case:
         options = (("enable_fp_fusion", False),)
-        return Case(
-            "beam_search", kernel, gpu, "ieee", dtype, tuple(constants.items()), tile.num_warps, 3, options=options
-        )
+        return Case("beam_search", kernel, gpu, "ieee", dtype, tuple(constants.items()), warps, 3, options=options)
 
     for dtype in ("bf16", "fp16", "fp32"):
         for masked in (False, True):
@@ -74,7 +72,8 @@ def _cases(gpu: str) -> Iterator[Case]:
         for normalize in (False, True):
             for beams in BEAMS:
                 for parts in PARTS:
-                    yield make("merge", "fp32", MASKED=masked, NORMALIZE=normalize, BEAMS=beams, PARTS=parts)
+                    warps = triton_kernels.merge_warps(tile, beams, parts)
+                    yield make("merge", "fp32", warps, MASKED=masked, NORMALIZE=normalize, BEAMS=beams, PARTS=parts)
 
 
 def kernel(name: str) -> Any:

@@ -317,6 +317,11 @@ class Split(NamedTuple):
     parts: int
 
 
+def merge_warps(tile: Tile, beams: int, parts: int) -> int:
+    """Warps of the merge: its largest tiles do not fit the registers of as many as the other kernels have."""
+    return 2 * tile.num_warps if beams * parts > 1024 else tile.num_warps
+
+
 def split_rows(rows: int, vocabulary: int, tile: Tile, multiprocessors: int) -> Split:
     """Parts as small as the GPU needs to be busy, and no smaller."""
     steps = triton.cdiv(vocabulary, tile.block)
@@ -364,7 +369,7 @@ def beam_search_step(
     group = max(1, _GROUP_BYTES // (V * logits.element_size())) if normalize and parts > 1 else rows
     shape = (logits.stride(0), 0 if forbidden is None else forbidden.stride(0), V, part, parts)
     options = {"BLOCK": tile.block, "num_warps": tile.num_warps, "enable_fp_fusion": False}
-    padded = triton.next_power_of_2(parts)
+    beams, padded = triton.next_power_of_2(K), triton.next_power_of_2(parts)
     with on_device(logits.device):
         for first in range(0, rows, group):
             grid = (min(group, rows - first), parts)
@@ -381,6 +386,6 @@ def beam_search_step(
         merge_kernel[(B,)](
             scores, valid, maxima, sums, kept_logits, kept_tokens, out_scores, out_beams, out_tokens,
             out_valid.view(torch.uint8), poisoned.view(torch.uint8), K, V, parts, keep, C, NORMALIZE=normalize,
-            BEAMS=triton.next_power_of_2(K), PARTS=padded, num_warps=tile.num_warps, enable_fp_fusion=False,
+            BEAMS=beams, PARTS=padded, num_warps=merge_warps(tile, beams, padded), enable_fp_fusion=False,
         )  # fmt: skip
     return outputs
