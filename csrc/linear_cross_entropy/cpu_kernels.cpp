@@ -93,11 +93,9 @@ struct ClassGradient {
 
   bool recall(float* s, int64_t col0, int64_t cols) const {
     if (p.products == nullptr) return false;
-    for (int64_t c = 0; c < cols; ++c) {
-      float* row = s + c * kTileStride;
-      std::memcpy(row, p.products + (col0 + c) * p.logits.queries.rows + bias.class0, bias.classes * sizeof(float));
-      std::fill(row + bias.classes, row + bias.padded_classes, 0.f);
-    }
+    for (int64_t c = 0; c < cols; ++c)
+      std::memcpy(s + c * kTileStride, p.products + (col0 + c) * p.logits.queries.rows + bias.class0,
+                  bias.classes * sizeof(float));
     return true;
   }
 
