@@ -32,6 +32,10 @@ def test_reference_is_the_eager_code(case):
     exact = run(queries.double(), keys.double(), case.scale, "reference", **case.options)
     actual = run(queries, keys, case.scale, "reference", **case.options)
     assert_results(actual, run_eager(queries, keys, case.scale, **case.options), exact, queries, keys, case.scale)
+    # The oracle itself, against the lines that it stands for.
+    eager = run_eager(queries.double(), keys.double(), case.scale, **case.options)
+    for a, b in zip(exact, eager, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", ["avx512", "avx2", "portable"])
