@@ -42,6 +42,9 @@ class Case:
             logits = torch.full((B * K, V), -INF)
         elif self.kind == "few":  # most of each row is -inf
             logits[torch.rand(B * K, V, generator=g) < 0.97] = -INF
+        elif self.kind == "comb":  # the best are equal and lie a power of two apart
+            logits = torch.full((B * K, V), -1.0)
+            logits[:, 7::128] = 3.0
         elif self.kind == "large":
             logits = logits * 1e4
         elif self.kind == "nan":
@@ -51,6 +54,8 @@ class Case:
         elif self.kind == "nan and nothing":
             logits = torch.full((B * K, V), -INF)
             logits[0, 0] = torch.nan
+        elif self.kind == "nan score":
+            scores[0, K - 1] = torch.nan
         options = dict(self.options)
         if options.get("valid") == "some":
             options["valid"] = torch.rand(B, K, generator=g) < 0.6
@@ -73,11 +78,12 @@ CASES = [
     Case(2, 5, 3, candidates=40),
     Case(2, 6, 40000),
     Case(2, 2, 300, candidates=1),
+    Case(1, 2, 1500, "comb"),
     *(
         Case(3, 4, V, kind)
         for kind in (
             "ascending", "descending", "equal", "ties", "near", "nothing", "few", "large", "nan", "infinite",
-            "nan and nothing",
+            "nan and nothing", "nan score",
         )
         for V in (9, 700)
     ),
@@ -91,6 +97,7 @@ CASES = [
             {"forbidden": "rows", "valid": "some"},
             {"forbidden": "rows", "mask_first": True},
             {"normalize": False},
+            {"normalize": False, "valid": "some"},
             {"normalize": False, "forbidden": "rows"},
         )
     ),

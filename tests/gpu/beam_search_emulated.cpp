@@ -5,7 +5,8 @@
 // INPUT: for each case the numbers of struct Header (Rule), then logits, forbidden, scores and valid (the tensors of
 // BeamAdvance in their order), each as many bytes as the kernels may read. OUTPUT: for each case what was written, one
 // tensor after another. Every buffer is an allocation of
-// its own, so that AddressSanitizer sees a step over its ends, and is NaN until it is written.
+// its own, so that AddressSanitizer sees a step over its ends, and is full of numbers that would win until it is
+// written.
 #include "emulator.h"
 // The device code finds what it calls in the emulator.
 #include <fstream>
@@ -26,7 +27,7 @@ struct Header {
 struct Buffer {
   char* data;
 
-  explicit Buffer(size_t bytes) : data(static_cast<char*>(std::malloc(bytes))) { std::memset(data, 0xFF, bytes); }
+  explicit Buffer(size_t bytes) : data(static_cast<char*>(std::malloc(bytes))) { std::memset(data, 0x7F, bytes); }
   Buffer(std::istream& from, size_t bytes) : Buffer(bytes) { from.read(data, static_cast<std::streamsize>(bytes)); }
   Buffer(const Buffer&) = delete;
   ~Buffer() { std::free(data); }

@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from beam_search_cases import CASES, assert_same
+from beam_search_cases import CASES, Case, assert_same
 from test_beam_search_advance import random_search
 
 import mmkernels
@@ -152,6 +152,11 @@ def test_gives_the_bits_of_the_reference(program, device, schedule):
 
 def test_as_on_an_h100(program):
     check(program, "H100", BACKWARD, SMALL[::7])
+
+
+def test_each_operation_is_rounded_by_itself(program):
+    """A contraction shows in a few rows of a hundred, once the logarithm of their sums is rounded to float32."""
+    check(program, "one-warp", FORWARD, [Case(60, 8, 200, candidates=8)], [torch.float32])
 
 
 def test_what_follows_the_step(program):

@@ -1,36 +1,27 @@
 """The Triton kernels of beam search in Triton's interpreter, on CPU tensors: the bits of the reference, guard bands.
 
 The interpreter must be chosen before Triton is imported: run plainly, this file runs itself again in a process where it
-is. Every tensor that the kernels read or write lies between guards, and every one they allocate starts as NaN.
+is. Every tensor that the kernels read or write lies between guards, and every one they allocate starts as numbers that
+would win.
 """
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from interpreting import GUARD, INTERPRETED, guarded_allocations, run_interpreted
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED:
 
-    def run_interpreted(*options: str) -> None:
-        environment = os.environ | {"TRITON_INTERPRET": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, __file__]
-        root = Path(__file__).parents[2]
-        run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-        print(run.stdout[-6000:], run.stderr[-2000:])
-        assert run.returncode == 0
-
     def test_kernels_in_the_interpreter() -> None:
-        run_interpreted("-m", "not slow")
+        run_interpreted(__file__, "-m", "not slow")
 
     @pytest.mark.slow
     def test_all_cases_in_the_interpreter() -> None:
-        run_interpreted("-m", "slow")
+        run_interpreted(__file__, "-m", "slow")
 
 else:
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -42,7 +33,7 @@ else:
     import mmkernels
     from mmkernels.beam_search import triton_kernels
 
-    GUARD = 4096  # entries, more than a tile
+    FILL = 0x7F  # bytes of what nobody wrote: logits and tokens that would win
     DTYPES = [torch.float32, torch.bfloat16, torch.float16]
     FP32 = torch.float32
     STEP = mmkernels.beam_search_step
@@ -60,24 +51,7 @@ else:
 
     @pytest.fixture(autouse=True)
     def guards(monkeypatch):
-        """What the launcher allocates: all ones (NaN) between guards that must still be so at the end."""
-        buffers = []
-        plain = torch.Tensor.new_empty
-
-        def new_empty(like, *size, dtype=None, **options):
-            if options:  # the interpreter's own
-                return plain(like, *size, dtype=dtype, **options)
-            shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
-            dtype = dtype or like.dtype
-            buffer = torch.full((shape.numel() * dtype.itemsize + 2 * GUARD,), 0xFF, dtype=torch.uint8)
-            buffers.append(buffer)
-            return buffer[GUARD : len(buffer) - GUARD].view(dtype).view(shape)
-
-        monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-        yield
-        for buffer in buffers:
-            assert (buffer[:GUARD] == 0xFF).all(), "written before a buffer"
-            assert (buffer[-GUARD:] == 0xFF).all(), "written past a buffer"
+        yield from guarded_allocations(monkeypatch, FILL, launches=False)
 
     def guarded(x: torch.Tensor | None, stride: int | None = None) -> torch.Tensor | None:
         """The rows of x with guards around each: NaN, which poisons an item; True, which forbids or counts."""
@@ -120,13 +94,18 @@ else:
         """Rows of several parts, parts of several steps, and launches of two rows."""
         monkeypatch.setattr(triton_kernels, "_GROUP_BYTES", 2 * 3000 * dtype.itemsize)
         monkeypatch.setitem(triton_kernels.TILES, "interpreter", triton_kernels.Tile(256, 4, 4, 1))
-        check(Case(1, 3, 3000, candidates=3), dtype)
+        check(Case(1, 3, 2900, candidates=3), dtype)  # the best are in the second launch
         check(Case(1, 3, 3000, "ties", candidates=3, options=of(forbidden="rows", mask_first=True)), dtype)
 
-    @pytest.mark.parametrize("kind", ["ascending", "equal", "ties", "near", "nothing", "nan", "infinite"])
+    @pytest.mark.parametrize(
+        "kind", ["ascending", "equal", "ties", "near", "comb", "nothing", "nan", "infinite", "nan score"]
+    )
     def test_adversaries_in_parts(kind, monkeypatch):
         monkeypatch.setitem(triton_kernels.TILES, "interpreter", triton_kernels.Tile(128, 4, 4, 1))
         check(Case(2, 2, 900, kind, candidates=3), FP32)
+
+    def test_lists_that_nobody_wrote():
+        check(Case(4, 3, 530, options=of(valid="some", normalize=False)), FP32)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
@@ -145,5 +124,5 @@ else:
         buffer = scores.new_empty(3)
         buffer.as_strided((1,), (1,), buffer.storage_offset() + 3).zero_()
         raw = torch.empty(0, dtype=torch.uint8).set_(buffer.untyped_storage())
-        assert not (raw[-GUARD:] == 0xFF).all()
-        raw[-GUARD:] = 0xFF
+        assert not (raw[-GUARD:] == FILL).all()
+        raw[-GUARD:] = FILL

@@ -4,33 +4,23 @@ The interpreter must be chosen before Triton is imported: run plainly, this file
 is. Every tensor that the kernels read or write lies between guards of NaN, and every one they allocate starts as NaN.
 """
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from interpreting import INTERPRETED, guarded_allocations, run_interpreted
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED:
 
-    def run_interpreted(*options: str) -> None:
-        environment = os.environ | {"TRITON_INTERPRET": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, __file__]
-        root = Path(__file__).parents[2]
-        run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-        print(run.stdout[-6000:], run.stderr[-2000:])
-        assert run.returncode == 0
-
     def test_kernels_in_the_interpreter() -> None:
-        run_interpreted("-m", "not slow")
+        run_interpreted(__file__, "-m", "not slow")
 
     @pytest.mark.slow
     def test_all_cases_in_the_interpreter() -> None:
-        run_interpreted("-m", "slow")
+        run_interpreted(__file__, "-m", "slow")
 
 else:
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -45,7 +35,6 @@ else:
     from mmkernels.divided_attention.layout import Layout
     from mmkernels.divided_attention.triton_kernels import configs, engine
 
-    GUARD = 4096  # wider than any block
     FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
     OP = mmkernels.divided_attention
 
@@ -53,24 +42,7 @@ else:
 
     @pytest.fixture(autouse=True)
     def guards(monkeypatch):
-        """What the launchers allocate: NaN all over, between guards that must still be NaN at the end."""
-        buffers = []
-        plain = torch.Tensor.new_empty
-
-        def new_empty(like, *size, dtype=None, **options):
-            if options:  # the interpreter's own
-                return plain(like, *size, dtype=dtype, **options)
-            shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
-            buffer = torch.full((shape.numel() + 2 * GUARD,), torch.nan, dtype=dtype or like.dtype)
-            buffers.append((buffer, shape.numel()))
-            return buffer[GUARD : GUARD + shape.numel()].view(shape)
-
-        monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-        yield
-        assert buffers, "no kernel ran"
-        for buffer, length in buffers:
-            assert buffer[:GUARD].isnan().all(), "written before a buffer"
-            assert buffer[GUARD + length :].isnan().all(), "written past a buffer"
+        yield from guarded_allocations(monkeypatch)
 
     def guarded(qkv: torch.Tensor) -> torch.Tensor:
         """[B, L, 3 C] inside a larger tensor full of NaN: before and after each clip, after each token."""

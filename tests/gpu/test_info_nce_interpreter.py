@@ -4,33 +4,20 @@ The interpreter must be chosen before Triton is imported: run plainly, this file
 is. Every tensor that the kernels read or write lies between guards of NaN, and every one they allocate starts as NaN.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from interpreting import INTERPRETED, guarded_allocations, guarded_rows, run_interpreted
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED:
 
-    def run_interpreted(*options: str) -> None:
-        environment = os.environ | {"TRITON_INTERPRET": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, __file__]
-        root = Path(__file__).parents[2]
-        run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-        print(run.stdout[-6000:], run.stderr[-2000:])
-        assert run.returncode == 0
-
     def test_kernels_in_the_interpreter() -> None:
-        run_interpreted("-k", "not bf16")  # which takes the way of fp16
+        run_interpreted(__file__, "-k", "not bf16")  # which takes the way of fp16
 
     @pytest.mark.slow
     def test_kernels_in_the_interpreter_in_bf16() -> None:
-        run_interpreted("-k", "bf16")
+        run_interpreted(__file__, "-k", "bf16")
 
 else:
     import mmkernels
@@ -39,7 +26,6 @@ else:
     from mmkernels.testing import assert_within_budget, features
 
     TILE = configs.CONFIGS["interpreter"]["half"].forward.block_m
-    GUARD = 256  # wider than any block
     DTYPES = [torch.float32, torch.bfloat16, torch.float16]
     FP32, BF16, FP16 = DTYPES
 
@@ -47,40 +33,13 @@ else:
 
     @pytest.fixture(autouse=True)
     def guards(monkeypatch):
-        """What the launchers allocate: NaN all over, between guards that must still be NaN at the end."""
-        buffers = []
-        plain = torch.Tensor.new_empty
-
-        def new_empty(like, *size, **options):
-            if options:  # the interpreter's own
-                return plain(like, *size, **options)
-            shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
-            buffer = torch.full((shape.numel() + 2 * GUARD,), torch.nan, dtype=like.dtype)
-            buffers.append((buffer, shape.numel()))
-            return buffer[GUARD : GUARD + shape.numel()].view(shape)
-
-        monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-        yield
-        for buffer, length in buffers:
-            assert buffer[:GUARD].isnan().all(), "written before a buffer"
-            assert buffer[GUARD + length :].isnan().all(), "written past a buffer"
-
-    def guarded(tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor [rows, D] inside a larger one full of NaN; [rows] of int64 inside one of targets out of range."""
-        if tensor.dtype == torch.int64:
-            buffer = torch.full((len(tensor) + 2 * GUARD,), 1 << 30)
-            buffer[GUARD:-GUARD] = tensor
-            return buffer[GUARD:-GUARD]
-        rows, D = tensor.shape
-        buffer = torch.full((rows + 2, -(-D // 16) * 16 + 16), torch.nan, dtype=tensor.dtype)
-        buffer[1:-1, :D] = tensor
-        return buffer[1:-1, :D]
+        yield from guarded_allocations(monkeypatch, launches=False)
 
     def batch(N, M, D, dtype, mean_cosine=0.5, seed=0):
         """Queries and keys, guarded; key i is drawn near query i."""
         queries = features(N, D, dtype, seed=seed)
         keys = features(M, D, dtype, seed=seed + 1, like=queries, mean_cosine=mean_cosine)
-        return guarded(queries), guarded(keys)
+        return guarded_rows(queries), guarded_rows(keys)
 
     def cross_entropies(logits, targets, symmetric, label_smoothing):
         F = torch.nn.functional
@@ -152,13 +111,13 @@ else:
     @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
     def test_targets_and_directions(dtype, symmetric, label_smoothing):
         queries, keys = batch(45, 70, 48, dtype)
-        targets = guarded(torch.randperm(70, generator=torch.Generator().manual_seed(0))[:45])
+        targets = guarded_rows(torch.randperm(70, generator=torch.Generator().manual_seed(0))[:45])
         grad_losses = torch.randn(45, generator=torch.Generator().manual_seed(1))
         check(queries, keys, 20.0, targets, symmetric, label_smoothing, grad_losses)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
     def test_duplicate_targets_and_fewer_keys_than_queries(dtype):
-        targets = guarded(torch.arange(70) % 3)
+        targets = guarded_rows(torch.arange(70) % 3)
         check(*batch(70, 20, 48, dtype), 20.0, targets, label_smoothing=0.1)
         check(*batch(70, 20, 48, dtype), 20.0, torch.full((70,), 19))
 

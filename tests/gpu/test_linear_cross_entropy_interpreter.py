@@ -4,33 +4,23 @@ The interpreter must be chosen before Triton is imported: run plainly, this file
 is. Every tensor that the kernels read lies between guards of NaN, and every one they allocate starts as NaN.
 """
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from interpreting import INTERPRETED, guarded_allocations, guarded_rows, run_interpreted
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED:
 
-    def run_interpreted(*options: str) -> None:
-        environment = os.environ | {"TRITON_INTERPRET": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, __file__]
-        root = Path(__file__).parents[2]
-        run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-        print(run.stdout[-6000:], run.stderr[-2000:])
-        assert run.returncode == 0
-
     def test_kernels_in_the_interpreter() -> None:
-        run_interpreted("-k", "not bf16")  # which takes the way of fp16
+        run_interpreted(__file__, "-k", "not bf16")  # which takes the way of fp16
 
     @pytest.mark.slow
     def test_kernels_in_the_interpreter_in_bf16() -> None:
-        run_interpreted("-k", "bf16")
+        run_interpreted(__file__, "-k", "bf16")
 
 else:
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -42,7 +32,6 @@ else:
     from mmkernels.contrastive.triton_kernels import configs
 
     TILE = configs.CONFIGS["interpreter"]["half"].forward.block_m
-    GUARD = 256  # wider than any block
     DTYPES = [torch.float32, torch.bfloat16, torch.float16]
     NAMES = ["fp32", "bf16", "fp16"]
     CASES = [
@@ -65,45 +54,14 @@ else:
 
     @pytest.fixture(autouse=True)
     def guards(monkeypatch):
-        """What the launchers allocate: NaN all over, between guards that must still be NaN at the end."""
-        buffers = []
-        plain = torch.Tensor.new_empty
-
-        def new_empty(like, *size, **options):
-            if options:  # the interpreter's own
-                return plain(like, *size, **options)
-            shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
-            buffer = torch.full((shape.numel() + 2 * GUARD,), torch.nan, dtype=like.dtype)
-            buffers.append((buffer, shape.numel()))
-            return buffer[GUARD : GUARD + shape.numel()].view(shape)
-
-        monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-        yield
-        assert buffers, "no kernel ran"
-        for buffer, length in buffers:
-            assert buffer[:GUARD].isnan().all(), "written before a buffer"
-            assert buffer[GUARD + length :].isnan().all(), "written past a buffer"
-
-    def guarded(x: torch.Tensor | None) -> torch.Tensor | None:
-        """[rows, D] or [rows] inside a larger tensor full of NaN, or of targets out of range."""
-        if x is None:
-            return None
-        fill = 1 << 30 if x.dtype == torch.int64 else torch.nan
-        if x.ndim == 1:
-            buffer = torch.full((len(x) + 2 * GUARD,), fill, dtype=x.dtype)
-            buffer[GUARD : GUARD + len(x)] = x
-            return buffer[GUARD : GUARD + len(x)]
-        rows, D = x.shape
-        buffer = torch.full((rows + 2, -(-D // 16) * 16 + 16), fill, dtype=x.dtype)
-        buffer[1:-1, :D] = x
-        return buffer[1:-1, :D]
+        yield from guarded_allocations(monkeypatch)
 
     def check(case, dtype):
         hidden, weight, bias, targets = case.inputs(dtype)
         in_double = (hidden.double(), weight.double(), None if bias is None else bias.double(), targets)
         exact = run(*in_double, "reference", **case.options)
         eager = run_eager(hidden, weight, bias, targets, **case.options)
-        given = [guarded(x) for x in (hidden, weight, bias, targets)]
+        given = [None if x is None else guarded_rows(x) for x in (hidden, weight, bias, targets)]
         assert_results(run(*given, "triton", **case.options), eager, exact, hidden, weight)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
