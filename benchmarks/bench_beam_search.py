@@ -24,7 +24,7 @@ def test_captioner(benchmark, name: str) -> None:  # type: ignore[no-untyped-def
 
 @pytest.mark.parametrize("name", ["mmkernels", "Hugging Face", "CTranslate2"])
 def test_gpt2(benchmark, name: str) -> None:  # type: ignore[no-untyped-def]
-    loops = gpt2_loops(8, 5, 20)
+    loops = gpt2_loops(8, 5, 20, 64)
     if name not in loops:
         pytest.skip(f"{name} is not installed")
     benchmark.pedantic(loops[name], rounds=5, warmup_rounds=1)

@@ -22,12 +22,18 @@ def eager(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def linear_cross_entropy(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
-    """torch's chunked linear cross-entropy, once a direction."""
+def chunked_linear_cross_entropy() -> Callable[..., Tensor] | None:
+    """torch's linear cross-entropy in chunks, where torch has it: without options the call is the eager code."""
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return None
+    return functools.partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
+
+
+def in_both_directions(cross_entropy: Callable[..., Tensor], queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
+    """A linear cross-entropy once a direction."""
     labels = torch.arange(len(queries), device=queries.device)
     scale = scale.to(queries.dtype)
-    rows = F.linear_cross_entropy(scale * queries, keys, labels)
-    return (rows + F.linear_cross_entropy(scale * keys, queries, labels)) / 2
+    return (cross_entropy(scale * queries, keys, labels) + cross_entropy(scale * keys, queries, labels)) / 2
 
 
 def contrastive_losses(impl: str = "auto") -> dict[str, Loss]:
@@ -37,8 +43,8 @@ def contrastive_losses(impl: str = "auto") -> dict[str, Loss]:
         "eager": eager,
         "torch.compile": torch.compile(eager, dynamic=False),
     }
-    if hasattr(F, "linear_cross_entropy"):
-        losses["linear_cross_entropy x2"] = linear_cross_entropy
+    if (chunked := chunked_linear_cross_entropy()) is not None:
+        losses["F.linear_cross_entropy x 2"] = functools.partial(in_both_directions, chunked)
     try:
         from open_clip.loss import ClipLoss
     except ImportError:
@@ -59,9 +65,8 @@ def classification_losses(impl: str = "auto") -> dict[str, Loss]:
         "eager": eager_classification,
         "torch.compile": torch.compile(eager_classification, dynamic=False),
     }
-    if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # without options the call is the eager code
-        options = torch.nn.LinearCrossEntropyOptions()
-        losses["F.linear_cross_entropy"] = functools.partial(F.linear_cross_entropy, options=options)
+    if (chunked := chunked_linear_cross_entropy()) is not None:
+        losses["F.linear_cross_entropy"] = chunked
     return losses
 
 

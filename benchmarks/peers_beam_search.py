@@ -102,7 +102,7 @@ def captioner_loops(B: int, K: int, V: int, T: int, impl: str = "auto") -> dict[
     return {"mmkernels": search, "the model alone": alone, "eager": lambda: eager_search(model, start, B, K, T)}
 
 
-def gpt2_loops(B: int, K: int, T: int) -> dict[str, Callable[[], Any]]:
+def gpt2_loops(B: int, K: int, T: int, width: int) -> dict[str, Callable[[], Any]]:
     """`generate` of a GPT-2 of two layers, random weights: on the op, as Hugging Face has it, and in CTranslate2."""
     import tokenizers
     import transformers
@@ -112,7 +112,7 @@ def gpt2_loops(B: int, K: int, T: int) -> dict[str, Callable[[], Any]]:
     V = 50257
     torch.manual_seed(0)
     special: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": EOS}
-    config = transformers.GPT2Config(vocab_size=V, n_positions=64, n_embd=256, n_layer=2, n_head=4, **special)
+    config = transformers.GPT2Config(vocab_size=V, n_positions=64, n_embd=width, n_layer=2, n_head=4, **special)
     model = transformers.GPT2LMHeadModel(config).eval()
     prompts = torch.randint(3, V, (B, 4))
     inputs = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}
