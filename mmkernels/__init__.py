@@ -3,16 +3,19 @@
 from mmkernels.beam_search import beam_search, beam_search_step
 from mmkernels.contrastive import info_nce
 from mmkernels.divided_attention import divided_attention, divided_attention_maps
-from mmkernels.integrations.open_clip import ClipLoss
+from mmkernels.integrations.open_clip import ClipLoss, SigLipLoss
 from mmkernels.linear_cross_entropy import linear_cross_entropy
+from mmkernels.siglip import siglip
 
 __all__ = [
     "ClipLoss",
+    "SigLipLoss",
     "beam_search",
     "beam_search_step",
     "divided_attention",
     "divided_attention_maps",
     "info_nce",
     "linear_cross_entropy",
+    "siglip",
 ]
 __version__ = "0.1.0"

@@ -14,6 +14,7 @@ logger = logging.getLogger("mmkernels")
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "info_nce": ("triton", "cpu", "reference"),
     "divided_attention": ("triton", "cpu", "reference"),
+    "siglip": ("reference",),
     "linear_cross_entropy": ("triton", "cpu", "reference"),
     "beam_search": ("cuda", "triton", "cpu", "reference"),
 }

@@ -1,4 +1,5 @@
-"""mmkernels.ClipLoss against the real open_clip class: the same constructor, calls, losses and gradients."""
+"""mmkernels.ClipLoss and SigLipLoss against the real open_clip classes: the same constructors, calls, losses and
+gradients."""
 
 import inspect
 
@@ -37,15 +38,34 @@ def test_loss_and_gradients_are_open_clips(n, bias, output_dict):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-6)
 
 
-def test_same_constructor_and_call():
+@pytest.mark.parametrize("n", [1, 2, 63, 300])
+@pytest.mark.parametrize("output_dict", [False, True])
+def test_sigmoid_loss_and_gradients_are_open_clips(n, output_dict):
+    ours, value, grads = step(mmkernels.SigLipLoss, n, -10.0, output_dict=output_dict)
+    theirs, expected, expected_grads = step(open_clip.SigLipLoss, n, -10.0, output_dict=output_dict)
+    assert type(ours) is type(theirs)
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=2e-6)
+    for a, b in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-6)
+
+
+def test_sigmoid_loss_without_a_bias_is_open_clips():
+    images, texts = features(40, 16, seed=1), features(40, 16, seed=2)
+    expected = open_clip.SigLipLoss()(images, texts, 5.0, None)
+    torch.testing.assert_close(mmkernels.SigLipLoss()(images, texts, 5.0, None), expected)
+
+
+@pytest.mark.parametrize("loss", ["ClipLoss", "SigLipLoss"])
+def test_same_constructor_and_call(loss):
     for name in ("__init__", "forward"):
-        ours = inspect.signature(getattr(mmkernels.ClipLoss, name)).parameters
-        theirs = inspect.signature(getattr(open_clip.ClipLoss, name)).parameters
+        ours = inspect.signature(getattr(getattr(mmkernels, loss), name)).parameters
+        theirs = inspect.signature(getattr(getattr(open_clip, loss), name)).parameters
         assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in theirs.values()]
 
 
-def test_state_dict_is_empty_like_open_clips():
-    assert mmkernels.ClipLoss().state_dict() == open_clip.ClipLoss().state_dict()
+@pytest.mark.parametrize("loss", ["ClipLoss", "SigLipLoss"])
+def test_state_dict_is_empty_like_open_clips(loss):
+    assert getattr(mmkernels, loss)().state_dict() == getattr(open_clip, loss)().state_dict()
 
 
 @pytest.mark.parametrize("options", [{"world_size": 2}, {"use_horovod": True}])
@@ -54,11 +74,19 @@ def test_more_ranks_are_refused(options):
         mmkernels.ClipLoss(**options)
 
 
+def test_more_ranks_of_the_sigmoid_loss_are_refused():
+    with pytest.raises(NotImplementedError, match="world_size: expected 1"):
+        mmkernels.SigLipLoss(world_size=2)
+    with pytest.raises(ValueError, match="dist_impl: expected"):
+        mmkernels.SigLipLoss(dist_impl="ring")
+
+
 def test_nan_bias_shows():
     images = features(4, 8)
     assert mmkernels.ClipLoss()(images, images, 5.0, logit_bias=torch.tensor(float("nan"))).isnan()
 
 
-def test_shapes_are_checked():
+@pytest.mark.parametrize("loss", [mmkernels.ClipLoss(), mmkernels.SigLipLoss()], ids=lambda loss: type(loss).__name__)
+def test_shapes_are_checked(loss):
     with pytest.raises(ValueError, match="text_features: expected the shape of image_features"):
-        mmkernels.ClipLoss()(torch.zeros(4, 8), torch.zeros(5, 8), 1.0)
+        loss(torch.zeros(4, 8), torch.zeros(5, 8), 1.0, 0.0)

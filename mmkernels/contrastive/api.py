@@ -2,13 +2,20 @@
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from mmkernels import _backends
+from mmkernels._checks import (
+    as_scalar,
+    check_device,
+    check_indices,
+    check_label_smoothing,
+    check_number,
+    check_pairs,
+    check_reduction,
+    in_one_dtype,
+)
 from mmkernels.contrastive import ops, reference
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def info_nce(
@@ -72,20 +79,9 @@ def info_nce(
     if process_group is not None:
         raise NotImplementedError("process_group: features of other ranks are not implemented yet; pass None")
 
-    device_type = queries.device.type
-    if torch.is_autocast_enabled(device_type) and queries.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        queries, keys = queries.to(dtype), keys.to(dtype)
-    elif queries.dtype != keys.dtype:
-        raise TypeError(f"keys: expected the dtype of queries, {queries.dtype}, got {keys.dtype}; cast one of them")
-    chosen = _backends.choose("info_nce", impl, device_type, queries.dtype)
-
-    statistics_dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
-    if isinstance(logit_scale, Tensor):
-        scale = logit_scale.reshape(()).to(queries.device, statistics_dtype)
-    else:
-        scale = torch.full((), logit_scale, dtype=statistics_dtype, device=queries.device)
-
+    queries, keys = in_one_dtype("queries", queries, "keys", keys)
+    chosen = _backends.choose("info_nce", impl, queries.device.type, queries.dtype)
+    scale = as_scalar(logit_scale, queries)
     if chosen == "reference":
         losses = reference.info_nce(queries, keys, scale, targets, symmetric, label_smoothing)
     else:
@@ -103,36 +99,8 @@ def _check(
     label_smoothing: float,
     reduction: str,
 ) -> None:
-    for name, features in (("queries", queries), ("keys", keys)):
-        if not isinstance(features, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(features).__name__}")
-        if features.dtype not in _DTYPES:
-            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {features.dtype}")
-        if features.ndim != 2:
-            raise ValueError(f"{name}: expected 2 dimensions [rows, D], got shape {tuple(features.shape)}")
-        if features.shape[0] == 0:
-            raise ValueError(
-                f"{name}: expected at least one row, got shape {tuple(features.shape)}; skip empty batches"
-            )
-        if features.shape[1] == 0:
-            raise ValueError(f"{name}: expected D >= 1, got shape {tuple(features.shape)}")
-    if queries.shape[1] != keys.shape[1]:
-        raise ValueError(
-            f"keys: expected D = {queries.shape[1]} as in queries, got {keys.shape[1]}; project both to one size"
-        )
-    if queries.device != keys.device:
-        raise ValueError(f"keys: expected device {queries.device} as of queries, got {keys.device}; move one of them")
-
-    if isinstance(logit_scale, Tensor):
-        if logit_scale.numel() != 1:
-            raise ValueError(f"logit_scale: expected one element, got shape {tuple(logit_scale.shape)}")
-        if not logit_scale.is_floating_point():
-            raise TypeError(f"logit_scale: expected a floating-point tensor, got {logit_scale.dtype}")
-        if logit_scale.device != queries.device and logit_scale.device.type != "cpu":
-            raise ValueError(f"logit_scale: expected device {queries.device} or cpu, got {logit_scale.device}")
-    elif not isinstance(logit_scale, (int, float)):
-        raise TypeError(f"logit_scale: expected a float or a tensor of one element, got {type(logit_scale).__name__}")
-
+    check_pairs(queries, keys)
+    check_number("logit_scale", logit_scale, queries.device)
     if targets is None:
         if queries.shape[0] > keys.shape[0]:
             raise ValueError(
@@ -140,18 +108,7 @@ def _check(
                 "pass targets [N], the index of the key of each query"
             )
     else:
-        if not isinstance(targets, Tensor):
-            raise TypeError(f"targets: expected an int64 tensor, got {type(targets).__name__}")
-        if targets.dtype != torch.int64:
-            raise TypeError(f"targets: expected int64, got {targets.dtype}; use targets.long()")
-        if targets.shape != queries.shape[:1]:
-            raise ValueError(f"targets: expected shape ({queries.shape[0]},), got {tuple(targets.shape)}")
-        if targets.device != queries.device:
-            raise ValueError(f"targets: expected device {queries.device} as of queries, got {targets.device}")
-
-    if not isinstance(label_smoothing, (int, float)):
-        raise TypeError(f"label_smoothing: expected a float, got {type(label_smoothing).__name__}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing: expected a value in [0, 1], got {label_smoothing}")
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+        check_indices("targets", targets, queries.shape[0])
+        check_device("targets", targets, "queries", queries)
+    check_label_smoothing(label_smoothing)
+    check_reduction(reduction)

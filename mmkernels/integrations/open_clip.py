@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkernels.contrastive import info_nce
+from mmkernels.siglip import siglip
 
 
 class ClipLoss(nn.Module):
@@ -54,14 +55,67 @@ class ClipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Any]:
         """The mean loss, float32, or {"contrastive_loss": loss} for output_dict=True."""
-        if image_features.shape != text_features.shape:
-            raise ValueError(
-                f"text_features: expected the shape of image_features, {tuple(image_features.shape)}, "
-                f"got {tuple(text_features.shape)}"
-            )
+        _check_shapes(image_features, text_features)
         loss = info_nce(image_features, text_features, logit_scale)
         if logit_bias is not None:
             # A softmax does not see a constant added to every logit. The term keeps the bias in the graph, with the
             # gradient 0 that the eager loss gives it, and lets a NaN through.
             loss = loss + 0.0 * (logit_bias.sum() if isinstance(logit_bias, torch.Tensor) else logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+class SigLipLoss(nn.Module):
+    """SigLIP's sigmoid loss in constant memory a row.
+
+    Replaces::
+
+        from open_clip.loss import SigLipLoss    # by: from mmkernels import SigLipLoss
+        loss = SigLipLoss()(image_features, text_features, logit_scale, logit_bias)
+
+    The constructor and the call are open_clip's. There are no labels to hold, so `cache_labels` has no effect. World
+    size 1; more ranks raise NotImplementedError, whatever `dist_impl`.
+
+    Raises:
+        NotImplementedError: world_size > 1.
+        ValueError: a `dist_impl` that open_clip does not have.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+    ) -> None:
+        super().__init__()
+        if world_size > 1:
+            raise NotImplementedError(
+                f"world_size: expected 1, got {world_size}; features of other ranks are not implemented yet"
+            )
+        if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
+            raise ValueError(f"dist_impl: expected 'bidir', 'shift', 'reduce', 'gather' or None, got {dist_impl!r}")
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.dist_impl = dist_impl or "bidir"
+
+    def forward(
+        self,
+        image_features: Tensor,  # [N, D]
+        text_features: Tensor,  # [N, D]
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Any]:
+        """The sum over all pairs divided by N, float32, or {"contrastive_loss": loss} for output_dict=True."""
+        _check_shapes(image_features, text_features)
+        loss = siglip(image_features, text_features, logit_scale, 0.0 if logit_bias is None else logit_bias)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _check_shapes(image_features: Tensor, text_features: Tensor) -> None:
+    if image_features.shape != text_features.shape:
+        raise ValueError(
+            f"text_features: expected the shape of image_features, {tuple(image_features.shape)}, "
+            f"got {tuple(text_features.shape)}"
+        )

@@ -6,9 +6,15 @@ import torch
 from torch import Tensor
 
 from mmkernels import _backends
+from mmkernels._checks import (
+    check_device,
+    check_indices,
+    check_label_smoothing,
+    check_matrix,
+    check_reduction,
+    in_one_dtype,
+)
 from mmkernels.linear_cross_entropy import ops, reference
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def linear_cross_entropy(
@@ -59,13 +65,8 @@ def linear_cross_entropy(
     are exact.
     """
     _check(hidden, weight, targets, bias, ignore_index, label_smoothing, reduction)
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    elif hidden.dtype != weight.dtype:
-        raise TypeError(f"weight: expected the dtype of hidden, {hidden.dtype}, got {weight.dtype}; cast one of them")
-    chosen = _backends.choose("linear_cross_entropy", impl, device_type, hidden.dtype)
+    hidden, weight = in_one_dtype("hidden", hidden, "weight", weight)
+    chosen = _backends.choose("linear_cross_entropy", impl, hidden.device.type, hidden.dtype)
     if bias is not None:
         bias = bias.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
 
@@ -87,26 +88,15 @@ def _check(
     label_smoothing: float,
     reduction: str,
 ) -> None:
-    for name, matrix, shape in (("hidden", hidden, "[N, D]"), ("weight", weight, "[V, D]")):
-        if not isinstance(matrix, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(matrix).__name__}")
-        if matrix.dtype not in _DTYPES:
-            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {matrix.dtype}")
-        if matrix.ndim != 2:
-            remedy = "; flatten the rows with hidden.flatten(0, -2)" if name == "hidden" else ""
-            raise ValueError(f"{name}: expected 2 dimensions {shape}, got shape {tuple(matrix.shape)}{remedy}")
+    check_matrix("hidden", hidden, "[N, D]", "; flatten the rows with hidden.flatten(0, -2)")
+    check_matrix("weight", weight, "[V, D]")
     if hidden.shape[1] == 0:
         raise ValueError(f"hidden: expected D >= 1, got shape {tuple(hidden.shape)}")
     if weight.shape[0] == 0:
         raise ValueError(f"weight: expected at least one class, got shape {tuple(weight.shape)}")
     if weight.shape[1] != hidden.shape[1]:
         raise ValueError(f"weight: expected D = {hidden.shape[1]} as in hidden, got {weight.shape[1]}")
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"targets: expected an int64 tensor, got {type(targets).__name__}")
-    if targets.dtype != torch.int64:
-        raise TypeError(f"targets: expected int64, got {targets.dtype}; use targets.long()")
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets: expected shape ({hidden.shape[0]},), got {tuple(targets.shape)}")
+    check_indices("targets", targets, hidden.shape[0])
     others = {"weight": weight, "targets": targets}
     if bias is not None:
         if not isinstance(bias, Tensor):
@@ -117,16 +107,9 @@ def _check(
             raise ValueError(f"bias: expected shape ({weight.shape[0]},), one value a class, got {tuple(bias.shape)}")
         others["bias"] = bias
     for name, other in others.items():
-        if other.device != hidden.device:
-            raise ValueError(
-                f"{name}: expected device {hidden.device} as of hidden, got {other.device}; move one of them"
-            )
+        check_device(name, other, "hidden", hidden)
 
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
-    if not isinstance(label_smoothing, (int, float)):
-        raise TypeError(f"label_smoothing: expected a float, got {type(label_smoothing).__name__}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing: expected a value in [0, 1], got {label_smoothing}")
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+    check_label_smoothing(label_smoothing)
+    check_reduction(reduction)

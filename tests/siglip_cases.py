@@ -1,0 +1,126 @@
+"""The cases that every implementation of siglip is held to, and the two oracles beside it."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mmkernels
+from mmkernels.testing import assert_within_budget, features
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+@dataclass
+class Case:
+    n: int
+    m: int
+    d: int
+    scale: float = 10.0
+    bias: float = -10.0
+    near: float = 0.3  # mean cosine of a query and its key
+    regime: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.regime}-{self.n}x{self.m}x{self.d}"
+
+    def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float, float]:
+        """Queries, keys, scale and bias."""
+        queries = features(self.n, self.d, dtype, seed=self.n)
+        keys = features(self.m, self.d, dtype, seed=self.m + 1, like=queries, mean_cosine=self.near)
+        return queries, keys, self.scale, self.bias
+
+
+TILE = 256  # the largest tile of the CPU kernels; 64 is the smallest panel
+CASES = [
+    Case(1, 1, 1, regime="one of each"),
+    Case(2, 3, 3, regime="less than a vector"),
+    Case(63, 63, 64, regime="panel - 1"),
+    Case(64, 64, 64, regime="panel"),
+    Case(65, 65, 65, regime="panel + 1, odd D"),
+    Case(TILE - 1, TILE - 1, 96, regime="tile - 1"),
+    Case(TILE, TILE, 96, regime="tile"),
+    Case(TILE + 1, TILE + 1, 100, regime="tile + 1"),
+    Case(700, 700, 48, regime="several tiles"),
+    Case(300, 700, 130, regime="more keys than queries"),
+    Case(1, 600, 40, regime="one query"),
+    Case(130, 130, 513, regime="D past one L1 block"),
+    Case(70, 90, 2048, regime="widest D, lowest panel"),
+    Case(300, 320, 1024, regime="rows of 4 KiB are packed"),
+    Case(257, 260, 77, bias=0.0, regime="no bias"),
+    Case(257, 260, 77, scale=1.0, bias=5.0, regime="every pair taken for a match"),
+    Case(257, 257, 64, scale=100.0, near=-0.2, regime="scale 100, negative mean cosine"),
+    Case(257, 257, 64, scale=110.0, bias=-16.5, near=0.95, regime="loss near zero"),
+    Case(257, 257, 64, scale=0.0, regime="scale 0"),
+    Case(65, 65, 64, scale=-5.0, regime="negative scale"),
+]
+
+
+def run(
+    queries: Tensor, keys: Tensor, scale: float, bias: float, impl: str, reduction: str = "none"
+) -> tuple[Tensor, ...]:
+    """The loss and the gradients to queries, keys, scale and bias, under weights that differ from row to row."""
+    dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    leaves = [x.detach().requires_grad_() for x in (queries, keys)]
+    leaves += [torch.tensor(x, dtype=dtype, requires_grad=True) for x in (scale, bias)]
+    loss = mmkernels.siglip(*leaves, reduction=reduction, impl=impl)
+    return loss.detach(), *torch.autograd.grad(_weighted(loss), leaves)
+
+
+def run_eager(queries: Tensor, keys: Tensor, scale: float, bias: float, reduction: str = "none") -> tuple[Tensor, ...]:
+    """The lines that the call replaces, in the precision of the features: logits and losses in their dtype."""
+    leaves = [x.detach().requires_grad_() for x in (queries, keys)]
+    leaves += [torch.tensor(x, requires_grad=True) for x in (scale, bias)]
+    logits = leaves[2].to(queries.dtype) * leaves[0] @ leaves[1].T + leaves[3].to(queries.dtype)
+    labels = 2 * torch.eye(*logits.shape, dtype=queries.dtype) - 1
+    losses = -F.logsigmoid(labels * logits)
+    loss = losses.sum(1) if reduction == "none" else losses.sum() / (len(queries) if reduction == "mean" else 1)
+    return loss.detach().float(), *torch.autograd.grad(_weighted(loss.float()), leaves)
+
+
+def _weighted(loss: Tensor) -> Tensor:
+    weights = torch.linspace(0.5, 1.5, len(loss), dtype=loss.dtype) if loss.ndim else torch.tensor(0.75)
+    return (loss * weights).sum()
+
+
+def check_case(case: Case, dtype: torch.dtype, impl: str, reductions: tuple[str, ...] = REDUCTIONS) -> None:
+    inputs = case.inputs(dtype)
+    for reduction in reductions:
+        assert_results(run(*inputs, impl, reduction), *oracles(*inputs, reduction), *inputs, reduction)
+
+
+def oracles(
+    queries: Tensor, keys: Tensor, scale: float, bias: float, reduction: str = "none"
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What eager gives in the dtype of the features, and what float64 does."""
+    exact = run(queries.double(), keys.double(), scale, bias, "reference", reduction)
+    return run_eager(queries, keys, scale, bias, reduction), exact
+
+
+def assert_results(
+    actual: tuple[Tensor, ...],
+    eager: tuple[Tensor, ...],
+    exact: tuple[Tensor, ...],
+    queries: Tensor,
+    keys: Tensor,
+    scale: float,
+    bias: float,
+    reduction: str = "none",
+) -> None:
+    """Each within its budget. A gradient is a sum of positive and negative terms: their size sets the band."""
+    q, k = queries.double(), keys.double()
+    products = q @ k.T
+    probabilities = torch.sigmoid(scale * products + bias)
+    grads = (probabilities - torch.eye(*products.shape)).abs() / (len(q) if reduction == "mean" else 1)
+    one = grads.max().item() * abs(scale)
+    terms = [
+        0.0,
+        one * k.abs().max().item(),
+        one * q.abs().max().item(),
+        (grads * products.abs()).sum().item(),
+        grads.sum().item(),
+    ]
+    names = ("loss", "grad_queries", "grad_keys", "grad_scale", "grad_bias")
+    for name, a, b, c, term in zip(names, actual, eager, exact, terms, strict=True):
+        assert_within_budget(a, b, c, dtype=queries.dtype, terms=term, name=f"{name}, {reduction}")
