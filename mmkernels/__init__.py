@@ -6,6 +6,7 @@ from mmkernels.divided_attention import divided_attention, divided_attention_map
 from mmkernels.integrations.open_clip import ClipLoss, SigLipLoss
 from mmkernels.linear_cross_entropy import linear_cross_entropy
 from mmkernels.siglip import siglip
+from mmkernels.triplet import triplet
 
 __all__ = [
     "ClipLoss",
@@ -17,5 +18,6 @@ __all__ = [
     "info_nce",
     "linear_cross_entropy",
     "siglip",
+    "triplet",
 ]
 __version__ = "0.1.0"

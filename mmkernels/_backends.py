@@ -16,6 +16,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "divided_attention": ("triton", "cpu", "reference"),
     "siglip": ("reference",),
     "linear_cross_entropy": ("triton", "cpu", "reference"),
+    "triplet": ("reference",),
     "beam_search": ("cuda", "triton", "cpu", "reference"),
 }
 

@@ -33,6 +33,15 @@ def check_pairs(queries: Tensor, keys: Tensor) -> None:
     check_device("keys", keys, "queries", queries)
 
 
+def check_matches(queries: Tensor, keys: Tensor) -> None:
+    """A key for every query: key i for query i."""
+    if queries.shape[0] > keys.shape[0]:
+        raise ValueError(
+            f"keys: expected at least N = {queries.shape[0]} rows, key i for query i, got {keys.shape[0]}; "
+            "exchange queries and keys, or drop the queries without a match"
+        )
+
+
 def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.device != other.device:
         raise ValueError(

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from mmkernels import _backends
-from mmkernels._checks import as_scalar, check_number, check_pairs, check_reduction, in_one_dtype
+from mmkernels._checks import as_scalar, check_matches, check_number, check_pairs, check_reduction, in_one_dtype
 from mmkernels.siglip import reference
 
 
@@ -58,14 +58,10 @@ def siglip(
     Source: Zhai et al. 2023 (SigLIP), algorithm 1 (arXiv:2303.15343).
     """
     check_pairs(queries, keys)
+    check_matches(queries, keys)
     check_number("logit_scale", logit_scale, queries.device)
     check_number("logit_bias", logit_bias, queries.device)
     check_reduction(reduction)
-    if queries.shape[0] > keys.shape[0]:
-        raise ValueError(
-            f"keys: expected at least N = {queries.shape[0]} rows, key i for query i, got {keys.shape[0]}; "
-            "exchange queries and keys, or drop the queries without a match"
-        )
     if process_group is not None:
         raise NotImplementedError("process_group: features of other ranks are not implemented yet; pass None")
 

@@ -1,0 +1,37 @@
+"""Eager, obviously right, on any device: the oracle of the tests."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def triplet(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    margin: float,
+    mining: str,
+    symmetric: bool,
+) -> Tensor:  # [N]
+    """The loss of every query, from all similarities in float32 (float64 for float64 features)."""
+    dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    with torch.autocast(queries.device.type, enabled=False):  # which would multiply in half precision
+        similarities = queries.to(dtype) @ keys.to(dtype).T  # [N, M]
+    losses = _losses_of_rows(similarities, margin, mining)
+    if not symmetric:
+        return losses
+    return (losses + _losses_of_rows(similarities[:, : len(queries)].T, margin, mining)) / 2
+
+
+def _losses_of_rows(similarities: Tensor, margin: float, mining: str) -> Tensor:
+    own = torch.eye(*similarities.shape, dtype=torch.bool, device=similarities.device)
+    positives = similarities.diagonal()[:, None]
+    above = similarities - positives + margin
+    hinges = F.relu(above).masked_fill(own, 0.0)
+    if mining == "all":
+        return hinges.sum(1)
+    counts = ~own
+    if mining == "semi_hard":
+        # Said so that a NaN counts: it is the worst of all.
+        counts &= ~(similarities >= positives) & ~(above <= 0)
+    worst = similarities.masked_fill(~counts, -torch.inf).argmax(1, keepdim=True)
+    return torch.where(counts.any(1), hinges.gather(1, worst)[:, 0], 0.0)

@@ -1,0 +1,135 @@
+"""The cases that every implementation of triplet is held to, and the oracles beside it.
+
+Features are small multiples of 1/4, so that similarities are exact in every precision: no rounding decides which
+negative is the worst or whether it counts, ties are many, and what is compared is the implementation alone.
+"""
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mmkernels
+from mmkernels.testing import assert_within_budget
+
+MININGS = ("all", "hardest", "semi_hard")
+
+
+@dataclass
+class Case:
+    n: int
+    m: int
+    d: int
+    options: dict[str, Any] = field(default_factory=dict)
+    near: float = 1.0  # how far the positives lie above the mean negative, in standard deviations
+    regime: str = "plain"
+
+    def __str__(self) -> str:
+        options = "-".join(f"{k}={v}" for k, v in self.options.items())
+        return f"{self.regime}-{self.n}x{self.m}x{self.d}-{options}"
+
+    def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(self.n)
+        queries = torch.randint(-2, 3, (self.n, self.d), generator=generator) / 4
+        keys = torch.randint(-2, 3, (self.m, self.d), generator=generator) / 4
+        copied = torch.rand(self.n, self.d, generator=generator) < self.near / self.d**0.5
+        keys[: self.n] = torch.where(copied, queries, keys[: self.n])
+        return queries.to(dtype), keys.to(dtype)
+
+
+TILE = 256  # the largest tile of the CPU kernels; 64 is the smallest panel
+SIZES = [
+    Case(1, 1, 1, regime="no negatives"),
+    Case(1, 3, 5, regime="negatives of the query alone"),
+    Case(2, 3, 3, regime="less than a vector"),
+    Case(63, 63, 64, regime="panel - 1"),
+    Case(64, 64, 64, regime="panel"),
+    Case(65, 65, 65, regime="panel + 1, odd D"),
+    Case(TILE - 1, TILE - 1, 96, regime="tile - 1"),
+    Case(TILE, TILE, 96, regime="tile"),
+    Case(TILE + 1, TILE + 1, 100, regime="tile + 1"),
+    Case(300, 700, 130, regime="more keys than queries"),
+    Case(130, 130, 513, regime="D past one L1 block"),
+    Case(70, 90, 2048, regime="widest D, lowest panel"),
+    Case(300, 320, 1024, regime="rows of 4 KiB are packed"),
+    Case(200, 230, 32, near=3.0, regime="few above the positive"),
+    Case(200, 230, 32, near=0.0, options={"margin": 2.0}, regime="most above the positive"),
+    Case(200, 230, 32, options={"margin": 0.0}, regime="margin 0"),
+    Case(200, 230, 32, options={"margin": 0.25}, regime="hinges of exactly 0"),
+    Case(257, 260, 77, options={"symmetric": False}, regime="rows alone"),
+]
+
+
+def cases(sizes: list[Case] = SIZES) -> list[Case]:
+    """Each size with each mining."""
+    return [
+        Case(c.n, c.m, c.d, {"mining": mining, **c.options}, c.near, c.regime)
+        for c, mining in itertools.product(sizes, MININGS)
+    ]
+
+
+def run(queries: Tensor, keys: Tensor, impl: str, reduction: str = "none", **options: Any) -> tuple[Tensor, ...]:
+    """Losses and the gradients to queries and keys, under weights from 0.5 to 1.5: a scalar's is 0.5."""
+    queries, keys = queries.detach().requires_grad_(), keys.detach().requires_grad_()
+    losses = mmkernels.triplet(queries, keys, reduction=reduction, impl=impl, **options)
+    weights = torch.linspace(0.5, 1.5, losses.numel(), dtype=losses.dtype).view_as(losses)
+    grads = torch.autograd.grad((losses * weights).sum(), (queries, keys))
+    return losses.detach(), *grads
+
+
+def check_case(case: Case, dtype: torch.dtype, impl: str, reduction: str = "none") -> None:
+    queries, keys = case.inputs(dtype)
+    exact = run(queries.double(), keys.double(), "reference", reduction, **case.options)
+    eager = run(queries, keys, "reference", reduction, **case.options)
+    actual = run(queries, keys, impl, reduction, **case.options)
+    assert_results(actual, eager, exact, queries, keys, reduction, **case.options)
+
+
+def assert_results(
+    actual: tuple[Tensor, ...],
+    eager: tuple[Tensor, ...],
+    exact: tuple[Tensor, ...],
+    queries: Tensor,
+    keys: Tensor,
+    reduction: str = "none",
+    **options: Any,
+) -> None:
+    """Each within its budget. A gradient is a difference of two sums over negatives: their size sets the band."""
+    assert actual[0].dtype == torch.float32
+    assert_within_budget(actual[0], eager[0], exact[0], dtype=torch.float32, name="losses")
+    of_queries, of_keys = sizes_of_terms(queries.double(), keys.double(), reduction, **options)
+    assert_within_budget(actual[1], eager[1], exact[1], dtype=queries.dtype, terms=of_queries, name="grad_queries")
+    assert_within_budget(actual[2], eager[2], exact[2], dtype=queries.dtype, terms=of_keys, name="grad_keys")
+
+
+def sizes_of_terms(queries: Tensor, keys: Tensor, reduction: str, **options: Any) -> tuple[float, float]:
+    """The largest sum of absolute terms of a gradient to the queries and to the keys, from grad = G keys."""
+    identity = torch.eye(len(keys), dtype=torch.float64)
+    of_similarities = run(queries @ keys.T, identity, "reference", reduction, **options)[1].abs()
+    return (of_similarities @ keys.abs()).max().item(), (of_similarities.T @ queries.abs()).max().item()
+
+
+def by_hand(queries: Tensor, keys: Tensor, margin: float, mining: str, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Losses [N] and d (their sum) / d similarities [N, M], negative by negative."""
+    similarities = (queries.double() @ keys.double().T).tolist()
+    n, m = len(queries), len(keys)
+    share = 0.5 if symmetric else 1.0
+    losses, grad = torch.zeros(n, dtype=torch.float64), torch.zeros(n, m, dtype=torch.float64)
+    for i in range(n):
+        positive = similarities[i][i]
+        rows = [(similarities[i][j], (i, j)) for j in range(m) if j != i]
+        columns = [(similarities[j][i], (j, i)) for j in range(n) if j != i]
+        for negatives in (rows, columns) if symmetric else (rows,):
+            if mining == "semi_hard":
+                negatives = [x for x in negatives if positive - margin < x[0] < positive]
+            if mining != "all":
+                negatives = sorted(negatives, key=lambda x: (-x[0], x[1]))[:1]
+            for negative, at in negatives:
+                cost = negative - positive + margin
+                if cost > 0:
+                    losses[i] += share * cost
+                    grad[at] += share
+                    grad[i, i] -= share
+    return losses, grad
