@@ -5,6 +5,7 @@ from mmkernels.contrastive import info_nce
 from mmkernels.divided_attention import divided_attention, divided_attention_maps
 from mmkernels.integrations.open_clip import ClipLoss, SigLipLoss
 from mmkernels.linear_cross_entropy import linear_cross_entropy
+from mmkernels.retrieval import retrieval_ranks, retrieval_topk
 from mmkernels.siglip import siglip
 from mmkernels.triplet import triplet
 
@@ -17,6 +18,8 @@ __all__ = [
     "divided_attention_maps",
     "info_nce",
     "linear_cross_entropy",
+    "retrieval_ranks",
+    "retrieval_topk",
     "siglip",
     "triplet",
 ]

@@ -17,6 +17,8 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "siglip": ("reference",),
     "linear_cross_entropy": ("triton", "cpu", "reference"),
     "triplet": ("reference",),
+    "retrieval_ranks": ("reference",),
+    "retrieval_topk": ("reference",),
     "beam_search": ("cuda", "triton", "cpu", "reference"),
 }
 

@@ -72,6 +72,18 @@ def check_indices(name: str, indices: Tensor, length: int) -> None:
         raise ValueError(f"{name}: expected shape ({length},), got {tuple(indices.shape)}")
 
 
+def check_targets(queries: Tensor, keys: Tensor, targets: Tensor | None) -> None:
+    """An int64 tensor [N], the key of each query; None: key i for query i."""
+    if targets is not None:
+        check_indices("targets", targets, queries.shape[0])
+        check_device("targets", targets, "queries", queries)
+    elif queries.shape[0] > keys.shape[0]:
+        raise ValueError(
+            f"targets: {queries.shape[0]} queries and {keys.shape[0]} keys do not match one to one; "
+            "pass targets [N], the index of the key of each query"
+        )
+
+
 def check_label_smoothing(label_smoothing: float) -> None:
     if not isinstance(label_smoothing, (int, float)):
         raise TypeError(f"label_smoothing: expected a float, got {type(label_smoothing).__name__}")

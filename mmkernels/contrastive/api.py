@@ -7,12 +7,11 @@ from torch import Tensor
 from mmkernels import _backends
 from mmkernels._checks import (
     as_scalar,
-    check_device,
-    check_indices,
     check_label_smoothing,
     check_number,
     check_pairs,
     check_reduction,
+    check_targets,
     in_one_dtype,
 )
 from mmkernels.contrastive import ops, reference
@@ -101,14 +100,6 @@ def _check(
 ) -> None:
     check_pairs(queries, keys)
     check_number("logit_scale", logit_scale, queries.device)
-    if targets is None:
-        if queries.shape[0] > keys.shape[0]:
-            raise ValueError(
-                f"targets: {queries.shape[0]} queries and {keys.shape[0]} keys do not match one to one; "
-                "pass targets [N], the index of the key of each query"
-            )
-    else:
-        check_indices("targets", targets, queries.shape[0])
-        check_device("targets", targets, "queries", queries)
+    check_targets(queries, keys, targets)
     check_label_smoothing(label_smoothing)
     check_reduction(reduction)

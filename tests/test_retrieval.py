@@ -1,0 +1,172 @@
+"""retrieval_ranks and retrieval_topk on the CPU: numbers, ties, memory, compilation and the refusal of bad input."""
+
+import pytest
+import torch
+from retrieval_cases import CASES, Case, check_case, check_order, whole_numbers
+
+import mmkernels
+from mmkernels import _backends
+from mmkernels.retrieval import reference
+from mmkernels.testing import features
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reference(case, dtype):
+    check_case(case, dtype, "reference")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+@pytest.mark.parametrize("impl", ["reference"])
+@pytest.mark.parametrize("shape", [(50, 333, 7), (300, 301, 16), (3, 2000, 3)], ids=str)
+def test_whole_numbers_are_exact(shape, impl, dtype):
+    """Most scores are ties, of keys that are equal and of keys that are not."""
+    queries, keys, scores = whole_numbers(*shape, dtype)
+    targets = torch.arange(shape[0]) * 7 % shape[1]
+    check_order(queries, keys, scores.double() if dtype == torch.float64 else scores, targets, impl)
+
+
+def test_the_docstrings_lines():
+    queries, keys, _ = whole_numbers(40, 70, 5, torch.float32)
+    targets = torch.arange(40) + 13
+    order = (queries @ keys.T).argsort(dim=1, descending=True, stable=True)
+    ranks = (order == targets[:, None]).int().argmax(dim=1)
+    assert torch.equal(mmkernels.retrieval_ranks(queries, keys, targets), ranks)
+    best = (queries @ keys.T).topk(3, dim=1).values
+    assert torch.equal(mmkernels.retrieval_topk(queries, keys, 3)[0], best)
+
+
+@pytest.mark.parametrize("impl", ["reference"])
+def test_nan_and_infinity(impl):
+    """A NaN never counts as a success, and is seen."""
+    queries, keys, _ = whole_numbers(30, 300, 8, torch.float32)
+    queries, keys = queries + 0.5, keys + 0.25
+    queries[3, 5] = torch.nan
+    keys[[40, 41, 299], 2] = torch.nan
+    keys[100:105, 1] = torch.inf
+    keys[105:110, 1] = -torch.inf
+    queries[7] = 0.0  # times infinity
+    scores = (queries.double() @ keys.double().T).float()
+    assert scores.isnan().any(1).all()
+    for targets in (torch.full((30,), 40), torch.full((30,), 102), torch.full((30,), 107), torch.arange(30) * 9):
+        check_order(queries, keys, scores, targets, impl)
+    ranks = mmkernels.retrieval_ranks(queries, keys, impl=impl)
+    assert ranks[3] == 300
+    assert (ranks >= 3).all()
+    assert (mmkernels.retrieval_ranks(torch.full((1, 1), torch.nan), torch.ones(1, 1), impl=impl) == 1).all()
+    values, indices = mmkernels.retrieval_topk(queries, keys, 4, impl=impl)
+    assert values[:, :3].isnan().all()
+    assert (indices[:, :3] == -1).all()
+    assert (indices[3] == -1).all()
+
+
+def test_the_reference_goes_in_chunks(monkeypatch):
+    queries, keys, scores = whole_numbers(33, 50, 4, torch.float32)
+    targets = torch.arange(33) + 5
+    monkeypatch.setattr(reference, "_CHUNK", 350)  # of 7 rows
+    check_order(queries, keys, scores, targets, "reference")
+
+
+def test_float64_runs_in_the_reference():
+    queries, keys = features(20, 8, torch.float64), features(30, 8, torch.float64, seed=1)
+    assert mmkernels.retrieval_topk(queries, keys, 3)[0].dtype == torch.float64
+    assert mmkernels.retrieval_ranks(queries, keys).dtype == torch.int64
+
+
+def test_nothing_carries_a_gradient():
+    queries, keys = features(20, 8).requires_grad_(), features(30, 8).requires_grad_()
+    assert not mmkernels.retrieval_topk(queries, keys, 3)[0].requires_grad
+
+
+@pytest.mark.parametrize("impl", ["reference"])
+def test_opcheck(impl):
+    queries, distinct, place, targets = Case(40, 70, 33).inputs(torch.float32)
+    ops = torch.ops.mmkernels
+    for given in (targets, None):
+        torch.library.opcheck(getattr(ops, f"retrieval_ranks_{impl}"), (queries, distinct[place], given))
+    torch.library.opcheck(getattr(ops, f"retrieval_topk_{impl}"), (queries, distinct[place], 5))
+
+
+@pytest.mark.parametrize("impl", ["reference"])
+def test_compile_whole_graph_with_dynamic_shapes(impl):
+    def search(queries, keys, targets, k):
+        ranks = mmkernels.retrieval_ranks(2 * queries, keys, targets, impl=impl)
+        return ranks + 1, *mmkernels.retrieval_topk(2 * queries, keys, k, impl=impl)
+
+    compiled = torch.compile(search, fullgraph=True, dynamic=True)
+    for n, k in ((33, 5), (64, 17), (130, 40)):
+        queries, distinct, place, targets = Case(n, n + 17, 24).inputs(torch.float32)
+        given = (queries, distinct[place], targets, k)
+        for a, b in zip(compiled(*given), search(*given), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    queries, keys = features(20, 32), features(30, 32, seed=1)
+    with torch.autocast("cpu", dtype=dtype):
+        ranks, best = mmkernels.retrieval_ranks(queries, keys), mmkernels.retrieval_topk(queries, keys, 4)
+    queries, keys = queries.to(dtype), keys.to(dtype)
+    assert best[0].dtype == torch.float32
+    assert torch.equal(ranks, mmkernels.retrieval_ranks(queries, keys))
+    assert torch.equal(best[0], mmkernels.retrieval_topk(queries, keys, 4)[0])
+
+
+def bad_inputs():
+    q, k, t = torch.zeros(4, 8), torch.zeros(6, 8), torch.zeros(4).long()
+    both = {
+        "queries: expected a tensor": (TypeError, ([1.0], k)),
+        "keys: expected float32, bfloat16": (TypeError, (q, k.long())),
+        "keys: expected the dtype of queries": (TypeError, (q, k.half())),
+        "queries: expected 2 dimensions": (ValueError, (q[0], k)),
+        "queries: expected at least one row": (ValueError, (q[:0], k)),
+        "keys: expected at least one row": (ValueError, (q, k[:0])),
+        "queries: expected D >= 1": (ValueError, (q[:, :0], k[:, :0])),
+        "keys: expected D = 8": (ValueError, (q, k[:, :5])),
+        "keys: expected device cpu": (ValueError, (q, k.to("meta"))),
+        "impl: expected 'auto' or one of": (ValueError, (q, k)),
+    }
+    ranks = {
+        "targets: 6 queries and 4 keys do not match": (ValueError, (k, q)),
+        "targets: expected an int64 tensor": (TypeError, (q, k, [0, 1, 2, 3])),
+        "targets: expected int64": (TypeError, (q, k, t.int())),
+        r"targets: expected shape \(4,\)": (ValueError, (q, k, t[:3])),
+        "targets: expected device cpu": (ValueError, (q, k, t.to("meta"))),
+        "targets: expected indices of the 6 keys, 0 to 5, got 6": (ValueError, (q, k, torch.tensor([0, 6, 1, 2]))),
+        "targets: expected indices of the 6 keys, 0 to 5, got -1": (ValueError, (q, k, torch.tensor([0, -1, 1, 2]))),
+    }
+    topk = {
+        "k: expected an int": (TypeError, (q, k, 2.0)),
+        "k: expected 1 to 6, the number of keys, got 0": (ValueError, (q, k, 0)),
+        "k: expected 1 to 6, the number of keys, got 7": (ValueError, (q, k, 7)),
+    }
+    return [
+        *((mmkernels.retrieval_ranks, text, *bad) for text, bad in (both | ranks).items()),
+        *((mmkernels.retrieval_topk, text, bad[0], (*bad[1], 1)) for text, bad in both.items()),
+        *((mmkernels.retrieval_topk, text, *bad) for text, bad in topk.items()),
+    ]
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize(
+    ("call", "text", "error", "arguments"), bad_inputs(), ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_bad_input_is_named(call, text, error, arguments, impl):
+    with pytest.raises(error, match=text):
+        call(*arguments, impl="cuda13" if text.startswith("impl") else impl)
+
+
+def test_bad_input_is_named_under_compile():
+    compiled = torch.compile(lambda q, k: mmkernels.retrieval_ranks(q, k), fullgraph=True)
+    with pytest.raises(Exception, match="keys: expected D = 8"):
+        compiled(torch.zeros(4, 8), torch.zeros(6, 5))
+
+
+def test_triton_is_refused_with_every_reason():
+    if torch.cuda.is_available() or _backends.triton_interprets():
+        pytest.skip("Triton can run here")
+    queries = features(4, 4)
+    with pytest.raises(RuntimeError, match=r"(?s)impl='triton' cannot run.*triton: .+cpu: .+reference: can run"):
+        mmkernels.retrieval_ranks(queries, queries, impl="triton")
