@@ -68,7 +68,7 @@ def cls_sums_kernel(
         sequence, item, inside = items_at(index, group, num_sequences, items, pack, True)
         token, is_cls = tokens_at(sequence, item, first_patch, cls, seq_step, row_step)
         present = present_at(frame_mask, clip, token, is_cls, inside, first_patch, frame_step, frames, MASKED)
-        present &= ~is_cls | (sequence == 0)
+        present &= tl.where(is_cls, sequence, 0) == 0
         k = load_rows(queries + num_heads * D, token, stride_t, present, D, HEAD).to(tl.float32)
         s = tl.where(present, tl.sum(k * q[None, :], 1), float("-inf"))
         z += tl.exp2((s - norm) * size)

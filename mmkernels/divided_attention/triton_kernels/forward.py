@@ -103,7 +103,7 @@ def forward_kernel(
     store_rows(head_out, token, C, inside & (is_cls == 0), D, acc, BLOCK_K)
     first_lse, cls_rows = first_row(clip, head, num_heads, num_sequences, items, cls)
     row = row_at(sequence, token, is_cls, first_patch, cls, cls_rows)
-    tl.store(lse + first_lse + row, lse2 * LN2, mask=inside & ~is_global)
+    tl.store(lse + first_lse + row, lse2 * LN2, mask=inside & (is_global == 0))
     if (cls != 0) & (block == 0):
         chosen = inside & is_cls
         groups = tl.cdiv(num_sequences, pack)
