@@ -7,7 +7,7 @@ SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 FORMATTED := $(SOURCES) $(wildcard tests/gpu/*.h tests/gpu/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: demo train-clip train-timesformer train-captioning help env test test-slow lint format bench gpu-check docs clean
+.PHONY: demo train-clip train-timesformer train-captioning train-retrieval help env test test-slow lint format bench gpu-check docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -63,6 +63,16 @@ train-captioning: env ## Train the captioner on emoji until CIDEr on a held-out 
 	$(PY) -m models.captioning train --out runs/captioning --styles all --validation-style fluent-flat --steps 1000 \
 		--batch-size 256 --lr 2e-3 --warmup 60 --ema 0.998 --evaluate-every 100 --checkpoint-every 100
 	$(PY) -m models.captioning eval runs/captioning
+
+# Each command goes on where a stopped run was.
+train-retrieval: env ## Train the retrieval model on emoji in four languages, evaluate it, compare the losses (resumable)
+	$(PY) -m models.retrieval train --out runs/retrieval --styles all --validation-style fluent-flat --steps 700 \
+		--mining hardest --mining-warmup 300 --ema 0.995 --evaluate-every 50 --checkpoint-every 25
+	$(PY) -m models.retrieval eval runs/retrieval
+	$(PY) -m models.retrieval search "smiling cat" "lachende Katze" "chat qui sourit" "gato sonriente" \
+		--run runs/retrieval --out runs/retrieval/search.png
+	$(PY) -m models.retrieval compare --out runs/compare --validation-style fluent-flat --batch-size 256 --steps 300 \
+		--mining-warmup 150 --ema 0.99 --evaluate-every 50
 
 bench: env ## Compare the kernels with what users run today; tables and plots into docs/figures
 	$(PY) -m benchmarks.report

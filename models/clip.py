@@ -401,26 +401,16 @@ def evaluate_run(
     ``batch_size``, the captions in a training batch, places the chance line in the plot of the loss.
     """
     from models import plots
-    from models.clip_eval import Encoder, evaluate, print_report, save_report
+    from models.clip_eval import clip_encoder, evaluate, print_report
+    from models.gallery import draw_gallery, pick_sets, save_report
 
-    text = model.config.text
-    encoder = Encoder(model, Tokenizer(text.context_length, text.vocab_size))
-    sets = splits.tests
-    if validation:
-        if splits.validation is None:
-            raise ValueError("this data has no validation set: name one with --validation-style when training")
-        sets = {"validation": splits.validation}
-    if not sets:
-        raise ValueError("this data has no test set")
+    encoder = clip_encoder(model)
+    sets = pick_sets(splits, validation)
     report = evaluate(encoder, splits, sets)
     out.mkdir(parents=True, exist_ok=True)
     save_report(report, out / "report.json")
     print_report(report, console)
-    gallery = next(iter(sets.values())).gallery(limit=splits.gallery_limit, variants=False)
-    images, texts = encoder.images(gallery.images), encoder.texts(gallery.names())
-    pick = torch.randperm(len(gallery), generator=torch.Generator().manual_seed(1))[:24]
-    plots.similarity(images[pick], texts[pick], gallery.select(pick), out / "similarity.png")
-    plots.retrievals(images, texts, gallery, out / "retrieval.png")
+    draw_gallery(encoder, next(iter(sets.values())), splits.gallery_limit, out)
     history = read_history(out)
     if history:
         plots.curves(
@@ -549,7 +539,7 @@ def retrieve(
     """Search the first test set's images by a text, or its captions by an image."""
     from rich.table import Table
 
-    from models.clip_eval import Encoder
+    from models.clip_eval import clip_encoder
 
     if bool(text) == (image is not None):
         raise typer.BadParameter("give either --text or --image")
@@ -558,8 +548,7 @@ def retrieve(
     splits = load_data(_data_of(run, data), bad)
     name, found = next(iter(splits.tests.items())) if splits.tests else ("train", splits.train)
     gallery = found.gallery()
-    config = model.config.text
-    encoder = Encoder(model, Tokenizer(config.context_length, config.vocab_size))
+    encoder = clip_encoder(model)
     if image is not None:
         pixels = read_image(image, gallery.size)
         scores = encoder.texts(gallery.names()) @ encoder.images(pixels.unsqueeze(0))[0]
@@ -574,9 +563,9 @@ def retrieve(
         table.add_row(f"{score:.3f}", names[row])
     console.print(table)
     if out is not None and text:
-        from models.plots import strip
+        from models.plots import contact_sheet
 
-        strip(gallery.select(best.indices), text, out)
+        contact_sheet([(text, gallery.select(best.indices), best.values)], out)
         console.print(f"written: {out}", highlight=False)
 
 

@@ -41,18 +41,9 @@ class Retrieval:
         return Retrieval(r1, r5, r10, (size + 1) / 2)
 
 
-def ranks_of_diagonal(queries: Tensor, keys: Tensor, chunk: int = 1024) -> Tensor:
-    """For query i, how many keys score higher than key i, or as high at a lower index; a chunk of rows at a time."""
-    ranks = []
-    for start in range(0, len(queries), chunk):
-        scores = queries[start : start + chunk] @ keys.T
-        ranks.append(ranks_of_scores(scores, start))
-    return torch.cat(ranks)
-
-
-def ranks_of_scores(scores: Tensor, start: int = 0) -> Tensor:
-    """Ranks of the entries (i, start + i) in a block [m, n] of scores."""
-    own = torch.arange(start, start + len(scores), device=scores.device).unsqueeze(1)
+def ranks_of_scores(scores: Tensor) -> Tensor:
+    """The rank of the entry (i, i) in row i of scores [n, n]: how many are higher, or as high at a lower index."""
+    own = torch.arange(len(scores), device=scores.device).unsqueeze(1)
     right = scores.gather(1, own)
     columns = torch.arange(scores.shape[1], device=scores.device)
     return ((scores > right) | ((scores == right) & (columns < own))).sum(1)

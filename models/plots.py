@@ -144,16 +144,38 @@ def retrievals(
     figure.savefig(path, dpi=110)
 
 
-def strip(data: ImageTextSet, title: str, path: Path) -> None:
-    """The images of a search in a row, best first, with their captions."""
-    figure = Figure(figsize=(1.7 * len(data), 2.4), layout="constrained")
-    figure.suptitle(title)
-    for axes, image, name in zip(
-        figure.subplots(1, len(data), squeeze=False)[0], data.images, data.names(), strict=True
-    ):
-        _framed(axes, image, None)
-        axes.set_xlabel(textwrap.fill(name, 20), fontsize=8)
-    figure.savefig(path, dpi=110)
+def contact_sheet(found: Sequence[tuple[str, ImageTextSet, Tensor]], path: Path, *, columns: int = 8) -> None:
+    """What each of some queries found: its images, best first, with their scores and captions, ``columns`` in a row."""
+    columns = min(columns, max(len(data) for _, data, _ in found))
+    rows = [-(-len(data) // columns) for _, data, _ in found]
+    with matplotlib.rc_context({"font.sans-serif": [*_CJK_FONTS, *matplotlib.rcParams["font.sans-serif"]]}):
+        figure = Figure(figsize=(1.7 * columns, 2.15 * sum(rows) + 0.35 * len(found)), layout="constrained")
+        panels = np.atleast_1d(np.asarray(figure.subfigures(len(found), 1, height_ratios=rows)))
+        for panel, count, (query, data, scores) in zip(panels.tolist(), rows, found, strict=True):
+            panel.suptitle(_labels([query])[0], fontsize=13, parse_math=False)
+            grid = panel.subplots(count, columns, squeeze=False).flatten().tolist()
+            for axes in grid[len(data) :]:
+                axes.axis("off")
+            captions = _labels(data.names())
+            for axes, image, name, score in zip(grid, data.images, captions, scores.tolist(), strict=False):
+                _framed(axes, image, None)
+                axes.set_title(f"{score:.3f}", fontsize=8, color="#777777")
+                text = textwrap.fill(textwrap.shorten(name, 40, placeholder="…"), 20)
+                axes.set_xlabel(text, fontsize=8, parse_math=False)
+        figure.savefig(path, dpi=110)
+
+
+def scores_over_steps(runs: Mapping[str, Sequence[Mapping[str, float]]], label: str, path: Path) -> None:
+    """The validation score of some runs against the step, a line each; the rows hold ``step`` and ``score``."""
+    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(7.5, 4), layout="constrained")
+        axes: Axes = figure.subplots()
+        for name, rows in runs.items():
+            axes.plot([row["step"] for row in rows], [row["score"] for row in rows], marker="o", ms=3, label=name)
+        axes.set(xlabel="step", ylabel=label)
+        axes.set_ylim(0, None)
+        axes.legend(frameon=False)
+        figure.savefig(path, dpi=130)
 
 
 def confusion(predicted: Tensor, truth: Tensor, classes: Sequence[str], path: Path) -> None:

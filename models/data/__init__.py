@@ -1,7 +1,7 @@
 """Image-text data behind one interface: emoji drawings, a user's own folder, synthetic shapes."""
 
 from models.data.batches import Batch, BatchPlan
-from models.data.captions import Tokenizer, Vocabulary
+from models.data.captions import Subwords, Tokenizer, Vocabulary
 from models.data.sets import BadDataError, BadDataPolicy, Concept, ImageTextSet, Splits
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Concept",
     "ImageTextSet",
     "Splits",
+    "Subwords",
     "Tokenizer",
     "Vocabulary",
 ]

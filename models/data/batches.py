@@ -23,7 +23,7 @@ def generator_of(seed: int, *key: int) -> torch.Generator:
 
 @dataclass
 class Batch:
-    """``images`` [V, B, 3, S, S] (V views of each concept), ``tokens`` [B, L], ``concept_ids`` [B]."""
+    """``images`` [V, B, 3, S, S] (V views of each concept), ``tokens`` [T B, L] (T texts), ``concept_ids`` [B]."""
 
     images: Tensor
     tokens: Tensor
@@ -37,6 +37,9 @@ class Batch:
 class BatchPlan:
     """Draws batches in which every concept occurs once, each with ``views`` different images of it where it has them.
 
+    Each also has ``texts`` captions, drawn one by one; the tokens of a batch hold the first of every concept, then the
+    second, and so on.
+
     An epoch is one pass over the concepts in a fresh order; of a group's variants (the skin tones of an emoji) one in
     ``variant_divisor`` takes part in each epoch, another one each time, so that they do not crowd out the rest.
     """
@@ -49,12 +52,13 @@ class BatchPlan:
         *,
         batch_size: int,
         views: int = 1,
+        texts: int = 1,
         variant_divisor: int = 1,
         keyword_share: float = 0.0,
         seed: int = 0,
     ) -> None:
         self.data, self.tokenizer, self.augment = data, tokenizer, augment
-        self.batch_size, self.views, self.seed = batch_size, views, seed
+        self.batch_size, self.views, self.texts, self.seed = batch_size, views, texts, seed
         self.variant_divisor, self.keyword_share = variant_divisor, keyword_share
         self.rows = data.rows_by_concept()
         self._plain = [c for c in self.rows if not data.concepts[c].variant]
@@ -82,12 +86,15 @@ class BatchPlan:
         epoch, index = divmod(step, self.steps_per_epoch)
         concepts = self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
         generator = generator_of(self.seed, 2, step)
-        rows, captions = [], []
+        rows: list[list[int]] = []
+        captions: list[list[str]] = []
         for concept in concepts.tolist():
             own = self.rows[concept]
             order = torch.randperm(len(own), generator=generator).tolist()
             rows.append([own[order[view % len(own)]] for view in range(self.views)])
-            captions.append(sample_caption(self.data.concepts[concept], generator, self.keyword_share))
+            named = self.data.concepts[concept]
+            captions.append([sample_caption(named, generator, self.keyword_share) for _ in range(self.texts)])
         flat = torch.tensor(rows).T.reshape(-1)  # view after view
         images = self.augment(self.data.images[flat], generator)
-        return Batch(images.unflatten(0, (self.views, len(concepts))), self.tokenizer(captions), concepts)
+        tokens = self.tokenizer([own[text] for text in range(self.texts) for own in captions])
+        return Batch(images.unflatten(0, (self.views, len(concepts))), tokens, concepts)

@@ -1,4 +1,4 @@
-"""Captions for training; CLIP's byte-pair tokenizer, and a vocabulary of whole words."""
+"""Captions for training; CLIP's byte-pair tokenizer, one learned from captions, and a vocabulary of whole words."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+import tokenizers
 import torch
 from open_clip.tokenizer import SimpleTokenizer
+from tokenizers import normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 
 from models.data.sets import Concept
@@ -38,6 +42,52 @@ class Tokenizer:
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Token ids [n, context_length]; a text too long keeps its end token."""
         return self._bpe(list(texts))
+
+
+class Subwords:
+    """Byte-pair tokens learned from captions, in whatever languages these are written.
+
+    Frequent words of each language become one token, rarer ones are put together from pieces, and what is left is
+    bytes: no text is unknown. Upper case is lowered. Ids 0 and 1 are padding and the end.
+    """
+
+    PAD, END = range(2)
+    SPECIAL = ("<pad>", "<end>")
+
+    def __init__(self, state: str, max_tokens: int) -> None:
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must hold the end at least; got {max_tokens}")
+        self.state = state  # JSON of the tokenizers library
+        self.max_tokens = max_tokens
+        self._bpe = tokenizers.Tokenizer.from_str(state)
+
+    @staticmethod
+    def build(texts: Iterable[str], *, vocab_size: int = 8192, max_tokens: int = 32) -> Subwords:
+        """Learn at most ``vocab_size`` tokens from texts."""
+        bytes_alone = len(Subwords.SPECIAL) + 256
+        if vocab_size < bytes_alone:
+            raise ValueError(f"vocab_size must be at least {bytes_alone} (bytes alone); got {vocab_size}")
+        bpe = tokenizers.Tokenizer(BPE())
+        bpe.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        trainer = BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            special_tokens=list(Subwords.SPECIAL),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        bpe.train_from_iterator(texts, trainer)
+        return Subwords(bpe.to_str(), max_tokens)
+
+    def __len__(self) -> int:
+        return self._bpe.get_vocab_size()
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Ids [n, L]: at most ``max_tokens`` with the end, padding to the longest of the texts."""
+        found = self._bpe.encode_batch(list(texts), add_special_tokens=False)
+        rows = [torch.tensor([*one.ids[: self.max_tokens - 1], self.END]) for one in found]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.PAD)
 
 
 # A word keeps its inner hyphens and apostrophes; every other sign stands for itself.
@@ -107,7 +157,7 @@ class Vocabulary:
 
 def sample_caption(concept: Concept, generator: torch.Generator, keyword_share: float) -> str:
     """A caption to train on: mostly the name, and in ``keyword_share`` of the draws also some of the keywords."""
-    choices = (concept.name, *concept.captions)
+    choices = concept.texts
     caption = choices[int(torch.randint(len(choices), (), generator=generator))] if len(choices) > 1 else choices[0]
     if not concept.keywords or float(torch.rand((), generator=generator)) >= keyword_share:
         return caption

@@ -1,4 +1,4 @@
-"""Which image-text data a run trains on, and how it is shown in training: what CLIP and the captioner share."""
+"""Which image-text data a run trains on, and how it is shown in training: what the image-text models share."""
 
 from __future__ import annotations
 
@@ -35,17 +35,24 @@ class DataConfig:
 
     @classmethod
     def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
-        """The config that :func:`dataclasses.asdict` made ``values`` from."""
-        return cls(**{**values, "styles": tuple(values["styles"])})
+        """The config that :func:`dataclasses.asdict` made ``values`` from (JSON's lists become tuples again)."""
+        restored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**restored)
 
 
 def load_data(
-    config: DataConfig, bad: BadDataLog, *, unseen_combinations: float = 0.0, images: Path | None = None
+    config: DataConfig,
+    bad: BadDataLog,
+    *,
+    unseen_combinations: float = 0.0,
+    images: Path | None = None,
+    languages: Sequence[str] = ("en",),
 ) -> Splits:
     """Read the data a config names.
 
     ``unseen_combinations`` is the share of the emoji's combinations of activity, gender and skin tone to hold out;
-    ``images`` is where the files lie that a captions file names, if not beside it.
+    ``images`` is where the files lie that a captions file names, if not beside it; ``languages`` are those of the names
+    of emoji and synthetic shapes, the first for evaluation (a captions file says its own).
     """
     if config.source == "emoji":
         from models.data.emoji import EmojiConfig, load_emoji
@@ -56,6 +63,7 @@ def load_data(
                 validation_style=config.validation_style,
                 size=config.stored_size,
                 unseen_combinations=unseen_combinations,
+                languages=languages,
                 cache_dir=Path(config.cache_dir),
             ),
             bad,
@@ -63,7 +71,7 @@ def load_data(
     if config.source == "synthetic":
         from models.data.synthetic import load_synthetic
 
-        return load_synthetic(config.stored_size)
+        return load_synthetic(config.stored_size, languages=languages)
     from models.data.folder import load_folder
 
     path = Path(config.source)
@@ -75,15 +83,16 @@ def load_data(
 
 
 def batch_plan(
-    splits: Splits, config: DataConfig, tokenizer: Callable[[Sequence[str]], Tensor], image_size: int
+    splits: Splits, config: DataConfig, tokenizer: Callable[[Sequence[str]], Tensor], image_size: int, *, texts: int = 1
 ) -> BatchPlan:
-    """The training batches of a data set for a model that sees images of ``image_size``."""
+    """The training batches of a data set for a model that sees images of ``image_size``, ``texts`` captions of each."""
     return BatchPlan(
         splits.train,
         tokenizer,
         Augment(image_size, config.augment),
         batch_size=config.batch_size,
         views=config.views,
+        texts=texts,
         variant_divisor=config.variant_divisor,
         keyword_share=config.keyword_share,
         seed=config.seed,

@@ -123,6 +123,21 @@ def catalogue() -> tuple[Emoji, ...]:
     return tuple(entries)
 
 
+@cache
+def names_in(language: str) -> dict[str, str]:
+    """The names of all emoji in a language, by code; "en" gives the Unicode names of the catalogue."""
+    import emoji
+
+    if language not in emoji.LANGUAGES:
+        raise ValueError(f"no emoji names in the language {language!r}; there are {', '.join(sorted(emoji.LANGUAGES))}")
+    names = {e.code: e.name for e in catalogue()}
+    if language == "en":
+        return names
+    emoji.config.load_language(language)
+    found = {code_of(character): data[language] for character, data in emoji.EMOJI_DATA.items() if language in data}
+    return {code: found[code].strip(":").replace("_", " ").lower() for code in names if code in found}
+
+
 @dataclass(frozen=True)
 class Style:
     """One way of drawing emoji. ``files`` yields (code, file name, function of a side that gives PNG bytes)."""
@@ -417,6 +432,7 @@ class EmojiConfig:
     unseen_share: float = 0.1
     unseen_combinations: float = 0.0  # of the toned people: activity x gender x skin tone
     near_copy: float = 0.97
+    languages: Sequence[str] = ("en",)  # of the names; the first is what evaluation uses
     seed: int = 0
     cache_dir: Path = field(default_factory=lambda: Path("runs") / "cache")
 
@@ -433,11 +449,15 @@ def load_emoji(config: EmojiConfig, bad: BadDataLog | None = None) -> Splits:
     index = {code: i for i, code in enumerate(entries)}
     held = unseen_families(config.unseen_share, config.seed)
     combined = unseen_combinations(config.unseen_combinations, config.seed, held)
+    spoken = {language: names_in(language) for language in config.languages}
+    if not spoken:
+        raise ValueError("languages: expected one at least, such as 'en'; got none")
     concepts = [
         Concept(
-            name=e.name,
+            name=spoken[config.languages[0]][e.code],
             group=e.family,
-            keywords=e.keywords,
+            keywords=e.keywords if "en" in spoken else (),  # they are English
+            names={language: names[e.code] for language, names in spoken.items() if e.code in names},
             variant=e.toned,
             labels={"category": e.category, "subcategory": e.subcategory},
         )

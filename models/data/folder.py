@@ -3,7 +3,8 @@
 The captions file is CSV with a header, JSON lines, or COCO's captions as one JSON object. Each row names an image
 (``image``, ``file``, ``file_name``, ``filename``, ``filepath`` or ``path``, relative to the captions file) and its
 caption (``caption``, ``text`` or ``title``). Optional columns: ``split`` ("train", "validation", "test"), ``label`` (a
-class for zero-shot evaluation) and ``group`` (rows that must not be split). Without ``split`` a tenth of the groups,
+class for zero-shot evaluation), ``group`` (rows that must not be split) and ``language`` ("de": what the caption is
+written in; the first caption of an image in each language is its name there). Without ``split`` a tenth of the groups,
 chosen by hash, is the test set.
 """
 
@@ -22,6 +23,7 @@ from models.data.sets import BadDataError, BadDataLog, Concept, ImageTextSet, Sp
 
 IMAGE_COLUMNS = ("image", "file", "file_name", "filename", "filepath", "path")
 CAPTION_COLUMNS = ("caption", "text", "title")
+LANGUAGE_COLUMNS = ("language", "lang")
 CAPTION_FILES = ("captions.csv", "captions.jsonl", "captions.json", "metadata.csv", "metadata.jsonl")
 
 
@@ -118,6 +120,7 @@ def load_folder(
     image_concepts: list[int] = []
     image_splits: list[str] = []
     texts: list[list[str]] = []  # of each concept
+    spoken: list[dict[str, str]] = []  # its name in each language
     labels: list[str] = []
     groups: list[str] = []
     by_caption: dict[str, int] = {}
@@ -125,6 +128,7 @@ def load_folder(
     for number, row in read_rows(source):
         where = f"{source}, line {number}"
         file, caption = column(row, IMAGE_COLUMNS), column(row, CAPTION_COLUMNS)
+        language = column(row, LANGUAGE_COLUMNS).lower()
         if not file:
             bad.report(where, f"names no image (looked for the columns {', '.join(IMAGE_COLUMNS)})")
             continue
@@ -134,6 +138,8 @@ def load_folder(
         if file in by_file:
             # A further caption of an image that is there already.
             concept = image_concepts[by_file[file]]
+            if language:
+                spoken[concept].setdefault(language, caption)
             if caption not in texts[concept]:
                 texts[concept].append(caption)
                 by_caption.setdefault(caption, concept)
@@ -147,6 +153,7 @@ def load_folder(
         if caption not in by_caption:
             by_caption[caption] = len(texts)
             texts.append([caption])
+            spoken.append({language: caption} if language else {})
             labels.append(row.get("label", "").strip())
             groups.append(row.get("group", "").strip() or caption)
         by_file[file] = len(pictures)
@@ -159,7 +166,13 @@ def load_folder(
     label_names = sorted({label for label in labels if label})
     labelled = bool(label_names) and all(labels)
     concepts = [
-        Concept(own[0], groups[i], captions=tuple(own[1:]), labels={"label": labels[i]} if labelled else {})
+        Concept(
+            own[0],
+            groups[i],
+            captions=tuple(own[1:]),
+            labels={"label": labels[i]} if labelled else {},
+            names=spoken[i],
+        )
         for i, own in enumerate(texts)
     ]
 

@@ -31,9 +31,9 @@ class Concept:
     """One thing that a caption names.
 
     ``name`` is the caption that evaluation uses; ``captions`` are others as good, and ``keywords`` further words, for
-    training. ``group`` ties together concepts that must not be split between training and the unseen test set (skin
-    tones of one emoji, say). ``variant`` marks concepts that the headline gallery leaves out. ``labels`` maps a label
-    set to a class.
+    training. ``names`` holds the name in each language that is known, by its code. ``group`` ties together concepts
+    that must not be split between training and the unseen test set (skin tones of one emoji, say). ``variant`` marks
+    concepts that the headline gallery leaves out. ``labels`` maps a label set to a class.
     """
 
     name: str
@@ -42,6 +42,12 @@ class Concept:
     captions: tuple[str, ...] = ()
     variant: bool = False
     labels: Mapping[str, str] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every caption, the name first."""
+        return tuple(dict.fromkeys((self.name, *self.captions, *self.names.values())))
 
 
 @dataclass
@@ -101,9 +107,14 @@ class ImageTextSet:
             firsts = [firsts[i] for i in sorted(order.tolist())]
         return self.select(torch.tensor(firsts, dtype=torch.long))
 
-    def names(self) -> list[str]:
-        """The name of each image's concept."""
-        return [self.concepts[c].name for c in self.concept_ids.tolist()]
+    def names(self, language: str | None = None) -> list[str]:
+        """The name of each image's concept, as evaluation uses it or in one language."""
+        own = [self.concepts[c] for c in self.concept_ids.tolist()]
+        return [concept.name if language is None else concept.names[language] for concept in own]
+
+    def languages(self) -> list[str]:
+        """The languages in which the name of some image is known, in the order in which they occur."""
+        return list(dict.fromkeys(code for c in self.concept_ids.tolist() for code in self.concepts[c].names))
 
     def labels(self, label_set: str) -> list[str]:
         """The class of each image in one label set."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -30,6 +31,27 @@ PLACES = {
     "on the right": (0.72, 0.5),
 }
 STYLES = ("filled", "outlined", "dotted")
+# The same words in other languages, in the order of those above, and how a caption is put together from them.
+WORDS = {
+    "de": (
+        "{shape} in {colour} {place}",
+        ("rot", "orange", "gelb", "grün", "blau", "lila", "braun", "schwarz"),
+        ("kreis", "quadrat", "dreieck", "raute", "kreuz", "ring", "balken", "halbmond"),
+        ("in der mitte", "oben", "unten", "links", "rechts"),
+    ),
+    "fr": (
+        "{shape} en {colour} {place}",
+        ("rouge", "orange", "jaune", "vert", "bleu", "violet", "marron", "noir"),
+        ("cercle", "carré", "triangle", "losange", "croix", "anneau", "barre", "demi-lune"),
+        ("au milieu", "en haut", "en bas", "à gauche", "à droite"),
+    ),
+    "es": (
+        "{shape} en {colour} {place}",
+        ("rojo", "naranja", "amarillo", "verde", "azul", "morado", "marrón", "negro"),
+        ("círculo", "cuadrado", "triángulo", "rombo", "cruz", "anillo", "barra", "media luna"),
+        ("en el centro", "arriba", "abajo", "a la izquierda", "a la derecha"),
+    ),
+}
 
 
 def _draw(shape: str, colour: tuple[int, int, int], place: tuple[float, float], style: str, side: int) -> Image.Image:
@@ -70,12 +92,34 @@ def _draw(shape: str, colour: tuple[int, int, int], place: tuple[float, float], 
     return image.convert("RGBa").resize((side, side), Image.Resampling.BOX).convert("RGBA")
 
 
-def load_synthetic(size: int = 32, seed: int = 0) -> Splits:
+def _caption(language: str, colour: str, shape: str, place: str) -> str:
+    if language == "en":
+        return f"{'an' if colour == 'orange' else 'a'} {colour} {shape} {place}"
+    pattern, colours, shapes, places = WORDS[language]
+    return pattern.format(
+        colour=colours[list(COLOURS).index(colour)],
+        shape=shapes[SHAPES.index(shape)],
+        place=places[list(PLACES).index(place)],
+    )
+
+
+def load_synthetic(size: int = 32, seed: int = 0, languages: Sequence[str] = ("en",)) -> Splits:
     """320 captions ("a red circle at the top") in three styles: the third is the new style, a tenth is unseen."""
+    if not languages or (unknown := [language for language in languages if language not in ("en", *WORDS)]):
+        wrong = repr(unknown[0]) if languages else "none"
+        raise ValueError(f"languages: expected some of en, {', '.join(WORDS)} for synthetic data; got {wrong}")
     concepts, images, styles = [], {}, STYLES
     for colour, shape, (place, where) in itertools.product(COLOURS, SHAPES, PLACES.items()):
-        name = f"{'an' if colour == 'orange' else 'a'} {colour} {shape} {place}"
-        concepts.append(Concept(name, group=name, keywords=(colour, shape), labels={"shape": shape, "colour": colour}))
+        names = {language: _caption(language, colour, shape, place) for language in languages}
+        concepts.append(
+            Concept(
+                names[languages[0]],
+                group=_caption("en", colour, shape, place),
+                keywords=(colour, shape) if "en" in names else (),
+                labels={"shape": shape, "colour": colour},
+                names=names,
+            )
+        )
         for style in styles:
             drawn = _draw(shape, COLOURS[colour], where, style, size)
             images[len(concepts) - 1, style] = torch.from_numpy(np.array(drawn)).permute(2, 0, 1)

@@ -1,0 +1,129 @@
+"""Evaluation of retrieval: both directions on every test set, each language, and the losses side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import mmkernels
+from models import plots
+from models.data import ImageTextSet, Splits, Subwords
+from models.gallery import (
+    WAYS,
+    Baselines,
+    Encoder,
+    draw_gallery,
+    evaluate_galleries,
+    pick_sets,
+    print_retrieval,
+    recalls,
+    retrieval,
+    save_report,
+)
+from models.retrieval import Retriever
+from models.training import console, read_history
+
+
+def retriever_encoder(model: Retriever, tokens: Subwords) -> Encoder:
+    """The encoder of a trained model."""
+    return Encoder(model, tokens, model.config.image_size)
+
+
+def spoken_retrieval(encoder: Encoder, gallery: ImageTextSet) -> dict[str, Any]:
+    """Both directions of a gallery in each language, over the images whose name is known in it.
+
+    Where no language is known there is one entry, "".
+    """
+    images, found = encoder.images(gallery.images), {}
+    for language in gallery.languages() or [""]:
+        known = [
+            row
+            for row, c in enumerate(gallery.concept_ids.tolist())
+            if not language or language in gallery.concepts[c].names
+        ]
+        names = gallery.select(torch.tensor(known)).names(language or None)
+        found[language] = {"size": len(known), "ways": retrieval(images[known], encoder.texts(names), {})}
+    return found
+
+
+def best_images(encoder: Encoder, gallery: ImageTextSet, queries: Sequence[str], top: int) -> tuple[Tensor, Tensor]:
+    """Scores and rows [queries, top] of the images that match each text best, the best first."""
+    return mmkernels.retrieval_topk(encoder.texts(queries), encoder.images(gallery.images), min(top, len(gallery)))
+
+
+def evaluate(encoder: Encoder, splits: Splits, sets: Mapping[str, ImageTextSet]) -> dict[str, Any]:
+    """The report: for every set its galleries, and its base gallery in each language, as plain numbers."""
+    baselines = Baselines(splits.train)
+    report: dict[str, Any] = {"data": splits.name, "notes": list(splits.notes), "sets": {}}
+    for name, data in sets.items():
+        full = data.gallery()
+        images, texts = encoder.images(full.images), encoder.texts(full.names())
+        report["sets"][name] = {
+            "retrieval": evaluate_galleries(data, splits.gallery_limit, images, texts, baselines),
+            "languages": spoken_retrieval(encoder, data.gallery(limit=splits.gallery_limit, variants=False)),
+        }
+    return report
+
+
+def print_languages(report: Mapping[str, Any], console: Console) -> None:
+    """Print the table of the languages, if a name is known in more than one."""
+    if all(len(entry["languages"]) < 2 for entry in report["sets"].values()):
+        return
+    table = Table(title="Base gallery in each language")
+    columns = ("set", "language", "gallery", *(f"{way} {k}" for way in ("I→T", "T→I") for k in ("R@1", "R@5", "R@10")))
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("set", "language") else "right")
+    for name, entry in report["sets"].items():
+        last = list(entry["languages"])[-1]
+        for i, (language, found) in enumerate(entry["languages"].items()):
+            both = [text for way in WAYS for text in recalls(found["ways"][way]["model"])]
+            row = (name if i == 0 else "", language or "all", str(found["size"]), *both)
+            table.add_row(*row, end_section=language == last)
+    console.print(table)
+
+
+def print_comparison(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print the losses side by side: base galleries, each number the mean over the languages."""
+    table = Table(title="Base galleries, the mean over the languages, after equal steps")
+    for column in (
+        "set",
+        "loss",
+        *(f"{way} {k}" for way in ("I→T", "T→I") for k in ("R@1", "R@5", "R@10")),
+        "s a step",
+    ):
+        table.add_column(column, justify="left" if column in ("set", "loss") else "right")
+    for name in rows[0]["sets"]:
+        for row in rows:
+            spoken = row["sets"][name].values()
+            means = []
+            for way in WAYS:
+                own = [found["ways"][way]["model"] for found in spoken]
+                means += recalls({k: sum(value[k] for value in own) / len(own) for k in ("r1", "r5", "r10")})
+            first, last = row is rows[0], row is rows[-1]
+            table.add_row(name if first else "", row["loss"], *means, f"{row['step_seconds']:.2f}", end_section=last)
+    console.print(table)
+
+
+def evaluate_run(encoder: Encoder, splits: Splits, out: Path, *, validation: bool = False) -> dict[str, Any]:
+    """Print the tables of a model, and write ``report.json`` and the pictures to ``out``."""
+    sets = pick_sets(splits, validation)
+    report = evaluate(encoder, splits, sets)
+    out.mkdir(parents=True, exist_ok=True)
+    save_report(report, out / "report.json")
+    print_retrieval(report, console)
+    print_languages(report, console)
+    for note in report["notes"]:
+        console.print(f"[dim]{note}")
+    draw_gallery(encoder, next(iter(sets.values())), splits.gallery_limit, out)
+    if history := read_history(out):
+        plots.curves(history, out / "curves.png", loss="loss", second=("r1", "R@1 in the batch", "Training batches"))
+    names = ("curves.png", "similarity.png", "retrieval.png", "report.json")
+    written = ", ".join(str(out / name) for name in names if (out / name).exists())
+    console.print(f"written: {written}", highlight=False, soft_wrap=True)
+    return report
