@@ -17,8 +17,8 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "siglip": ("reference",),
     "linear_cross_entropy": ("triton", "cpu", "reference"),
     "triplet": ("reference",),
-    "retrieval_ranks": ("reference",),
-    "retrieval_topk": ("reference",),
+    "retrieval_ranks": ("triton", "cpu", "reference"),
+    "retrieval_topk": ("triton", "cpu", "reference"),
     "beam_search": ("cuda", "triton", "cpu", "reference"),
 }
 

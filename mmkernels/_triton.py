@@ -36,6 +36,13 @@ def dot(x, y, acc, PRECISION: tl.constexpr):
     return tl.dot(x, y, acc, input_precision=PRECISION)
 
 
+@triton.jit
+def ordered(x):
+    """An int32 that is ordered as the float32 is; both zeros are one."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
 @functools.cache
 def family_of(device: torch.device) -> str:
     """Which column of an op's table of configurations serves the device."""

@@ -1,25 +1,157 @@
 """retrieval_ranks and retrieval_topk on the CPU: numbers, ties, memory, compilation and the refusal of bad input."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from retrieval_cases import CASES, Case, check_case, check_order, whole_numbers
+from retrieval_cases import CASES, TILE, Case, check_case, check_order, whole_numbers
 
 import mmkernels
 from mmkernels import _backends
 from mmkernels.retrieval import reference
-from mmkernels.testing import features
+from mmkernels.testing import assert_within_budget, features, peak_allocated
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+needs_library = pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason="no compiled library")
+IMPLS = [pytest.param("cpu", marks=needs_library), "reference"]
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and at the end what it was."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
+@needs_library
+def test_cpu(case, dtype):
+    check_case(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES[::3], ids=str)
 def test_reference(case, dtype):
     check_case(case, dtype, "reference")
 
 
+@pytest.mark.parametrize("variant", ["avx512", "avx2", "portable"])
+@needs_library
+def test_every_instruction_set(variant):
+    """The variants that this machine would not choose, in a process of their own."""
+    code = (
+        "import torch, retrieval_cases as c\n"
+        f"for case in c.CASES[{'::4' if variant == 'portable' else '::2'}]:\n"
+        "    for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
+        "        c.check_case(case, dtype, 'cpu')\n"
+        "print(torch.ops.mmkernels.cpu_variant())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "MMKERNELS_CPU": variant, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "this machine has no" in result.stderr:
+        pytest.skip(f"this machine has no {variant}")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == variant
+
+
+@pytest.mark.parametrize("d", [8, 256, 257, 600])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_library
+def test_a_copy_scores_the_same_bits_wherever_it_stands(dtype, d):
+    """One query and one key, all others of the gallery copies of it but one: every place of tiles and panels."""
+    queries = features(40, d, dtype, seed=1).repeat_interleave(33, 0)
+    for m in (TILE + 8, 2 * TILE + 5):  # the last tile is read in place, or packed
+        keys = features(1, d, dtype).expand(m, d).contiguous()
+        scores, indices = mmkernels.retrieval_topk(queries, keys, m, impl="cpu")
+        assert torch.equal(scores, scores[:, :1].expand_as(scores))
+        assert torch.equal(indices, torch.arange(m).expand_as(indices))
+        assert torch.equal(scores[::33].repeat_interleave(33, 0), scores)  # nor where its query stands
+        targets = torch.arange(len(queries)) * 5 % m
+        assert torch.equal(mmkernels.retrieval_ranks(queries, keys, targets, impl="cpu"), targets)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_library
+def test_strides_are_honoured(dtype):
+    wide = features(600, 200, dtype)
+    for queries, keys in [
+        (wide[:, :96], wide[:, 100:196]),  # rows further apart than they are long
+        (wide[:, 1:96], wide[:, 101:196]),  # unaligned, odd
+        (wide.T[:96], wide.T[100:196]),  # columns
+        (wide[::2], wide[1::2]),
+        (wide[:1].expand(300, 200), wide),  # stride 0
+    ]:
+        targets = torch.arange(2 * len(queries))[::2] % len(keys)
+        copies = queries.contiguous(), keys.contiguous()
+        for a, b in zip(
+            (
+                mmkernels.retrieval_ranks(queries, keys, targets, impl="cpu"),
+                *mmkernels.retrieval_topk(queries, keys, 7),
+            ),
+            (mmkernels.retrieval_ranks(*copies, targets.clone(), impl="cpu"), *mmkernels.retrieval_topk(*copies, 7)),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("n", [1, 3, 500, 3000])
+@needs_library
+def test_same_bits_whatever_the_number_of_threads(n, threads):
+    """Few queries: the threads share out the keys."""
+    queries, distinct, place, targets = Case(n, 4001, 40).inputs(torch.bfloat16)
+    results = []
+    for count in (1, 2, 3, 7):
+        threads(count)
+        for k in (5, 900):
+            found = mmkernels.retrieval_topk(queries, distinct[place], k, impl="cpu")
+            ranks = mmkernels.retrieval_ranks(queries, distinct[place], targets, impl="cpu")
+            results.append((found[0][:, :5], found[1][:, :5], ranks))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("k", [1, 25, 1000, 5000])
+@needs_library
+def test_long_lists(k):
+    """The panels are lower, and the lists are cut or hold all."""
+    queries, keys = features(300, 16, seed=1), features(5000, 16)
+    exact = (queries.double() @ keys.double().T).sort(dim=1, descending=True).values[:, :k]
+    scores, indices = mmkernels.retrieval_topk(queries, keys, k, impl="cpu")
+    eager = (queries @ keys.T).sort(dim=1, descending=True).values[:, :k]
+    assert_within_budget(scores, eager, exact, name="scores")
+    again = (queries.double() @ keys.double().T).gather(1, indices)
+    assert_within_budget(scores, eager, again, name="scores of the indices")
+    assert (indices.sort(1).values.diff(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("count", [1, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_library
+def test_memory_is_of_the_order_of_the_results(dtype, count, threads):
+    """Beyond inputs and results: 2 MiB a thread, and never more than 64 MiB. The matrix would take 256 MiB."""
+    queries, keys = features(8192, 64, dtype), features(8192, 64, dtype, seed=1)
+    threads(count)
+    allowed = min(count * 2, 64) << 20
+    assert peak_allocated(lambda: mmkernels.retrieval_ranks(queries, keys, impl="cpu")) <= 8192 * 8 + allowed
+    for k in (1, 10, 100):
+        peak = peak_allocated(lambda k=k: mmkernels.retrieval_topk(queries, keys, k, impl="cpu"))
+        assert 8192 * k * 12 < peak <= 8192 * k * 12 + allowed
+    few = queries[:2], keys
+    assert peak_allocated(lambda: mmkernels.retrieval_topk(*few, 10, impl="cpu")) <= allowed
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
-@pytest.mark.parametrize("impl", ["reference"])
+@pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("shape", [(50, 333, 7), (300, 301, 16), (3, 2000, 3)], ids=str)
 def test_whole_numbers_are_exact(shape, impl, dtype):
     """Most scores are ties, of keys that are equal and of keys that are not."""
@@ -38,7 +170,7 @@ def test_the_docstrings_lines():
     assert torch.equal(mmkernels.retrieval_topk(queries, keys, 3)[0], best)
 
 
-@pytest.mark.parametrize("impl", ["reference"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_nan_and_infinity(impl):
     """A NaN never counts as a success, and is seen."""
     queries, keys, _ = whole_numbers(30, 300, 8, torch.float32)
@@ -77,10 +209,11 @@ def test_float64_runs_in_the_reference():
 
 def test_nothing_carries_a_gradient():
     queries, keys = features(20, 8).requires_grad_(), features(30, 8).requires_grad_()
-    assert not mmkernels.retrieval_topk(queries, keys, 3)[0].requires_grad
+    for impl in ("auto", "reference"):
+        assert not mmkernels.retrieval_topk(queries, keys, 3, impl=impl)[0].requires_grad
 
 
-@pytest.mark.parametrize("impl", ["reference"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck(impl):
     queries, distinct, place, targets = Case(40, 70, 33).inputs(torch.float32)
     ops = torch.ops.mmkernels
@@ -89,7 +222,7 @@ def test_opcheck(impl):
     torch.library.opcheck(getattr(ops, f"retrieval_topk_{impl}"), (queries, distinct[place], 5))
 
 
-@pytest.mark.parametrize("impl", ["reference"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_compile_whole_graph_with_dynamic_shapes(impl):
     def search(queries, keys, targets, k):
         ranks = mmkernels.retrieval_ranks(2 * queries, keys, targets, impl=impl)

@@ -10,7 +10,9 @@
 //   begin_panel(row0, rows)      the panel of queries that comes next;
 //   recall(s, col0, cols)        backward alone: fills in the products of a tile if it has them, else returns false;
 //   tile(s, col0, cols)          forward: reads the products of a tile; backward: turns them into gradients;
-//   update_columns(col0, cols)   forward alone: what belongs to the keys, whatever the threads in the order of panels;
+//   update_columns(col0, cols)   forward alone, where there is something: what belongs to the keys, whatever the
+//   threads
+//                                in the order of panels;
 //   end_panel(panel)             the panel has met all the keys.
 #pragma once
 
@@ -117,6 +119,30 @@ void product_of_features(const Buffers<Product>& b, const RowsLeft& keys, int64_
   }
 }
 
+// The products of single pairs, of the `rows` queries from row0 and the key of each, keys.index[0] and following: the
+// very bits of the tiles, whose sums these repeat. The scratch holds 2 words kPanel floats.
+template <class Product>
+void products_of_pairs(const Features& queries, int64_t row0, const ListedFeatures& keys, int64_t rows, int64_t size,
+                       float* scratch, float* out) {
+  const int64_t words = (size + Product::kPerWord - 1) / Product::kPerWord;
+  float *query_columns = scratch, *key_columns = scratch + words * kPanel;
+  for (int64_t r = 0; r < rows; r += kPanel) {
+    const int64_t count = std::min<int64_t>(kPanel, rows - r);
+    pack_columns<Product>(queries, row0 + r, count, size, query_columns);
+    pack_columns<Product>(keys, r, count, size, key_columns);
+    for (int64_t j = 0; j < count; j += Vec::kLanes) {
+      Vec total = Vec::set1(0.f);
+      for (int64_t w0 = 0; w0 < words; w0 += kWordsInL1) {
+        Vec acc = Vec::set1(0.f);
+        for (int64_t w = w0; w < std::min(words, w0 + kWordsInL1); ++w)
+          acc = Product::fma(Vec::load(key_columns + w * kPanel + j), Vec::load(query_columns + w * kPanel + j), acc);
+        total = w0 > 0 ? acc + total : acc;
+      }
+      total.store(out + r + j, static_cast<int>(std::min<int64_t>(Vec::kLanes, count - j)));
+    }
+  }
+}
+
 // dQ += G^T K.
 template <class Product>
 void add_query_gradients(const Buffers<Product>& b, int64_t rows, int64_t row_capacity, int64_t cols,
@@ -212,9 +238,11 @@ void forward_panels(const Logits& x, const Tiling& t, Wavefront& wave, float* sc
       Ahead ahead = Ahead::of(x.keys, next, next_cols, x.size, calls_in_tile(x, b.words, rows, cols, false));
       product_of_features(b, keys, rows, cols, ahead);
       epilogue.tile(b.tile, col0, cols);
-      wait_for_turn(wave.done[chunk], panel);
-      epilogue.update_columns(col0, cols);
-      wave.done[chunk].store(static_cast<int32_t>(panel + 1), std::memory_order_release);
+      if constexpr (requires { epilogue.update_columns(col0, cols); }) {
+        wait_for_turn(wave.done[chunk], panel);
+        epilogue.update_columns(col0, cols);
+        wave.done[chunk].store(static_cast<int32_t>(panel + 1), std::memory_order_release);
+      }
     }
     epilogue.end_panel(panel);
   }

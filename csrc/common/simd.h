@@ -141,6 +141,16 @@ MMK_INLINE Vec exponent_of_low_bits(Vec a) {
 MMK_INLINE bool any_above(Vec a, Vec b) {
   return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0;
 }
+// A bit for each lane of a that is not at most its one of b: greater, or one of them is NaN.
+MMK_INLINE uint32_t lanes_beyond(Vec a, Vec b) {
+  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ);
+}
+// Whole numbers in the bits of the lanes, one more where a is not at most b, or equals c.
+MMK_INLINE Vec count_beyond(Vec counts, Vec a, Vec b, Vec c) {
+  const __mmask16 more = _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ) | _mm512_cmp_ps_mask(a.v, c.v, _CMP_EQ_OQ);
+  const __m512i so_far = _mm512_castps_si512(counts.v);
+  return {_mm512_castsi512_ps(_mm512_mask_add_epi32(so_far, more, so_far, _mm512_set1_epi32(1)))};
+}
 // The sum of lanes in doubles.
 struct DoubleSum {
   __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
@@ -323,6 +333,14 @@ MMK_INLINE Vec exponent_of_low_bits(Vec a) {
 MMK_INLINE bool any_above(Vec a, Vec b) {
   return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)) != 0;
 }
+MMK_INLINE uint32_t lanes_beyond(Vec a, Vec b) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_NLE_UQ)));
+}
+MMK_INLINE Vec count_beyond(Vec counts, Vec a, Vec b, Vec c) {
+  const __m256 more = _mm256_or_ps(_mm256_cmp_ps(a.v, b.v, _CMP_NLE_UQ), _mm256_cmp_ps(a.v, c.v, _CMP_EQ_OQ));
+  // True is -1.
+  return {_mm256_castsi256_ps(_mm256_sub_epi32(_mm256_castps_si256(counts.v), _mm256_castps_si256(more)))};
+}
 struct DoubleSum {
   __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
   MMK_INLINE void add(Vec a) {
@@ -451,6 +469,16 @@ MMK_INLINE Vec exponent_of_low_bits(Vec a) {
 }
 MMK_INLINE bool any_above(Vec a, Vec b) {
   return a.v[0] > b.v[0] || a.v[1] > b.v[1] || a.v[2] > b.v[2] || a.v[3] > b.v[3];
+}
+MMK_INLINE uint32_t lanes_beyond(Vec a, Vec b) {
+  uint32_t lanes = 0;
+  for (int i = 0; i < Vec::kLanes; ++i) lanes |= static_cast<uint32_t>(!(a.v[i] <= b.v[i])) << i;
+  return lanes;
+}
+MMK_INLINE Vec count_beyond(Vec counts, Vec a, Vec b, Vec c) {
+  typedef int32_t Words __attribute__((vector_size(16)));
+  const Words more = ~(a.v <= b.v) | (a.v == c.v), so_far = reinterpret_cast<Words>(counts.v);
+  return {reinterpret_cast<Vec::Floats>(so_far - more)};  // true is -1
 }
 struct DoubleSum {
   double lanes[Vec::kLanes] = {};

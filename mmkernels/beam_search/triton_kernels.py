@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels._triton import family_of, on_device
+from mmkernels._triton import family_of, on_device, ordered
 from mmkernels.beam_search import reference
 
 LOG2E = tl.constexpr(reference.LOG2E)
@@ -87,13 +87,6 @@ def log_of_sum(total):
     for i in tl.static_range(2, 8):
         p = p * w + LOG[i]
     return (exponent * LN2 + (z + z) * p).to(tl.float32)
-
-
-@triton.jit
-def ordered(x):
-    """An int32 that is ordered as the float32 is; both zeros are one."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit

@@ -81,7 +81,7 @@ def cross_entropy_forward(
     N, M = queries.shape[0], keys.shape[0]
     config, precision = choose(queries)
     tile = config.forward
-    queries, keys = _aligned(queries), _aligned(keys)
+    queries, keys = aligned(queries), aligned(keys)
     targets = _targets(targets, N, queries.device)
 
     row_tiles, col_tiles = triton.cdiv(N, tile.block_m), triton.cdiv(M, tile.block_n)
@@ -151,7 +151,7 @@ def cross_entropy_backward(
     grad_keys = keys.new_empty(keys.shape if output_mask[1] else 0)
     grad_bias = scale.new_empty(M if output_mask[3] else 0)
     config, precision = choose(queries)
-    padded_queries, padded_keys = _aligned(queries), _aligned(keys)
+    padded_queries, padded_keys = aligned(queries), aligned(keys)
     identity = targets is None
     targets = _targets(targets, N, queries.device)
 
@@ -289,7 +289,7 @@ def require_targets(op: str, targets: Tensor, count: int, of: str, ignore_index:
     torch._assert_async(legal.all(), f"mmkernels.{op}: {expected_targets(count, of, ignore_index)}")
 
 
-def _aligned(features: Tensor) -> Tensor:
+def aligned(features: Tensor) -> Tensor:
     """The features as the kernels are compiled for them: contiguous rows that start at multiples of 16 bytes.
 
     Any other layout is copied once, with zeros up to the next multiple of 16 features.

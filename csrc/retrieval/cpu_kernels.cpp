@@ -1,0 +1,174 @@
+// Ranks and best keys as epilogues of the tile engine. Compiled once for each instruction set (MMK_VARIANT).
+#include "cpu_kernels.h"
+
+#include "../common/engine.h"
+
+namespace mmkernels {
+inline namespace MMK_VARIANT {
+namespace {
+
+// About what the lists of a panel may take: a panel is made lower for long lists.
+constexpr int64_t kListBytes = int64_t{8} << 20;
+
+// A type of this instruction set, so that what the standard library makes of it is, too.
+struct Before {
+  bool operator()(uint64_t a, uint64_t b) const { return a > b; }
+};
+
+// Counts the keys that come before each query's target. Its score is known before the walk, and is the bits that the
+// tiles have.
+template <class Product>
+struct CountBefore {
+  CountBefore(const RetrievalRanks& p, float* scratch) : p(p), scratch(scratch) {}
+
+  const RetrievalRanks& p;
+  float* scratch;
+  int64_t row0 = 0, rows = 0, padded_rows = 0;
+  int64_t target[kMaxRows];
+  float positive[kMaxRows], tie[kMaxRows];
+  float counts[kMaxRows];  // whole numbers, in the bits
+
+  void begin_panel(int64_t first_row, int64_t count) {
+    row0 = first_row;
+    rows = count;
+    padded_rows = round_up(count, Vec::kLanes);
+    for (int64_t r = 0; r < rows; ++r) target[r] = p.targets != nullptr ? p.targets[row0 + r] : row0 + r;
+    std::fill(target + rows, target + padded_rows, int64_t{-1});
+    std::fill(positive + rows, positive + padded_rows, 0.f);
+    std::fill(counts, counts + padded_rows, 0.f);
+    const ListedFeatures keys{p.keys.data, p.keys.dtype, target, p.keys.row_stride};
+    products_of_pairs<Product>(p.scores.queries, row0, keys, rows, p.scores.size, scratch, positive);
+  }
+
+  void tile(const float* s, int64_t col0, int64_t cols) {
+    const int64_t key0 = p.first_key + col0;
+    // A key that ties counts if it stands before the target: here all do or none, but for targets in this very tile.
+    for (int64_t r = 0; r < padded_rows; ++r) tie[r] = target[r] >= key0 + cols ? positive[r] : __builtin_nanf("");
+    for (int64_t c0 = 0; c0 < cols; c0 += kRows) {
+      const int64_t count = std::min<int64_t>(kRows, cols - c0);
+      for (int64_t r = 0; r < padded_rows; r += Vec::kLanes) {
+        const Vec score = Vec::load(positive + r), equal = Vec::load(tie + r);
+        Vec before = Vec::load(counts + r);
+        for (int64_t c = c0; c < c0 + count; ++c)
+          before = count_beyond(before, Vec::load(s + c * kTileStride + r), score, equal);
+        before.store(counts + r);
+      }
+    }
+    if (p.targets == nullptr && (row0 + rows <= key0 || key0 + cols <= row0)) return;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t end = target[r] - key0;
+      if (end < 0 || end >= cols) continue;
+      uint32_t ties = to_bits(counts[r]);
+      for (int64_t c = 0; c < end; ++c) ties += s[c * kTileStride + r] == positive[r];
+      counts[r] = from_bits(ties);
+    }
+  }
+
+  void end_panel(int64_t) {
+    for (int64_t r = 0; r < rows; ++r)
+      p.counts[row0 + r] = positive[r] != positive[r] ? -1 : static_cast<int32_t>(to_bits(counts[r]));
+  }
+};
+
+// Keeps what may be among the best of each query: a list that is cut to k entries when it is full, whose last is then
+// what a key must be beyond. Keys come in the order of their indices: one that ties with it is behind it.
+struct KeepBest {
+  KeepBest(const RetrievalTopk& p, uint64_t* lists) : p(p), lists(lists) {}
+
+  const RetrievalTopk& p;
+  uint64_t* lists;  // [rows, capacity]
+  int64_t row0 = 0, rows = 0;
+  int64_t used[kMaxRows];
+  float level[kMaxRows];  // NaN, which everything is beyond, until the first cut
+
+  void begin_panel(int64_t first_row, int64_t count) {
+    row0 = first_row;
+    rows = count;
+    std::fill(used, used + rows, int64_t{0});
+    std::fill(level, level + round_up(rows, Vec::kLanes), __builtin_nanf(""));
+  }
+
+  void tile(const float* s, int64_t col0, int64_t cols) {
+    for (int64_t c = 0; c < cols; ++c) {
+      const float* row = s + c * kTileStride;
+      for (int64_t r = 0; r < rows; r += Vec::kLanes) {
+        uint32_t lanes = lanes_beyond(Vec::load(row + r), Vec::load(level + r));
+        if (rows - r < Vec::kLanes) lanes &= (1u << (rows - r)) - 1;
+        for (; lanes != 0; lanes &= lanes - 1) {
+          const int64_t at = r + __builtin_ctz(lanes);
+          append(at, entry_of(row[at], p.first_key + col0 + c));
+        }
+      }
+    }
+  }
+
+  void append(int64_t r, uint64_t entry) {
+    uint64_t* list = lists + r * p.capacity;
+    list[used[r]++] = entry;
+    if (used[r] < p.capacity) return;
+    cut(list, r);
+    const float last = score_of(list[p.k - 1]);
+    level[r] = last == last ? last : __builtin_inff();  // only a NaN is beyond it
+  }
+
+  void cut(uint64_t* list, int64_t r) {
+    if (used[r] <= p.k) return;
+    std::nth_element(list, list + p.k - 1, list + used[r], Before());
+    used[r] = p.k;
+  }
+
+  void end_panel(int64_t) {
+    for (int64_t r = 0; r < rows; ++r) {
+      uint64_t *list = lists + r * p.capacity, *best = p.best + (row0 + r) * p.k;
+      cut(list, r);
+      std::sort(list, list + used[r], Before());
+      std::fill(std::copy(list, list + used[r], best), best + p.k, uint64_t{0});
+    }
+  }
+};
+
+// The engine's tiling with `extra` floats of scratch for the epilogue.
+Tiling with_scratch(Tiling t, int64_t extra) {
+  t.scratch_floats += round_up(extra, 16);
+  return t;
+}
+
+Tiling ranks_tiling(const Logits& x, int64_t threads) {
+  return with_scratch(tiling_of(x, false, threads), 2 * x.size * kPanel);
+}
+
+Tiling topk_tiling(const Logits& x, int64_t capacity, int64_t threads) {
+  return with_product(x.queries.dtype, [&](auto product) {
+    Tiling t = choose_tiling<decltype(product)>(x, false, threads);
+    const int64_t highest = kListBytes / static_cast<int64_t>(capacity * sizeof(uint64_t)) / kPanel * kPanel;
+    t.rows = std::min(t.rows, std::max<int64_t>(highest, kPanel));
+    t.panels = (x.queries.rows + t.rows - 1) / t.rows;
+    t.scratch_floats = Buffers<decltype(product)>(x, t, false, nullptr).floats;
+    return with_scratch(t, 2 * t.rows * capacity);
+  });
+}
+
+void ranks(const RetrievalRanks& p, const Tiling& t, Wavefront& wave, float* scratch) {
+  with_product(p.scores.queries.dtype, [&](auto product) {
+    using Product = decltype(product);
+    CountBefore<Product> epilogue(p, scratch + Buffers<Product>(p.scores, t, false, nullptr).floats);
+    forward_panels<Product>(p.scores, t, wave, scratch, epilogue);
+  });
+}
+
+void topk(const RetrievalTopk& p, const Tiling& t, Wavefront& wave, float* scratch) {
+  with_product(p.scores.queries.dtype, [&](auto product) {
+    using Product = decltype(product);
+    float* lists = scratch + Buffers<Product>(p.scores, t, false, nullptr).floats;
+    KeepBest epilogue(p, reinterpret_cast<uint64_t*>(lists));
+    forward_panels<Product>(p.scores, t, wave, scratch, epilogue);
+  });
+}
+
+}  // namespace
+
+extern const RetrievalKernels retrieval_kernels;
+const RetrievalKernels retrieval_kernels{ranks_tiling, topk_tiling, ranks, topk};
+
+}  // namespace MMK_VARIANT
+}  // namespace mmkernels
