@@ -63,7 +63,7 @@ def contractions(case) -> list[str]:
 
 def test_the_check_notices_a_spill():
     case = main_case("merge")
-    large = dict(case.constants) | {"BEAMS": 256, "PARTS": 64}
+    large = dict(case.constants) | {"BEAMS": 64, "PARTS": 32}
     case = dataclasses.replace(case, constants=tuple(large.items()), num_warps=1)
     assert any("spills" in fault for fault in gpu_bounds.faults(case, gpu_bounds.compile_case(case)))
 
