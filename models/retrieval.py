@@ -711,9 +711,15 @@ def compare(
         seed=seed,
     )
     schedule = TrainConfig(
-        steps=steps, lr=lr, warmup=warmup, ema=ema, seed=seed, precision=pick_precision(precision.value)
+        steps=steps,
+        lr=lr,
+        warmup=warmup,
+        ema=ema,
+        seed=seed,
+        precision=pick_precision(precision.value),
+        checkpoint_every=evaluate_every,
     )
-    bad = BadDataLog()
+    bad = bad_log(BadChoice.skip)
     splits = source.load(bad)
     announce(splits.notes, bad)
     sets = splits.all_sets()
