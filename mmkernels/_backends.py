@@ -16,7 +16,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "divided_attention": ("triton", "cpu", "reference"),
     "siglip": ("reference",),
     "linear_cross_entropy": ("triton", "cpu", "reference"),
-    "triplet": ("reference",),
+    "triplet": ("triton", "cpu", "reference"),
     "retrieval_ranks": ("triton", "cpu", "reference"),
     "retrieval_topk": ("triton", "cpu", "reference"),
     "beam_search": ("cuda", "triton", "cpu", "reference"),
@@ -43,6 +43,15 @@ def _load_library() -> str | None:
 
 
 @functools.cache
+def _library_lacks(op: str) -> str | None:
+    """Why the library that is loaded has no kernels of the op; None if it has them."""
+    kernels = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+    if any(name.startswith(f"mmkernels::{op}") and "_cpu" in name for name in kernels):
+        return None
+    return f"the compiled library was built before mmkernels had {op}; reinstall, or build it again"
+
+
+@functools.cache
 def _cuda_unavailable() -> str | None:
     reason = _load_library()
     if reason is not None:
@@ -62,12 +71,12 @@ def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def unavailable(impl: str) -> str | None:
-    """Why `impl` cannot run on this machine at all; None if it can."""
+def unavailable(impl: str, op: str | None = None) -> str | None:
+    """Why `impl` (of `op`) cannot run on this machine at all; None if it can."""
     if impl == "reference":
         return None
     if impl == "cpu":
-        return _load_library()
+        return _load_library() or (None if op is None else _library_lacks(op))
     if impl == "cuda":
         return _cuda_unavailable()
     if importlib.util.find_spec("triton") is None:
@@ -77,12 +86,12 @@ def unavailable(impl: str) -> str | None:
     return None
 
 
-def refuses(impl: str, device_type: str, dtype: torch.dtype, limit: str | None = None) -> str | None:
-    """Why `impl` cannot take tensors of this device and dtype here; None if it can.
+def refuses(op: str, impl: str, device_type: str, dtype: torch.dtype, limit: str | None = None) -> str | None:
+    """Why `impl` of `op` cannot take tensors of this device and dtype here; None if it can.
 
     `limit` is a reason of the call's own for which no compiled kernel takes it.
     """
-    reason = unavailable(impl)
+    reason = unavailable(impl, op)
     if reason is not None or impl == "reference":
         return reason
     if limit is not None:
@@ -102,9 +111,9 @@ def choose(op: str, impl: str, device_type: str, dtype: torch.dtype, limit: str 
         return _choose_auto(op, device_type, dtype, limit)
     if impl not in names:
         raise ValueError(f"impl: expected 'auto' or one of {', '.join(map(repr, names))}, got {impl!r}")
-    if refuses(impl, device_type, dtype, limit) is None:
+    if refuses(op, impl, device_type, dtype, limit) is None:
         return impl
-    reasons = "".join(f"\n  {name}: {refuses(name, device_type, dtype, limit) or 'can run'}" for name in names)
+    reasons = "".join(f"\n  {name}: {refuses(op, name, device_type, dtype, limit) or 'can run'}" for name in names)
     raise RuntimeError(f"mmkernels.{op}: impl={impl!r} cannot run on {device_type} tensors of {dtype}:{reasons}")
 
 
@@ -117,6 +126,6 @@ choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _choose_auto(op: str, device_type: str, dtype: torch.dtype, limit: str | None) -> str:
     # The interpreter is there to be asked for: it is far slower than the eager reference.
     names = [n for n in IMPLEMENTATIONS[op] if not (n == "triton" and triton_interprets())]
-    chosen = next(name for name in names if refuses(name, device_type, dtype, limit) is None)
+    chosen = next(name for name in names if refuses(op, name, device_type, dtype, limit) is None)
     logger.debug("%s on %s, %s: %s", op, device_type, dtype, chosen)
     return chosen

@@ -11,7 +11,7 @@ from mmkernels import _backends
 def collect() -> dict[str, dict[str, str]]:
     """{op: {implementation: "yes" or the reason why not}}."""
     return {
-        op: {name: _backends.unavailable(name) or "yes" for name in names}
+        op: {name: _backends.unavailable(name, op) or "yes" for name in names}
         for op, names in _backends.IMPLEMENTATIONS.items()
     }
 

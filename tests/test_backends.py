@@ -55,6 +55,12 @@ def test_choice_is_logged_once_at_debug():
 
 
 @pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason="no compiled library")
+def test_a_library_older_than_an_op_is_refused():
+    assert _backends.unavailable("cpu", "info_nce") is None
+    assert "built before mmkernels had no_such_op" in (_backends.unavailable("cpu", "no_such_op") or "")
+
+
+@pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason="no compiled library")
 def test_unknown_instruction_set_is_refused():
     result = python(
         "import torch, mmkernels as m; m.info_nce(torch.ones(2, 2), torch.ones(2, 2), 1.)", MMKERNELS_CPU="z80"

@@ -10,9 +10,8 @@
 //   begin_panel(row0, rows)      the panel of queries that comes next;
 //   recall(s, col0, cols)        backward alone: fills in the products of a tile if it has them, else returns false;
 //   tile(s, col0, cols)          forward: reads the products of a tile; backward: turns them into gradients;
-//   update_columns(col0, cols)   forward alone, where there is something: what belongs to the keys, whatever the
-//   threads
-//                                in the order of panels;
+//   update_columns(col0, cols)   where there is something: what belongs to the keys, whatever the threads in the order
+//                                of panels;
 //   end_panel(panel)             the panel has met all the keys.
 #pragma once
 
@@ -201,11 +200,11 @@ inline void round_tile(const Buffers<BFloat16Product>& b, int64_t rows, int64_t 
 }
 #endif
 
-// A finished row of gradients, scaled and written in the dtype of the features. It lies in panels, one kPanel wide part
-// every grad_stride.
-inline void finish_row(const float* grad, int64_t grad_stride, float scale, const Features& x, int64_t row,
+// A finished row of gradients, scaled and written in their dtype. It lies in panels, one kPanel wide part every
+// grad_stride.
+inline void finish_row(const float* grad, int64_t grad_stride, float scale, Dtype dtype_of_grads, int64_t row,
                        int64_t size, void* out) {
-  with_dtype(x.dtype, [&](auto dtype) {
+  with_dtype(dtype_of_grads, [&](auto dtype) {
     void* to = static_cast<char*>(out) + row * size * bytes_of(dtype());
     for (int64_t d = 0; d < size; d += Vec::kLanes) {
       const Vec value = load_floats<Dtype::kFloat32>(grad + d / kPanel * grad_stride + d % kPanel, 0, size - d);
@@ -216,10 +215,11 @@ inline void finish_row(const float* grad, int64_t grad_stride, float scale, cons
 
 // The gradients of a chunk of keys are complete: scaled and rounded in place.
 template <class Tile>
-void finish_keys(const Logits& x, int64_t col0, int64_t cols, const Tile& grads, void* out, float* buffer) {
+void finish_keys(const Logits& x, Dtype dtype, int64_t col0, int64_t cols, const Tile& grads, void* out,
+                 float* buffer) {
   for (int64_t c = 0; c < cols; ++c) {
     for (int64_t d = 0; d < x.size; ++d) buffer[d] = grads.get(c, d);
-    finish_row(buffer, kPanel, x.scale, x.keys, col0 + c, x.size, out);
+    finish_row(buffer, kPanel, x.scale, dtype, col0 + c, x.size, out);
   }
 }
 
@@ -251,8 +251,10 @@ void forward_panels(const Logits& x, const Tiling& t, Wavefront& wave, float* sc
 template <class Product, class Epilogue>
 void backward_panels(const Logits& x, const Gradients& grads, const Tiling& t, Wavefront& wave, float* scratch,
                      Epilogue& epilogue) {
+  constexpr bool kColumns = requires { epilogue.update_columns(0, 0); };
   const Buffers<Product> b(x, t, true, scratch);
   const int64_t row_capacity = round_up(t.rows, kPanel), col_capacity = round_up(t.cols, kRows);
+  const Dtype dtype = grads.in_float32 ? Dtype::kFloat32 : x.queries.dtype;
   for (int64_t panel; (panel = wave.next_panel.fetch_add(1)) < t.panels;) {
     const int64_t row0 = panel * t.rows, rows = std::min(t.rows, x.queries.rows - row0);
     pack_columns<Product>(x.queries, row0, rows, x.size, b.query_columns);
@@ -282,23 +284,25 @@ void backward_panels(const Logits& x, const Gradients& grads, const Tiling& t, W
         pack_rows<Product>(x.keys, col0, cols, x.size, col_capacity, b.key_rows);
       }
       if (grads.queries != nullptr) add_query_gradients(b, rows, row_capacity, cols, col_capacity, chunk == 0, ahead);
-      if (grads.keys == nullptr) continue;
+      if (grads.keys == nullptr && !kColumns) continue;
       wait_for_turn(wave.done[chunk], panel);
       const auto add = [&](const auto& out) {
         add_key_gradients(b, rows, row_capacity, cols, x.size, out);
-        if (panel == t.panels - 1) finish_keys(x, col0, cols, out, grads.keys, b.tile);
+        if (panel == t.panels - 1) finish_keys(x, dtype, col0, cols, out, grads.keys, b.tile);
       };
-      if (x.keys.dtype == Dtype::kFloat32) {
+      if (grads.keys == nullptr) {
+      } else if (dtype == Dtype::kFloat32) {
         add(FloatTile{static_cast<float*>(grads.keys) + col0 * x.size, x.size, panel > 0});
       } else {
         const int64_t at = col0 * x.size;
         add(SplitTile{static_cast<uint16_t*>(grads.keys) + at, grads.low_keys + at, x.size, panel > 0});
       }
+      if constexpr (kColumns) epilogue.update_columns(col0, cols);
       wave.done[chunk].store(static_cast<int32_t>(panel + 1), std::memory_order_release);
     }
     epilogue.end_panel(panel);
     for (int64_t r = 0; r < rows && grads.queries != nullptr; ++r)
-      finish_row(b.grad_panel + r * kPanel, row_capacity * kPanel, x.scale, x.queries, row0 + r, x.size, grads.queries);
+      finish_row(b.grad_panel + r * kPanel, row_capacity * kPanel, x.scale, dtype, row0 + r, x.size, grads.queries);
   }
 }
 

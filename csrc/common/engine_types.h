@@ -31,11 +31,12 @@ struct Wavefront {
   std::atomic<int32_t>* done;  // [chunks], zeros
 };
 
-// Outputs of a backward pass, in the dtype of the features; null: not wanted.
+// Outputs of a backward pass, in the dtype of the features or in float32; null: not wanted.
 struct Gradients {
   void* queries;       // [n, size]
   void* keys;          // [m, size]
   uint16_t* low_keys;  // [m, size], the low halves of keys until it is complete; null for float32
+  bool in_float32;
 };
 
 }  // namespace mmkernels

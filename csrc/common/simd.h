@@ -119,9 +119,16 @@ MMK_INLINE Vec operator*(Vec a, Vec b) {
 MMK_INLINE Vec operator/(Vec a, Vec b) {
   return {_mm512_div_ps(a.v, b.v)};
 }
-// A NaN in b wins; one in a is lost.
+// A NaN in b wins; one in a is lost. So in min.
 MMK_INLINE Vec max(Vec a, Vec b) {
   return {_mm512_max_ps(a.v, b.v)};
+}
+MMK_INLINE Vec min(Vec a, Vec b) {
+  return {_mm512_min_ps(a.v, b.v)};
+}
+// The lane of x where the one of a is greater than the one of b, else of y, as where a or b is NaN.
+MMK_INLINE Vec select_above(Vec a, Vec b, Vec x, Vec y) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), y.v, x.v)};
 }
 MMK_INLINE Vec fma(Vec a, Vec b, Vec c) {
   return {_mm512_fmadd_ps(a.v, b.v, c.v)};
@@ -315,6 +322,12 @@ MMK_INLINE Vec operator/(Vec a, Vec b) {
 MMK_INLINE Vec max(Vec a, Vec b) {
   return {_mm256_max_ps(a.v, b.v)};
 }
+MMK_INLINE Vec min(Vec a, Vec b) {
+  return {_mm256_min_ps(a.v, b.v)};
+}
+MMK_INLINE Vec select_above(Vec a, Vec b, Vec x, Vec y) {
+  return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ))};
+}
 MMK_INLINE Vec fma(Vec a, Vec b, Vec c) {
   return {_mm256_fmadd_ps(a.v, b.v, c.v)};
 }
@@ -434,6 +447,12 @@ MMK_INLINE Vec operator/(Vec a, Vec b) {
 }
 MMK_INLINE Vec max(Vec a, Vec b) {
   return {a.v > b.v ? a.v : b.v};
+}
+MMK_INLINE Vec min(Vec a, Vec b) {
+  return {a.v < b.v ? a.v : b.v};
+}
+MMK_INLINE Vec select_above(Vec a, Vec b, Vec x, Vec y) {
+  return {a.v > b.v ? x.v : y.v};
 }
 MMK_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__ARM_NEON)

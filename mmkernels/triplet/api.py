@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mmkernels import _backends
 from mmkernels._checks import check_matches, check_pairs, check_reduction, in_one_dtype
-from mmkernels.triplet import reference
+from mmkernels.triplet import ops, reference
 
 _MININGS = ("all", "hardest", "semi_hard")
 
@@ -70,7 +70,9 @@ def triplet(
     """
     _check(queries, keys, margin, mining, symmetric, reduction)
     queries, keys = in_one_dtype("queries", queries, "keys", keys)
-    _backends.choose("triplet", impl, queries.device.type, queries.dtype)
+    chosen = _backends.choose("triplet", impl, queries.device.type, queries.dtype)
+    if chosen != "reference":
+        return ops.triplet(queries, keys, margin, mining, symmetric, reduction, chosen)
     losses = reference.triplet(queries, keys, margin, mining, symmetric)
     if reduction == "none":
         return losses

@@ -17,6 +17,8 @@ Memory beyond inputs and outputs, in bytes, e = bytes of an element:
 No atomics: results are the same bits from run to run. Logits are in base 2 inside the kernels: 2^x is one instruction.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -48,7 +50,7 @@ _MAX_PARTIALS = 32  # partial statistics of a row or a column
 _STRIP_BYTES = 32 << 20  # about what the L2 cache of an H100 holds beside the features
 _STRIP_ROWS = 128  # the fewest rows of a strip
 _PRODUCT_PROGRAMS = 256  # programs that the product over a strip is split into, for lack of output tiles
-_FP16_PEAK = 8192.0
+FP16_PEAK = 8192.0
 
 
 def info_nce_forward(
@@ -164,7 +166,7 @@ def cross_entropy_backward(
             # |dS| <= 2.5 peak. In units of peak / 8192 the largest fits fp16, and what falls below its least normal
             # number is under 1e-8 of the peak.
             peak = torch.maximum(2 * weights.abs().amax(), col_weights.abs().amax())
-            unit = torch.where(peak > 0, peak, 1.0) / _FP16_PEAK
+            unit = torch.where(peak > 0, peak, 1.0) / FP16_PEAK
             factor = scale * unit
             weights, col_weights = weights / unit, col_weights / unit
         # <Q, dQ> = <K, dK>: the scale takes its gradient from whichever product is made anyway.
@@ -175,10 +177,16 @@ def cross_entropy_backward(
             symmetric, label_smoothing, config, precision,
         )  # fmt: skip
         if for_queries:
-            shares = _product_side(logits, False, factor, grad_queries if output_mask[0] else None, output_mask[2])
+            shares = strip_products(
+                functools.partial(logits.fill, False), padded_queries, padded_keys, config.product, precision, factor,
+                grad_queries if output_mask[0] else None, output_mask[2],
+            )  # fmt: skip
         if output_mask[1] or output_mask[3]:
-            grads = (grad_keys if output_mask[1] else None, output_mask[2] and not for_queries)
-            key_shares = _product_side(logits, True, factor, *grads, grad_bias if output_mask[3] else None)
+            key_shares = strip_products(
+                functools.partial(logits.fill, True), padded_keys, padded_queries, config.product, precision, factor,
+                grad_keys if output_mask[1] else None, output_mask[2] and not for_queries,
+                grad_bias if output_mask[3] else None,
+            )  # fmt: skip
             shares = shares if for_queries else key_shares
     grad_scale = shares.sum() if output_mask[2] else scale.new_empty(0)
     if unit is not None:
@@ -203,22 +211,39 @@ class _Logits(NamedTuple):
     config: Config
     precision: str
 
+    def fill(self, of_keys: bool, strip: Tensor, first: int, rows: int) -> None:
+        """The strip's rows: rows `first` and following of dS (of_keys: of dS transposed), zero past its end."""
+        tile, width = self.config.grad_logits, strip.shape[1]
+        height, breadth = (width, rows) if of_keys else (rows, width)
+        grad_logits_kernel[(triton.cdiv(height, tile.block_m) * triton.cdiv(breadth, tile.block_n),)](
+            self.queries, self.keys, self.scale, self.scale if self.bias is None else self.bias, self.targets,
+            self.row_lse, self.col_lse, self.row_weights, self.col_weights, strip,
+            first, rows, len(self.queries), len(self.keys), self.queries.shape[1],
+            self.queries.stride(0), self.keys.stride(0), width, float(self.label_smoothing),
+            SYMMETRIC=self.symmetric, OF_KEYS=of_keys, SMOOTHED=self.label_smoothing > 0,
+            BIAS=self.bias is not None, PRECISION=self.precision, **launch_options(tile),
+        )  # fmt: skip
 
-def _product_side(
-    logits: _Logits, of_keys: bool, factor: Tensor, grad: Tensor | None, share: bool, sums: Tensor | None = None
+
+def strip_products(
+    fill: Callable[[Tensor, int, int], None],  # (strip, first, rows): rows first, first + 1, ... of dS into the strip
+    x: Tensor,
+    y: Tensor,
+    product: Tile,
+    precision: str,
+    factor: Tensor,
+    grad: Tensor | None,
+    share: bool = False,
+    sums: Tensor | None = None,
 ) -> Tensor:
-    """Fill grad = factor * dS K (of_keys: dS^T Q) strip by strip, and sums with the sums of the strips' rows.
+    """Fill grad = factor * dS y strip by strip, dS [rows of x, rows of y]; and sums with the sums of the strips' rows.
 
     Returns shares of the scale's gradient if `share`.
     """
-    queries, keys = logits.queries, logits.keys
-    x, y = (keys, queries) if of_keys else (queries, keys)
     num_x, D = x.shape
     num_y = y.shape[0]
-    tile, product = logits.config.grad_logits, logits.config.product
     width = round_up(num_y, 64)
-    element = x.element_size()
-    strip_rows = min(_STRIP_BYTES // (element * width), _STRIP_BYTES // (4 * D)) // _STRIP_ROWS * _STRIP_ROWS
+    strip_rows = min(_STRIP_BYTES // (x.element_size() * width), _STRIP_BYTES // (4 * D)) // _STRIP_ROWS * _STRIP_ROWS
     # A quarter of dS at most: the whole of it is never stored, however small it is.
     strip_rows = min(strip_rows, round_up(triton.cdiv(num_x, 4), _STRIP_ROWS))
     strip_rows = min(max(strip_rows, _STRIP_ROWS), num_x)
@@ -237,15 +262,7 @@ def _product_side(
     shares = factor.new_empty(num_shares if share else 0)
     for index, first in enumerate(starts):
         rows = min(strip_rows, num_x - first)
-        height, breadth = (width, rows) if of_keys else (rows, width)
-        grad_logits_kernel[(triton.cdiv(height, tile.block_m) * triton.cdiv(breadth, tile.block_n),)](
-            queries, keys, logits.scale, logits.scale if logits.bias is None else logits.bias, logits.targets,
-            logits.row_lse, logits.col_lse, logits.row_weights, logits.col_weights, strip,
-            first, rows, len(queries), len(keys), D, queries.stride(0), keys.stride(0), width,
-            float(logits.label_smoothing),
-            SYMMETRIC=logits.symmetric, OF_KEYS=of_keys, SMOOTHED=logits.label_smoothing > 0,
-            BIAS=logits.bias is not None, PRECISION=logits.precision, **launch_options(tile),
-        )  # fmt: skip
+        fill(strip, first, rows)
         if sums is not None:
             torch.sum(strip[:rows], 1, dtype=torch.float32, out=sums[first : first + rows])
         if grad is None and not share:
@@ -253,7 +270,7 @@ def _product_side(
         product_kernel[(triton.cdiv(rows, product.block_m) * triton.cdiv(D, product.block_n) * splits,)](
             strip, y, partials,
             num_y, D, y.stride(0), rows, width, steps_per_split, splits,
-            PRECISION=logits.precision, **launch_options(product),
+            PRECISION=precision, **launch_options(product),
         )  # fmt: skip
         merge_product_kernel[(triton.cdiv(rows, MERGE_ROWS) * features,)](
             partials, x, factor, x if grad is None else grad, shares,

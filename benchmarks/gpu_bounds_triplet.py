@@ -1,0 +1,86 @@
+"""The compiled forms of triplet's Triton kernels, for gpu_bounds. The product over a strip is info_nce's."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
+from benchmarks.gpu_bounds_info_nce import case
+from mmkernels.contrastive import triton_kernels
+from mmkernels.contrastive.triton_kernels import cross_entropy
+from mmkernels.contrastive.triton_kernels.configs import CONFIGS, Config
+from mmkernels.triplet.triton_kernels import kernels
+
+GROWING = {"SYMMETRIC", "SEMI_HARD", "GRADIENT"}
+_MULTIPLES_OF_16 = {"D", "stride_q", "stride_k", "stride_x", "stride_strip"}
+_FEATURES = {"queries", "keys", "x", "strip"}
+_INDICES = {"row_index", "col_index", "worst", "starts", "columns"}
+_INTEGERS = {
+    "N", "M", "first", "height", "width", "num_x", "num_y", "num_features", "tiles_per_group", "tiles_per_split",
+    "num_groups", "num_splits", "all_groups", "anew", "first_x", "strip_rows", "first_share",
+}  # fmt: skip
+
+
+def cases(gpus: Iterable[str] = GPUS) -> list[Case]:
+    """Every form that a launcher can ask for on these GPUs."""
+    return [
+        case for gpu in gpus for precision, config in CONFIGS[gpu].items() for case in _cases(gpu, precision, config)
+    ]
+
+
+def _cases(gpu: str, precision: str, config: Config) -> Iterable[Case]:
+    merge = {"BLOCK_M": triton_kernels.MERGE_ROWS, "BLOCK_N": triton_kernels.MERGE_FEATURES}
+    for dtype in ("bf16", "fp16") if precision == "half" else ("fp32",):
+        make = functools.partial(case, "triplet", gpu, precision, dtype)
+        yield make("positives_kernel", config.forward)
+        for symmetric in (False, True):
+            for flag in (False, True):
+                yield make("hinges_kernel", config.forward, SYMMETRIC=symmetric, GRADIENT=flag)
+                yield make("worst_kernel", config.forward, SYMMETRIC=symmetric, SEMI_HARD=flag)
+        yield make("transposed_product_kernel", config.forward)
+        yield make("merge_product_kernel", None, STORE=True, SHARE=False, **merge)  # into float32
+        yield make("finish_gradients_kernel", None, **merge)
+        sparse = {"BLOCK": triton_kernels.MERGE_FEATURES, "STEP": triton_kernels.MERGE_STEP}
+        yield make("sparse_product_kernel", None, **sparse)
+    if precision == "ieee":  # it sees float32 alone
+        for symmetric in (False, True):
+            block = {"BLOCK": triton_kernels.MERGE_BLOCK}
+            yield case("triplet", gpu, precision, "fp32", "finish_worst_kernel", None, SYMMETRIC=symmetric, **block)
+
+
+def kernel(name: str) -> Any:
+    return getattr(cross_entropy if name == "merge_product_kernel" else kernels, name)
+
+
+def argument(case: Case, name: str) -> Argument:
+    if name in _INTEGERS or name in _MULTIPLES_OF_16:
+        return Argument("i32", name in _MULTIPLES_OF_16)
+    if name == "margin":
+        return Argument("fp32")
+    if name in _INDICES:
+        return Argument("*i32", True)
+    of_features = name in _FEATURES or (name == "out" and case.kernel == "sparse_product_kernel")
+    return Argument("*" + (case.dtype if of_features else "fp32"), True)
+
+
+def problems(case: Case, rows: int = 32768, features: int = 512) -> list[Problem]:
+    """One kernel over a whole [rows, rows] problem."""
+    element = {"bf16": 2, "fp16": 2, "fp32": 4}[case.dtype]
+    inputs, pairs = 2 * rows * features * element, float(rows) * rows
+    constants = dict(case.constants)
+    flops, traffic = {
+        "positives_kernel": (2.0 * rows * features * constants.get("BLOCK_M", 0), inputs),
+        "hinges_kernel": (2 * pairs * features, inputs + (pairs * element if constants.get("GRADIENT") else 0)),
+        "worst_kernel": (2 * pairs * features, inputs),
+        "transposed_product_kernel": (2 * pairs * features, pairs * element + inputs),
+        "merge_product_kernel": (2.0 * rows * features, rows * features * 8),
+        "finish_gradients_kernel": (2.0 * rows * features, rows * features * (8 + element)),
+        "sparse_product_kernel": (6.0 * rows * features, rows * features * 4 * element),
+        "finish_worst_kernel": (64.0 * rows, 64 * 8.0 * rows),
+    }[case.kernel]
+    return [Problem(f"{rows} x {features}", flops, traffic)]
+
+
+def is_main(case: Case) -> bool:
+    """The loss that users run most: symmetric."""
+    return case.dtype != "fp16" and dict(case.constants).get("SYMMETRIC", True)

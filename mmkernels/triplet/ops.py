@@ -1,0 +1,172 @@
+"""The registered ops, three a backend, their fake kernels, and the autograd.Functions around them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels._autograd import refuse_second_derivatives
+
+_library = torch.library.Library("mmkernels", "FRAGMENT")
+
+# losses [N], float32; worst [2, N], int32: the worst negative of each query and of each matched key where it costs
+# something, else -1; [1, N] unless symmetric, no columns for mining="all".
+_FORWARD = "(Tensor queries, Tensor keys, float margin, str mining, bool symmetric) -> (Tensor losses, Tensor worst)"
+# For mining="all", in one pass: losses [N] and the gradients of their sum, weighted if there are weights [N]; all in
+# float32. One gradient for each true entry of output_mask (queries, keys), an empty tensor for each false one.
+_HINGE_GRADIENTS = (
+    "(Tensor queries, Tensor keys, Tensor? weights, float margin, bool symmetric, bool[2] output_mask)"
+    " -> (Tensor losses, Tensor grad_queries, Tensor grad_keys)"
+)
+# For the other minings, in the dtype of the features.
+_WORST_GRADIENTS = (
+    "(Tensor grad_losses, Tensor losses, Tensor queries, Tensor keys, Tensor worst, bool[2] output_mask)"
+    " -> (Tensor grad_queries, Tensor grad_keys)"
+)
+
+
+def _forward_fake(queries: Tensor, keys: Tensor, margin: float, mining: str, symmetric: bool) -> tuple[Tensor, Tensor]:
+    rows = queries.shape[0]
+    columns = 0 if mining == "all" else rows
+    losses = queries.new_empty(rows, dtype=torch.float32)
+    return losses, queries.new_empty(2 if symmetric else 1, columns, dtype=torch.int32)
+
+
+def _hinge_gradients_fake(
+    queries: Tensor, keys: Tensor, weights: Tensor | None, margin: float, symmetric: bool, output_mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    losses = queries.new_empty(queries.shape[0], dtype=torch.float32)
+    of_queries, of_keys = output_mask
+    return (
+        losses,
+        losses.new_empty(queries.shape if of_queries else 0),
+        losses.new_empty(keys.shape if of_keys else 0),
+    )
+
+
+def _worst_gradients_fake(
+    grad_losses: Tensor, losses: Tensor, queries: Tensor, keys: Tensor, worst: Tensor, output_mask: list[bool]
+) -> tuple[Tensor, Tensor]:
+    of_queries, of_keys = output_mask
+    return queries.new_empty(queries.shape if of_queries else 0), keys.new_empty(keys.shape if of_keys else 0)
+
+
+_SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "forward": (_FORWARD, _forward_fake),
+    "hinge_gradients": (_HINGE_GRADIENTS, _hinge_gradients_fake),
+    "worst_gradients": (_WORST_GRADIENTS, _worst_gradients_fake),
+}
+for _backend in ("cpu", "triton"):
+    for _name, (_schema, _fake) in _SCHEMAS.items():
+        _library.define(f"triplet_{_backend}_{_name}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"mmkernels::triplet_{_backend}_{_name}", _fake, lib=_library)
+
+
+@functools.cache
+def _triton() -> Any:
+    """Triton is imported by the first call that runs it: importing mmkernels imports torch alone."""
+    from mmkernels.triplet import triton_kernels
+
+    return triton_kernels
+
+
+for _name in _SCHEMAS:
+
+    def _launch(*args: Any, _function: str = f"triplet_{_name}") -> tuple[Tensor, ...]:
+        return getattr(_triton(), _function)(*args)
+
+    # The CPU key serves the interpreter.
+    for _key in ("CUDA", "CPU"):
+        _library.impl(f"triplet_triton_{_name}", _launch, _key)
+
+
+def _op(backend: str, name: str) -> Any:
+    return getattr(torch.ops.mmkernels, f"triplet_{backend}_{name}")
+
+
+def _finished(ctx: Any, grads: tuple[Tensor, ...], *sources: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of a backward pass: those that are needed, tied to what they were made from."""
+    if torch.is_grad_enabled():  # create_graph=True
+        grads = refuse_second_derivatives("triplet", grads, *sources)
+    return tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
+
+
+class _SumOverAll(torch.autograd.Function):
+    """The sum of the losses of all rows: their gradients up to one number, and so all in one pass.
+
+    They wait in float32: what the upstream gradient makes of them is rounded once, whatever its size.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, queries: Tensor, keys: Tensor, margin: float, symmetric: bool, backend: str, mask: list[bool]
+    ) -> Tensor:
+        losses, *grads = _op(backend, "hinge_gradients")(queries, keys, None, margin, symmetric, mask)
+        ctx.save_for_backward(queries, keys, *grads)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, *sums = ctx.saved_tensors
+        with torch.no_grad():
+            grads = tuple((grad_loss * grad).to(queries.dtype) for grad in sums)
+        return *_finished(ctx, grads, grad_loss, queries, keys), None, None, None, None
+
+
+class _LossesOverAll(torch.autograd.Function):
+    """The losses of all rows, each with an upstream gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, margin: float, symmetric: bool, backend: str) -> Tensor:
+        ctx.save_for_backward(queries, keys)
+        ctx.options, ctx.backend = (margin, symmetric), backend
+        return _op(backend, "forward")(queries, keys, margin, "all", symmetric)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys = ctx.saved_tensors
+        mask = list(ctx.needs_input_grad[:2])
+        with torch.no_grad():
+            _, *sums = _op(ctx.backend, "hinge_gradients")(queries, keys, grad_losses, *ctx.options, mask)
+            grads = tuple(grad.to(queries.dtype) for grad in sums)
+        return *_finished(ctx, grads, grad_losses, queries, keys), None, None, None
+
+
+class _LossesOverWorst(torch.autograd.Function):
+    """The losses of all rows, each of one negative a direction."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, queries: Tensor, keys: Tensor, margin: float, mining: str, symmetric: bool, backend: str
+    ) -> Tensor:
+        losses, worst = _op(backend, "forward")(queries, keys, margin, mining, symmetric)
+        ctx.save_for_backward(queries, keys, losses, worst)
+        ctx.backend = backend
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, losses, worst = ctx.saved_tensors
+        mask = list(ctx.needs_input_grad[:2])
+        with torch.no_grad():
+            grads = _op(ctx.backend, "worst_gradients")(grad_losses, losses, queries, keys, worst, mask)
+        return *_finished(ctx, grads, grad_losses, queries, keys), None, None, None, None
+
+
+def triplet(
+    queries: Tensor, keys: Tensor, margin: float, mining: str, symmetric: bool, reduction: str, backend: str
+) -> Tensor:
+    """The loss, a scalar or [N], float32, on the backend named; differentiable."""
+    if mining != "all":
+        losses = _LossesOverWorst.apply(queries, keys, margin, mining, symmetric, backend)
+    elif reduction != "none" and torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad):
+        mask = [queries.requires_grad, keys.requires_grad]
+        total = _SumOverAll.apply(queries, keys, margin, symmetric, backend, mask)
+        return total / len(queries) if reduction == "mean" else total
+    else:
+        losses = _LossesOverAll.apply(queries, keys, margin, symmetric, backend)
+    if reduction == "none":
+        return losses
+    return losses.mean() if reduction == "mean" else losses.sum()

@@ -1,0 +1,249 @@
+"""The triplet loss in Triton, on the tiles of the contrastive kernels.
+
+The positives come first, from the tiles on the diagonal. Then, with G = 2 N M D FLOP:
+
+"all": without a gradient 1 G, every tile adds its hinges to sums of rows and columns. With one 3 G in one pass: for a
+strip of queries the gradient of the similarities, one number for each hinge above 0, is stored in the dtype of the
+features (exactly, if the rows have no weights of their own); dQ of the strip is a plain product dS K, and dS^T Q is
+added to dK. What the positives take is known when the last hinge is, and added last.
+
+"hardest", "semi_hard": 1 G finds the worst negative of every row and column. The gradient of the similarities then has
+at most three entries a row: dQ and dK are sparse products, O(N D).
+
+Memory beyond inputs and outputs, in bytes, e = bytes of an element:
+    all, loss        16 min(32, N / tile) N
+    all, gradients   8 (min(64, M / tile) + strip / tile) N; one strip, as info_nce's; partial products, 32.5 MiB
+    worst, loss      16 min(32, N / tile) N
+    worst, gradients 100 N
+    and a padded copy of the features where D or the row stride is no multiple of 16 or the address none of 16 bytes.
+
+No atomics: results are the same bits from run to run.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from mmkernels._triton import on_device, round_up
+from mmkernels.contrastive.triton_kernels import (
+    FP16_PEAK,
+    MERGE_BLOCK,
+    MERGE_FEATURES,
+    MERGE_ROWS,
+    MERGE_STEP,
+    NO_FUSION,
+    aligned,
+    launch_options,
+    strip_products,
+)
+from mmkernels.contrastive.triton_kernels.configs import choose
+from mmkernels.triplet.triton_kernels.kernels import (
+    finish_gradients_kernel,
+    finish_worst_kernel,
+    hinges_kernel,
+    positives_kernel,
+    sparse_product_kernel,
+    transposed_product_kernel,
+    worst_kernel,
+)
+
+_MAX_PARTIALS = 32  # partial results of a row or a column
+_MAX_SPLITS = 64  # of a row, where the rows of a launch are those of one strip
+
+
+def triplet_forward(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    margin: float,
+    mining: str,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor]:
+    """The losses [N], and where the worst negatives are, [2, N] ([1, N] unless symmetric; no columns for "all")."""
+    N, M, directions = queries.shape[0], keys.shape[0], 2 if symmetric else 1
+    config, precision = choose(queries)
+    tile = config.forward
+    queries, keys = aligned(queries), aligned(keys)
+    row_tiles, col_tiles = triton.cdiv(N, tile.block_m), triton.cdiv(M, tile.block_n)
+    tiles_per_group, tiles_per_split = triton.cdiv(row_tiles, _MAX_PARTIALS), triton.cdiv(col_tiles, _MAX_PARTIALS)
+    groups, splits = triton.cdiv(row_tiles, tiles_per_group), triton.cdiv(col_tiles, tiles_per_split)
+    walk = (tiles_per_group, tiles_per_split, groups, splits)
+    strides = (queries.shape[1], queries.stride(0), keys.stride(0))
+    with on_device(queries.device):
+        positives = _positives(queries, keys)
+        if mining == "all":
+            rows = positives.new_empty(2, splits, N)
+            columns = positives.new_empty(2, groups, N) if symmetric else rows
+            hinges_kernel[(groups * splits,)](
+                queries, keys, positives, positives, positives, rows, columns,
+                0, N, M, N, M, *strides, *walk, groups, float(margin),
+                SYMMETRIC=symmetric, GRADIENT=False, PRECISION=precision, **launch_options(tile),
+            )  # fmt: skip
+            return _losses(rows, columns, symmetric), positives.new_empty(directions, 0, dtype=torch.int32)
+        row_best, row_index = positives.new_empty(splits, N), positives.new_empty(splits, N, dtype=torch.int32)
+        col_best, col_index = row_best, row_index
+        if symmetric:
+            col_best, col_index = positives.new_empty(groups, N), positives.new_empty(groups, N, dtype=torch.int32)
+        worst_kernel[(groups * splits,)](
+            queries, keys, positives, row_best, row_index, col_best, col_index,
+            N, M, *strides, *walk, float(margin),
+            SYMMETRIC=symmetric, SEMI_HARD=mining == "semi_hard", PRECISION=precision, **launch_options(tile),
+        )  # fmt: skip
+        losses, worst = positives.new_empty(N), positives.new_empty(directions, N, dtype=torch.int32)
+        finish_worst_kernel[(triton.cdiv(N, MERGE_BLOCK),)](
+            row_best, row_index, col_best, col_index, positives, losses, worst, N, groups, splits, float(margin),
+            SYMMETRIC=symmetric, BLOCK=MERGE_BLOCK, **NO_FUSION,
+        )  # fmt: skip
+    return losses, worst
+
+
+def triplet_hinge_gradients(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    weights: Tensor | None,  # [N]
+    margin: float,
+    symmetric: bool,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses over all negatives [N] and the gradients of their weighted sum, in float32; empty where masked."""
+    N, M, num_features = queries.shape[0], keys.shape[0], queries.shape[1]
+    config, precision = choose(queries)
+    dtype = queries.dtype
+    queries, keys = aligned(queries), aligned(keys)
+    with on_device(queries.device):
+        positives = _positives(queries, keys)
+        one = positives.new_ones(())
+        factor = one / (2 if symmetric else 1)
+        if weights is None:
+            weights = torch.ones_like(positives)
+        else:
+            weights = weights.float().contiguous()
+            if dtype == torch.float16:
+                # |dS| <= 2 peak. In units of peak / 8192 the largest fits fp16, and what falls below its least normal
+                # number is under 1e-8 of the peak.
+                peak = weights.abs().amax()
+                unit = torch.where(peak > 0, peak, 1.0) / FP16_PEAK
+                weights, factor = weights / unit, factor * unit
+        grad_queries = positives.new_empty((N, num_features) if output_mask[0] else 0)
+        grad_keys = positives.new_empty((M, num_features) if output_mask[1] else 0)
+        strips = _Strips(queries, keys, positives, weights, margin, symmetric, grad_keys)
+        strip_products(
+            strips.fill, queries, keys, config.product, precision, one, grad_queries if output_mask[0] else None
+        )
+        rows, columns = strips.rows, strips.columns
+        counts = rows[1].sum(0) + columns[1].sum(0) if symmetric else rows[1].sum(0)
+        of_positives = weights * counts
+        for grad, x in ((grad_queries, keys), (grad_keys, queries)):
+            if grad.numel() == 0:
+                continue
+            finish_gradients_kernel[(triton.cdiv(len(grad), MERGE_ROWS) * triton.cdiv(num_features, MERGE_FEATURES),)](
+                grad, x, of_positives, factor, len(grad), N, num_features, x.stride(0),
+                BLOCK_M=MERGE_ROWS, BLOCK_N=MERGE_FEATURES, **NO_FUSION,
+            )  # fmt: skip
+    return _losses(rows, columns, symmetric), grad_queries, grad_keys
+
+
+class _Strips:
+    """The gradient of the similarities, strip by strip, and all that is summed up on the way."""
+
+    def __init__(
+        self,
+        queries: Tensor,  # [N, D]
+        keys: Tensor,  # [M, D]
+        positives: Tensor,  # [N]
+        weights: Tensor,  # [N]
+        margin: float,
+        symmetric: bool,
+        grad_keys: Tensor,  # [M, features], without the positives' part; empty: not wanted
+    ) -> None:
+        self.queries, self.keys, self.positives, self.weights = queries, keys, positives, weights
+        self.margin, self.symmetric, self.grad_keys = float(margin), symmetric, grad_keys
+        self.config, self.precision = choose(queries)
+        tiles = triton.cdiv(round_up(len(keys), 64), self.config.forward.block_n)
+        self.tiles_per_split = triton.cdiv(tiles, _MAX_SPLITS)
+        self.splits = triton.cdiv(tiles, self.tiles_per_split)
+        # Of the hinges the sums and how many are above 0.
+        self.rows = positives.new_empty(2, self.splits, len(queries))
+        self.columns = self.rows
+
+    def fill(self, strip: Tensor, first: int, rows: int) -> None:
+        """Rows `first` and following of the gradient into the strip; what they give to the keys is added there."""
+        tile = self.config.forward
+        queries, keys, width, D = self.queries, self.keys, strip.shape[1], self.queries.shape[1]
+        groups = triton.cdiv(rows, tile.block_m)
+        if first == 0 and self.symmetric:
+            self.columns = self.positives.new_empty(2, groups, len(queries))
+        hinges_kernel[(groups * self.splits,)](
+            queries, keys, self.positives, self.weights, strip, self.rows, self.columns,
+            first, rows, width, len(queries), len(keys), D, queries.stride(0), keys.stride(0),
+            1, self.tiles_per_split, groups, self.splits, self.columns.shape[1], self.margin,
+            SYMMETRIC=self.symmetric, GRADIENT=True, PRECISION=self.precision, **launch_options(tile),
+        )  # fmt: skip
+        if self.grad_keys.numel() == 0:
+            return
+        transposed_product_kernel[(triton.cdiv(len(keys), tile.block_m) * triton.cdiv(D, tile.block_n),)](
+            strip, queries[first:], self.grad_keys,
+            rows, len(keys), self.grad_keys.shape[1], D, queries.stride(0), width, int(first == 0),
+            PRECISION=self.precision, **launch_options(tile),
+        )  # fmt: skip
+
+
+def triplet_worst_gradients(
+    grad_losses: Tensor,  # [N]
+    losses: Tensor,  # [N]
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    worst: Tensor,  # [2, N] or [1, N]
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor]:
+    """The gradients of queries and keys; an empty tensor for each false entry of output_mask."""
+    N, M, directions = queries.shape[0], keys.shape[0], worst.shape[0]
+    # 0 times a loss: what a NaN has made of it reaches the gradients.
+    weights = grad_losses.float() / directions + 0.0 * losses
+    own = torch.arange(N, device=worst.device, dtype=torch.int32)
+    counts = worst >= 0  # [directions, N]
+    # d loss / d similarities by its entries: (i, worst key of i), (worst query of i, i) and (i, i).
+    rows, columns = torch.cat([own, own]), torch.cat([worst[0], own])
+    values = torch.cat([weights, -weights * counts.sum(0)])
+    there = torch.cat([counts[0], counts.any(0)])
+    if directions == 2:
+        rows, columns = torch.cat([rows, worst[1]]), torch.cat([columns, own])
+        values, there = torch.cat([values, weights]), torch.cat([there, counts[1]])
+    grad_queries, grad_keys = queries.new_empty(0), keys.new_empty(0)
+    with on_device(queries.device):
+        if output_mask[0]:
+            grad_queries = _sparse_product(rows, columns, values, there, N, keys)
+        if output_mask[1]:
+            grad_keys = _sparse_product(columns, rows, values, there, M, queries)
+    return grad_queries, grad_keys
+
+
+def _sparse_product(
+    rows: Tensor, columns: Tensor, values: Tensor, there: Tensor, num_rows: int, x: Tensor
+) -> Tensor:  # [num_rows, D]
+    """The product with x of a matrix given by entries, those that are there; of a row they add in their order."""
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    rows, order = torch.where(there, rows, num_rows).sort(stable=True)
+    starts = torch.searchsorted(rows, torch.arange(num_rows + 1, device=x.device, dtype=rows.dtype), out_int32=True)
+    num_features = x.shape[1]
+    out = x.new_empty(num_rows, num_features)
+    sparse_product_kernel[(num_rows * triton.cdiv(num_features, MERGE_FEATURES),)](
+        starts, columns[order], values[order], x, out, num_features, x.stride(0),
+        BLOCK=MERGE_FEATURES, STEP=MERGE_STEP, **NO_FUSION,
+    )  # fmt: skip
+    return out
+
+
+def _positives(queries: Tensor, keys: Tensor) -> Tensor:
+    config, precision = choose(queries)
+    positives = queries.new_empty(len(queries), dtype=torch.float32)
+    positives_kernel[(triton.cdiv(len(queries), config.forward.block_m),)](
+        queries, keys, positives, len(queries), len(keys), queries.shape[1], queries.stride(0), keys.stride(0),
+        PRECISION=precision, **launch_options(config.forward),
+    )  # fmt: skip
+    return positives
+
+
+def _losses(rows: Tensor, columns: Tensor, symmetric: bool) -> Tensor:
+    """From the partial sums of the hinges."""
+    return (rows[0].sum(0) + columns[0].sum(0)) / 2 if symmetric else rows[0].sum(0)
