@@ -1,5 +1,6 @@
-"""What users run today: for the contrastive loss, calls (queries, keys, scale) -> loss; for linear cross-entropy, calls
-(hidden, weight, targets) -> loss; for divided attention, calls (qkv) -> output."""
+"""What users run today: for the contrastive loss, calls (queries, keys, scale) -> loss; for the sigmoid loss, calls
+(queries, keys, scale, bias) -> loss; for linear cross-entropy, calls (hidden, weight, targets) -> loss; for divided
+attention, calls (qkv) -> output."""
 
 import functools
 from collections.abc import Callable
@@ -50,6 +51,28 @@ def contrastive_losses(impl: str = "auto") -> dict[str, Loss]:
     except ImportError:
         return losses
     losses["open_clip ClipLoss"] = ClipLoss()
+    return losses
+
+
+def eager_sigmoid(queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """The logits and the labels as tensors."""
+    logits = scale * queries @ keys.T + bias
+    labels = 2 * torch.eye(len(queries), device=queries.device, dtype=logits.dtype) - 1
+    return -F.logsigmoid(labels * logits).sum() / len(queries)
+
+
+def sigmoid_losses(impl: str = "auto") -> dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]]:
+    """The fused loss first, then its peers: those that are installed."""
+    losses: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+        "mmkernels": functools.partial(mmkernels.siglip, impl=impl),  # type: ignore[arg-type]
+        "eager": eager_sigmoid,
+        "torch.compile": torch.compile(eager_sigmoid, dynamic=False),
+    }
+    try:
+        from open_clip.loss import SigLipLoss
+    except ImportError:
+        return losses
+    losses["open_clip SigLipLoss"] = SigLipLoss()
     return losses
 
 

@@ -14,7 +14,7 @@ logger = logging.getLogger("mmkernels")
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "info_nce": ("triton", "cpu", "reference"),
     "divided_attention": ("triton", "cpu", "reference"),
-    "siglip": ("reference",),
+    "siglip": ("triton", "cpu", "reference"),
     "linear_cross_entropy": ("triton", "cpu", "reference"),
     "triplet": ("triton", "cpu", "reference"),
     "retrieval_ranks": ("triton", "cpu", "reference"),

@@ -133,6 +133,13 @@ MMK_INLINE Vec select_above(Vec a, Vec b, Vec x, Vec y) {
 MMK_INLINE Vec fma(Vec a, Vec b, Vec c) {
   return {_mm512_fmadd_ps(a.v, b.v, c.v)};
 }
+MMK_INLINE Vec minus_abs(Vec a) {
+  return {_mm512_or_ps(a.v, _mm512_set1_ps(-0.f))};
+}
+// a where x has the sign bit, else b.
+MMK_INLINE Vec where_negative(Vec x, Vec a, Vec b) {
+  return {_mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x.v)), b.v, a.v)};
+}
 MMK_INLINE Vec round(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -331,6 +338,12 @@ MMK_INLINE Vec select_above(Vec a, Vec b, Vec x, Vec y) {
 MMK_INLINE Vec fma(Vec a, Vec b, Vec c) {
   return {_mm256_fmadd_ps(a.v, b.v, c.v)};
 }
+MMK_INLINE Vec minus_abs(Vec a) {
+  return {_mm256_or_ps(a.v, _mm256_set1_ps(-0.f))};
+}
+MMK_INLINE Vec where_negative(Vec x, Vec a, Vec b) {
+  return {_mm256_blendv_ps(b.v, a.v, x.v)};
+}
 MMK_INLINE Vec round(Vec a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -461,6 +474,14 @@ MMK_INLINE Vec fma(Vec a, Vec b, Vec c) {
   return {a.v * b.v + c.v};
 #endif
 }
+MMK_INLINE Vec minus_abs(Vec a) {
+  for (int i = 0; i < Vec::kLanes; ++i) a.v[i] = from_bits(to_bits(a.v[i]) | 0x80000000u);
+  return a;
+}
+MMK_INLINE Vec where_negative(Vec x, Vec a, Vec b) {
+  for (int i = 0; i < Vec::kLanes; ++i) b.v[i] = to_bits(x.v[i]) >> 31 ? a.v[i] : b.v[i];
+  return b;
+}
 MMK_INLINE Vec round(Vec a) {
   // Adding and taking off 1.5 x 2^23 rounds to a whole number: no fused contraction may join the two.
   Vec shifted = a + Vec::set1(12582912.f);
@@ -568,6 +589,21 @@ MMK_INLINE Vec exp(Vec x) {
   p = fma(p, f, Vec::set1(5.0000001201e-1f));
   p = fma(p, f * f, f) + Vec::set1(1.f);
   return scale_by_power_of_2(p, n);
+}
+
+// log(1 + x) for 0 <= x <= 1, to about one unit in the last place: x + x^2 R(x), R of degree 8 for the least relative
+// error. A sum 1 + x would lose the digits of a small x.
+MMK_INLINE Vec log1p(Vec x) {
+  Vec p = Vec::set1(-3.3184550703e-3f);
+  p = fma(p, x, Vec::set1(2.0204504952e-2f));
+  p = fma(p, x, Vec::set1(-5.7664297521e-2f));
+  p = fma(p, x, Vec::set1(1.0680540651e-1f));
+  p = fma(p, x, Vec::set1(-1.5355387330e-1f));
+  p = fma(p, x, Vec::set1(1.9695398211e-1f));
+  p = fma(p, x, Vec::set1(-2.4958586693e-1f));
+  p = fma(p, x, Vec::set1(3.3330512047e-1f));
+  p = fma(p, x, Vec::set1(-4.9999931455e-1f));
+  return fma(x * x, p, x);
 }
 
 }  // namespace MMK_VARIANT

@@ -35,6 +35,21 @@ inline at::Tensor with_contiguous_rows(const at::Tensor& x) {
   return x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous();
 }
 
+// The checks that every call makes again for who calls the op itself: rows of features of one size and dtype.
+inline void check_pairs(const at::Tensor& queries, const at::Tensor& keys) {
+  TORCH_CHECK_VALUE(queries.dim() == 2 && keys.dim() == 2 && queries.size(1) == keys.size(1),
+                    "queries, keys: expected [N, D] and [M, D], got ", queries.sizes(), " and ", keys.sizes());
+  TORCH_CHECK_TYPE(queries.scalar_type() == keys.scalar_type() &&
+                       (queries.scalar_type() == at::kFloat || queries.scalar_type() == at::kBFloat16 ||
+                        queries.scalar_type() == at::kHalf),
+                   "queries, keys: expected one dtype of float32, bfloat16, float16, got ", queries.scalar_type(),
+                   " and ", keys.scalar_type());
+}
+
+inline void check_scalar(const char* name, const at::Tensor& number) {
+  TORCH_CHECK_TYPE(number.scalar_type() == at::kFloat && number.numel() == 1, name, ": expected one float32");
+}
+
 inline Features features_of(const at::Tensor& x) {
   return {x.const_data_ptr(), dtype_of(x), x.size(0), x.stride(0)};
 }

@@ -34,14 +34,8 @@ optional<Tensor> checked_targets(const optional<Tensor>& targets, int64_t num_ke
 }
 
 void check_inputs(const Tensor& queries, const Tensor& keys, const Tensor& scale) {
-  TORCH_CHECK_VALUE(queries.dim() == 2 && keys.dim() == 2 && queries.size(1) == keys.size(1),
-                    "queries, keys: expected [N, D] and [M, D], got ", queries.sizes(), " and ", keys.sizes());
-  TORCH_CHECK_TYPE(queries.scalar_type() == keys.scalar_type() &&
-                       (queries.scalar_type() == at::kFloat || queries.scalar_type() == at::kBFloat16 ||
-                        queries.scalar_type() == at::kHalf),
-                   "queries, keys: expected one dtype of float32, bfloat16, float16, got ", queries.scalar_type(),
-                   " and ", keys.scalar_type());
-  TORCH_CHECK_TYPE(scale.scalar_type() == at::kFloat && scale.numel() == 1, "scale: expected one float32");
+  check_pairs(queries, keys);
+  check_scalar("scale", scale);
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& queries_in, const Tensor& keys_in, const Tensor& scale,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mmkernels import _backends
 from mmkernels._checks import as_scalar, check_matches, check_number, check_pairs, check_reduction, in_one_dtype
-from mmkernels.siglip import reference
+from mmkernels.siglip import ops, reference
 
 
 def siglip(
@@ -66,8 +66,10 @@ def siglip(
         raise NotImplementedError("process_group: features of other ranks are not implemented yet; pass None")
 
     queries, keys = in_one_dtype("queries", queries, "keys", keys)
-    _backends.choose("siglip", impl, queries.device.type, queries.dtype)
+    chosen = _backends.choose("siglip", impl, queries.device.type, queries.dtype)
     scale, bias = as_scalar(logit_scale, queries), as_scalar(logit_bias, queries)
+    if chosen != "reference":
+        return ops.siglip(queries, keys, scale, bias, reduction, chosen)
     losses = reference.siglip(queries, keys, scale, bias)
     if reduction == "none":
         return losses

@@ -1,0 +1,104 @@
+// siglip on CPU tensors: allocation and threads; the tiles are in cpu_kernels.cpp.
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <array>
+#include <numeric>
+#include <tuple>
+#include <vector>
+
+#include "../common/dispatch.h"
+#include "../common/engine_run.h"
+#include "../common/tensors.h"
+#include "cpu_kernels.h"
+
+namespace mmkernels {
+
+MMK_VARIANTS(SigmoidKernels, sigmoid_kernels)
+
+namespace {
+
+using at::Tensor;
+
+void check_inputs(const Tensor& queries, const Tensor& keys, const Tensor& scale, const Tensor& bias) {
+  check_pairs(queries, keys);
+  check_scalar("scale", scale);
+  check_scalar("bias", bias);
+  TORCH_CHECK_VALUE(queries.size(0) <= keys.size(0), "keys: expected at least ", queries.size(0), " rows, got ",
+                    keys.size(0));
+}
+
+SigmoidPass pass_over(const Tensor& queries, const Tensor& keys, const Tensor& scale, const Tensor& bias) {
+  SigmoidPass p{};
+  p.logits = {features_of(queries), features_of(keys), queries.size(1), scale.item<float>()};
+  p.bias = bias.item<float>();
+  return p;
+}
+
+Tensor losses(const Tensor& queries_in, const Tensor& keys_in, const Tensor& scale, const Tensor& bias) {
+  check_inputs(queries_in, keys_in, scale, bias);
+  const Tensor queries = with_contiguous_rows(queries_in), keys = with_contiguous_rows(keys_in);
+  const auto floats = queries.options().dtype(at::kFloat);
+  const Tensor losses = at::empty({queries.size(0)}, floats);
+  SigmoidPass p = pass_over(queries, keys, scale, bias);
+  p.losses = losses.mutable_data_ptr<float>();
+  const SigmoidKernels& kernels = sigmoid_kernels_here();
+  run(kernels.losses, p, kernels.tiling(p.logits, false, at::get_num_threads()), floats);
+  return losses;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gradients(const Tensor& weights_in, const Tensor& queries_in,
+                                                             const Tensor& keys_in, const Tensor& scale,
+                                                             const Tensor& bias, bool with_losses,
+                                                             std::array<bool, 4> output_mask) {
+  check_inputs(queries_in, keys_in, scale, bias);
+  const Tensor queries = with_contiguous_rows(queries_in), keys = with_contiguous_rows(keys_in);
+  const int64_t n = queries.size(0), m = keys.size(0), size = queries.size(1);
+  TORCH_CHECK_VALUE(weights_in.dim() == 1 && weights_in.size(0) == n, "weights: expected [N], got ",
+                    weights_in.sizes());
+  const auto floats = queries.options().dtype(at::kFloat);
+  const Tensor weights = weights_in.to(at::kFloat).contiguous();
+
+  const auto make = [](bool wanted, std::vector<int64_t> shape, const at::TensorOptions& options) {
+    if (!wanted) shape = {0};
+    return empty_result(shape, options);
+  };
+  const Tensor losses = make(with_losses, {n}, floats);
+  const Tensor grad_queries = make(output_mask[0], {n, size}, queries.options());
+  const Tensor grad_keys = make(output_mask[1], {m, size}, keys.options());
+  const Tensor grad_scale = make(output_mask[2], {}, floats), grad_bias = make(output_mask[3], {}, floats);
+
+  SigmoidPass p = pass_over(queries, keys, scale, bias);
+  p.weights = weights.const_data_ptr<float>();
+  if (with_losses) p.losses = losses.mutable_data_ptr<float>();
+  const SigmoidKernels& kernels = sigmoid_kernels_here();
+  const Tiling tiling = kernels.tiling(p.logits, true, at::get_num_threads());
+  std::vector<double> scale_parts(tiling.panels), bias_parts(tiling.panels);
+  Tensor low_keys;
+  if (output_mask[0]) p.grads.queries = grad_queries.mutable_data_ptr();
+  if (output_mask[1]) {
+    p.grads.keys = grad_keys.mutable_data_ptr();
+    if (keys.scalar_type() != at::kFloat) {
+      low_keys = at::empty({m, size}, keys.options().dtype(at::kShort));
+      p.grads.low_keys = reinterpret_cast<uint16_t*>(low_keys.mutable_data_ptr<int16_t>());
+    }
+  }
+  if (output_mask[2]) p.grad_scale = scale_parts.data();
+  if (output_mask[3]) p.grad_bias = bias_parts.data();
+  run(kernels.gradients, p, tiling, floats);
+
+  const auto sum_up = [](const Tensor& total, const std::vector<double>& parts) {
+    *total.mutable_data_ptr<float>() = static_cast<float>(std::accumulate(parts.begin(), parts.end(), 0.));
+  };
+  if (output_mask[2]) sum_up(grad_scale, scale_parts);
+  if (output_mask[3]) sum_up(grad_bias, bias_parts);
+  return {losses, grad_queries, grad_keys, grad_scale, grad_bias};
+}
+
+TORCH_LIBRARY_IMPL(mmkernels, CPU, library) {
+  library.impl("siglip_cpu_losses", &losses);
+  library.impl("siglip_cpu_gradients", &gradients);
+}
+
+}  // namespace
+}  // namespace mmkernels

@@ -1,0 +1,159 @@
+"""The registered ops, one pair a backend, their fake kernels, and the autograd.Functions around them."""
+
+import functools
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mmkernels._autograd import refuse_second_derivatives
+
+_FP16_REACH = 2.0**15  # half of what float16 holds
+
+_library = torch.library.Library("mmkernels", "FRAGMENT")
+
+# One loss a query, [N] float32.
+_LOSSES = "(Tensor queries, Tensor keys, Tensor scale, Tensor bias) -> Tensor"
+# The gradients of sum_i weights[i] losses[i]: one for each true entry of output_mask (queries, keys, scale, bias), an
+# empty tensor for each false one. And the losses, if asked for: the pass has the logits anyway.
+_GRADIENTS = (
+    "(Tensor weights, Tensor queries, Tensor keys, Tensor scale, Tensor bias, bool with_losses, bool[4] output_mask)"
+    " -> (Tensor losses, Tensor grad_queries, Tensor grad_keys, Tensor grad_scale, Tensor grad_bias)"
+)
+
+
+def _losses_fake(queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    return scale.new_empty(queries.shape[0])
+
+
+def _gradients_fake(
+    weights: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    with_losses: bool,
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
+    grads = (
+        x.new_empty(x.shape if wanted else 0)
+        for x, wanted in zip((queries, keys, scale, bias), output_mask, strict=True)
+    )
+    return scale.new_empty(queries.shape[0] if with_losses else 0), *grads
+
+
+for _backend in ("cpu", "triton"):
+    _library.define(f"siglip_{_backend}_losses{_LOSSES}", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(f"siglip_{_backend}_gradients{_GRADIENTS}", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"mmkernels::siglip_{_backend}_losses", _losses_fake, lib=_library)
+    torch.library.register_fake(f"mmkernels::siglip_{_backend}_gradients", _gradients_fake, lib=_library)
+
+
+@functools.cache
+def _triton() -> Any:
+    """Triton is imported by the first call that runs it: importing mmkernels imports torch alone."""
+    from mmkernels.siglip import triton_kernels
+
+    return triton_kernels
+
+
+for _pass in ("losses", "gradients"):
+
+    def _launch(*args: Any, _name: str = f"siglip_{_pass}") -> Any:
+        return getattr(_triton(), _name)(*args)
+
+    # The CPU key serves the interpreter.
+    for _key in ("CUDA", "CPU"):
+        _library.impl(f"siglip_triton_{_pass}", _launch, _key)
+
+
+class _LossOfRows(torch.autograd.Function):
+    """One loss a query: what arrives at each is known in the backward pass only, which makes the logits again."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, backend: str) -> Tensor:
+        ctx.save_for_backward(queries, keys, scale, bias)
+        ctx.backend = backend
+        return getattr(torch.ops.mmkernels, f"siglip_{backend}_losses")(queries, keys, scale, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, mask = ctx.saved_tensors, list(ctx.needs_input_grad[:4])
+        gradients = getattr(torch.ops.mmkernels, f"siglip_{ctx.backend}_gradients")
+        with torch.no_grad():
+            grads = gradients(grad_losses, *inputs, False, mask)[1:]
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = refuse_second_derivatives("siglip", grads, grad_losses, *inputs)
+        return *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), None
+
+
+class _LossOfAll(torch.autograd.Function):
+    """The sum or mean of all losses: every row weighs the same, so the forward pass makes the gradients, too.
+
+    They are kept in the dtype of the features until the backward pass multiplies them by what arrives.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, mean: bool, backend: str, mask: list[bool]
+    ) -> Tensor:
+        weights = scale.new_ones(queries.shape[0])
+        if mean:
+            weights = weights / queries.shape[0]
+        unit = _fp16_unit(queries, keys, scale, weights) if queries.dtype == torch.float16 else None
+        if unit is not None:
+            weights = weights / unit
+        gradients = getattr(torch.ops.mmkernels, f"siglip_{backend}_gradients")
+        losses, *grads = gradients(weights, queries, keys, scale, bias, True, mask)
+        ctx.save_for_backward(queries, keys, scale, bias, unit, *grads)
+        return losses.mean() if mean else losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, scale, bias, unit, *kept = ctx.saved_tensors
+        mask = ctx.needs_input_grad[:4]
+        with torch.no_grad():
+            factor = grad_loss if unit is None else grad_loss * unit
+            grads = tuple(_times(grad, factor) for grad in kept)
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = refuse_second_derivatives("siglip", grads, grad_loss, queries, keys, scale, bias)
+        return *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), None, None, None
+
+
+def _fp16_unit(queries: Tensor, keys: Tensor, scale: Tensor, weights: Tensor) -> Tensor:
+    """The power of two in which the gradients are kept in float16: none overflows, and what a mean over many rows makes
+    small keeps its digits."""
+
+    def reach(features: Tensor) -> Tensor:
+        low, high = features.aminmax()
+        return torch.maximum(high, -low).float() * features.shape[0]
+
+    # |d loss / d q| <= scale weight sum_j |k_j|, and likewise for a key.
+    bound = scale.abs() * weights[0] * torch.maximum(reach(queries), reach(keys))
+    return torch.where(bound > 0, torch.exp2(torch.ceil(torch.log2(bound))) / _FP16_REACH, 1.0)
+
+
+def _times(grad: Tensor, factor: Tensor) -> Tensor:
+    """A new tensor grad * factor, rounded once."""
+    if grad.is_cpu or grad.dtype == torch.float32:
+        return grad * factor  # a CPU multiplies halves by a float32 number in float32
+    return (grad.float() * factor).to(grad.dtype)
+
+
+def siglip(
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    reduction: Literal["none", "mean", "sum"],
+    backend: str,
+) -> Tensor:
+    """The loss, float32: [] or, for "none", [N], on the backend named; differentiable."""
+    inputs = (queries, keys, scale, bias)
+    mask = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
+    if any(mask) and reduction != "none":
+        return _LossOfAll.apply(*inputs, reduction == "mean", backend, mask)
+    losses = _LossOfRows.apply(*inputs, backend)
+    if reduction == "none":
+        return losses
+    return losses.mean() if reduction == "mean" else losses.sum()
