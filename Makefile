@@ -7,7 +7,8 @@ SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 FORMATTED := $(SOURCES) $(wildcard tests/gpu/*.h tests/gpu/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: demo train-clip train-timesformer train-captioning train-retrieval help env test test-slow lint format bench gpu-check docs clean
+.PHONY: demo train-clip train-timesformer train-captioning train-retrieval train-av-fusion help env test test-slow lint format bench \
+	gpu-check docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -73,6 +74,10 @@ train-retrieval: env ## Train the retrieval model on emoji in four languages, ev
 		--run runs/retrieval --out runs/retrieval/search.png
 	$(PY) -m models.retrieval compare --out runs/compare --validation-style fluent-flat --batch-size 256 --steps 300 \
 		--mining-warmup 150 --ema 0.99 --evaluate-every 50
+
+# A finished run is not repeated, and a stopped one goes on where it was.
+train-av-fusion: env ## Train and compare audio-visual fusions and both modalities alone, five seeds each (resumable)
+	$(PY) -m models.av_fusion compare --out runs/av-fusion --seeds 5
 
 bench: env ## Compare the kernels with what users run today; tables and plots into docs/figures
 	$(PY) -m benchmarks.report

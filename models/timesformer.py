@@ -29,7 +29,6 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-import mmkernels
 from mmkernels.integrations.transformers import drop_frames, drop_positions
 from models.cli import (
     BadChoice,
@@ -45,7 +44,7 @@ from models.cli import (
 )
 from models.data.sets import BadDataLog
 from models.data.video import ClipAugment, ClipBatch, ClipPlan, VideoSplits
-from models.layers import MLP, ConvStem
+from models.layers import MLP, ConvStem, DividedAttention
 from models.training import TrainConfig, Trainer, clear_run, console, decay_groups, load_run, read_history
 
 # --- the model -------------------------------------------------------------------------------------------------------
@@ -108,40 +107,15 @@ PRESETS: dict[str, TimesformerConfig] = {
 }
 
 
-class VideoAttention(nn.Module):
-    """Multi-head self-attention of clip tokens along one axis; qkv is read and the output written where they lie."""
-
-    def __init__(self, config: TimesformerConfig, axis: Literal["time", "space", "joint"]) -> None:
-        super().__init__()
-        if config.width % config.heads:
-            raise ValueError(f"width {config.width} is not a multiple of the {config.heads} heads")
-        self.axis, self.heads = axis, config.heads
-        self.dropout, self.impl = config.attention_dropout, config.impl
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
-        self.proj = nn.Linear(config.width, config.width)
-
-    def forward(self, x: Tensor, num_frames: int, frame_mask: Tensor | None = None) -> Tensor:
-        """x [B, 1 + N T, C] -> [B, 1 + N T, C]; on the time axis the class token takes no part."""
-        y = mmkernels.divided_attention(
-            self.qkv(x),
-            num_frames=num_frames,
-            num_heads=self.heads,
-            axis=self.axis,
-            frame_mask=frame_mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            impl=self.impl,
-        )
-        assert isinstance(y, Tensor)
-        # The projection is linear: of the mean over frames it is the mean of the projections.
-        return self.proj(y)
-
-    def maps(self, x: Tensor, num_frames: int) -> Tensor:
-        """How much every token attends to every token, the mean of the heads: [B, L, L]."""
-        tokens = torch.arange(x.shape[1], device=x.device)
-        maps = mmkernels.divided_attention_maps(
-            self.qkv(x), tokens, num_frames=num_frames, num_heads=self.heads, axis=self.axis
-        )
-        return maps.mean(1)
+def _attention(config: TimesformerConfig, axis: Literal["time", "space", "joint"]) -> DividedAttention:
+    return DividedAttention(
+        config.width,
+        config.heads,
+        axis,
+        qkv_bias=config.qkv_bias,
+        dropout=config.attention_dropout,
+        impl=config.impl,
+    )
 
 
 class Block(nn.Module):
@@ -157,10 +131,10 @@ class Block(nn.Module):
         self.divided = config.attention == "divided"
         if self.divided:
             self.ln_time = nn.LayerNorm(config.width, eps=config.eps)
-            self.time_attn = VideoAttention(config, "time")
+            self.time_attn = _attention(config, "time")
             self.time_fc = nn.Linear(config.width, config.width)
         self.ln_1 = nn.LayerNorm(config.width, eps=config.eps)
-        self.attn = VideoAttention(config, "space" if self.divided else "joint")
+        self.attn = _attention(config, "space" if self.divided else "joint")
         self.ln_2 = nn.LayerNorm(config.width, eps=config.eps)
         self.mlp = MLP(config.width, int(config.width * config.mlp_ratio))
 

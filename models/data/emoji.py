@@ -35,6 +35,7 @@ from models.data.sets import (
     ImageTextSet,
     Splits,
     fit_square,
+    hash_share,
     open_image,
     to_tensor,
 )
@@ -395,8 +396,7 @@ def unseen_families(share: float, seed: int) -> set[str]:
     families = {e.family for e in catalogue()}
 
     def draw(family: str) -> float:
-        digest = hashlib.sha256(f"{seed}:{family}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") / 2**64
+        return hash_share(f"{seed}:{family}")
 
     return {f for f in families if draw(f) < share}
 
@@ -410,8 +410,7 @@ def unseen_combinations(share: float, seed: int, held_families: set[str]) -> set
     toned = {e.code: combination_of(e.code) for e in catalogue() if e.toned and e.family not in held_families}
 
     def draw(combination: tuple[str, str, str]) -> float:
-        digest = hashlib.sha256(f"{seed}:{':'.join(combination)}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") / 2**64
+        return hash_share(f"{seed}:{':'.join(combination)}")
 
     held = {combination for combination in toned.values() if draw(combination) < share}
     kept = set(toned.values()) - held

@@ -11,7 +11,6 @@ chosen by hash, is the test set.
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from models.data.sets import BadDataError, BadDataLog, Concept, ImageTextSet, Splits, read_image
+from models.data.sets import BadDataError, BadDataLog, Concept, ImageTextSet, Splits, hash_share, read_image
 
 IMAGE_COLUMNS = ("image", "file", "file_name", "filename", "filepath", "path")
 CAPTION_COLUMNS = ("caption", "text", "title")
@@ -179,8 +178,7 @@ def load_folder(
     def split_of(row: int) -> str:
         if image_splits[row]:
             return {"val": "validation", "valid": "validation"}.get(image_splits[row], image_splits[row])
-        digest = hashlib.sha256(groups[image_concepts[row]].encode()).digest()
-        return "test" if int.from_bytes(digest[:8], "big") / 2**64 < test_share else "train"
+        return "test" if hash_share(groups[image_concepts[row]]) < test_share else "train"
 
     def collect(split: str) -> ImageTextSet | None:
         rows = [i for i in range(len(pictures)) if split_of(i) == split]

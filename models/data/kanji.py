@@ -6,7 +6,6 @@ a kanji grow stroke by stroke, an eighth of its ink a frame. Each kanji is one c
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import re
 import xml.etree.ElementTree as ElementTree
@@ -19,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from models.data.sets import BadDataError, BadDataLog
+from models.data.sets import BadDataError, BadDataLog, hash_share
 from models.data.video import TensorVideos, VideoSplits
 
 BOX = 109  # the side of KanjiVG's drawings
@@ -128,7 +127,7 @@ def load_kanji(size: int, num_frames: int, bad: BadDataLog | None = None) -> Vid
     chosen = [entry for entry in kanji if entry[1] in common]
 
     def split_of(character: str) -> str:
-        share = int.from_bytes(hashlib.sha256(character.encode()).digest()[:8], "big") / 2**64
+        share = hash_share(character)
         return "train" if share < 0.7 else "validation" if share < 0.8 else "test"
 
     def collect(split: str) -> TensorVideos:

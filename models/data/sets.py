@@ -146,13 +146,17 @@ class Splits:
         return sets | self.tests
 
 
+def hash_share(name: str) -> float:
+    """A number in 0..1 from the hash of a name: a split by it does not change when other names come or go."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
 def hold_out_validation(splits: Splits, share: float, seed: int = 0) -> Splits:
     """The same data with ``share`` of the training set's groups, picked by hash, as its validation set."""
     concepts = splits.train.concepts
 
     def held(concept: int) -> bool:
-        digest = hashlib.sha256(f"{seed}:validation:{concepts[concept].group}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") / 2**64 < share
+        return hash_share(f"{seed}:validation:{concepts[concept].group}") < share
 
     mask = torch.tensor([held(concept) for concept in splits.train.concept_ids.tolist()])
     if not mask.any() or mask.all():

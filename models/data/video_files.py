@@ -10,7 +10,6 @@ Frames are decoded by PyAV, whose wheel brings FFmpeg with it. A file is opened 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,13 +21,13 @@ import torch
 from torch import Tensor
 
 from models.data.folder import IMAGE_COLUMNS, column, read_rows
-from models.data.sets import BadDataError, BadDataLog
+from models.data.sets import BadDataError, BadDataLog, hash_share
 from models.data.video import VideoSet, VideoSplits
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv")
 VIDEO_COLUMNS = ("video", *IMAGE_COLUMNS)
 LABEL_COLUMNS = ("label", "class")
-_SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
+SPLIT_NAMES = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 
 Sampling = Literal["uniform", "dense"]
 
@@ -199,14 +198,14 @@ def clips_of_file(
     return read_frames(path, [i for clip in chosen for i in clip], short_side).unflatten(0, (clips, num_frames))
 
 
-def list_folder(root: Path) -> list[tuple[Path, str, str]]:
-    """File, label and split ("" where the folder has none) of every video below ``root``."""
+def list_folder(root: Path, suffixes: Sequence[str] = VIDEO_SUFFIXES) -> list[tuple[Path, str, str]]:
+    """File, label and split ("" where the folder has none) of every file below ``root`` that ends so."""
     tops = sorted(path for path in root.iterdir() if path.is_dir())
-    splits = {path: _SPLITS[path.name.lower()] for path in tops if path.name.lower() in _SPLITS}
+    splits = {path: SPLIT_NAMES[path.name.lower()] for path in tops if path.name.lower() in SPLIT_NAMES}
     entries = []
     for base, split in splits.items() if splits else [(root, "")]:
         for folder in sorted(path for path in base.iterdir() if path.is_dir()):
-            files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
+            files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
             entries += [(path, folder.name, split) for path in files]
     return entries
 
@@ -247,10 +246,10 @@ def load_video_files(
     listed = list_folder(source) if source.is_dir() else list_file(source, bad)
     entries = []
     for path, label, split in listed:
-        if split and split not in _SPLITS:
+        if split and split not in SPLIT_NAMES:
             raise BadDataError(f"{source}: unknown split {split!r}; use train, validation or test")
         if path.is_file():
-            entries.append((path, label, _SPLITS[split] if split else _split_by_hash(path, source)))
+            entries.append((path, label, SPLIT_NAMES[split] if split else split_by_hash(name_below(path, source))))
         else:
             bad.report(str(path), "is not there")
     if not entries:
@@ -278,8 +277,13 @@ def load_video_files(
     return VideoSplits("files", train, tests, validation, {}, notes)
 
 
-def _split_by_hash(path: Path, source: Path) -> str:
-    root = source if source.is_dir() else source.parent
-    name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
-    share = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+def split_by_hash(name: str) -> str:
+    """A tenth of all names each is for test and validation."""
+    share = hash_share(name)
     return "test" if share < 0.1 else "validation" if share < 0.2 else "train"
+
+
+def name_below(path: Path, source: Path) -> str:
+    """A file by its path below the folder or the list that names it, so that a split stays when both move."""
+    root = source if source.is_dir() else source.parent
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
