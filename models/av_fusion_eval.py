@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -132,19 +131,34 @@ def evaluate(model: AVFusion, test: DrawnSet) -> tuple[dict[str, Any], Tensor]:
     return entry, found
 
 
+def sweep_values(runs: Sequence[Mapping[str, Any]], sweep: str, attended: int | None = None) -> list[list[float]]:
+    """Of each run, the accuracy at every level of a noise; or how much it attends to the ``attended`` of `SEEN`."""
+    return [
+        [point["accuracy"] if attended is None else point["weights"][attended] for point in run["sweeps"][sweep]]
+        for run in runs
+    ]
+
+
 # --- one run ---------------------------------------------------------------------------------------------------------
 
 
-def sweep_table(name: str, entries: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
-    """Accuracy at each level of a sweep, a row for each model: the mean over its seeds."""
-    table = Table(title=f"Accuracy against the {LABELS[name]}")
-    table.add_column("fusion")
-    for level in SWEEPS[name]:
-        table.add_column(f"{level:g}", justify="right")
-    for who, runs in entries.items():
-        rows = zip(*([point["accuracy"] for point in run["sweeps"][name]] for run in runs), strict=True)
-        table.add_row(who, *(f"{statistics.mean(values):.3f}" for values in rows))
-    return table
+def sweep_tables(entries: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Table]:
+    """Accuracy at each level of each noise, a row for each model, and where one attends, to what: means over seeds."""
+
+    def table(title: str, name: str, rows: Mapping[str, Any]) -> Table:
+        found = Table(title=f"{title} against the {LABELS[name]}")
+        found.add_column("")
+        for level in SWEEPS[name]:
+            found.add_column(f"{level:g}", justify="right")
+        for who, values in rows.items():
+            found.add_row(who, *(f"{value:.3f}" for value in torch.tensor(values).mean(0).tolist()))
+        return found
+
+    for name in SWEEPS:
+        yield table("Accuracy", name, {who: sweep_values(runs, name) for who, runs in entries.items()})
+        if "attention" in entries:
+            shares = {seen: sweep_values(entries["attention"], name, i) for i, seen in enumerate(SEEN)}
+            yield table("Mean attention", name, shares)
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
@@ -164,11 +178,8 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         table.add_row("", "chance", f"{entry['chance']:.3f}", "", end_section=True)
     console.print(table)
     for entry in report["sets"].values():
-        for sweep in SWEEPS:
-            console.print(sweep_table(sweep, {fusion: [entry]}))
-        if "weights" in entry:
-            shares = ", ".join(f"{who} {share:.2f}" for who, share in zip(SEEN, entry["weights"], strict=True))
-            console.print(f"mean attention: {shares}", highlight=False)
+        for table in sweep_tables({fusion: [entry]}):
+            console.print(table)
     for note in report["notes"]:
         console.print(f"[dim]{note}", highlight=False, soft_wrap=True)
 
@@ -226,33 +237,15 @@ def _announce_files(out: Path, *names: str) -> None:
 def draw_sweeps(entries: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> None:
     """``robustness.png``, the accuracy of each model against each noise; ``weights.png`` where one attends."""
 
-    def values(runs: Sequence[Mapping[str, Any]], sweep: str, of: Callable[[Mapping[str, Any]], float]) -> Any:
-        return [[of(point) for point in run["sweeps"][sweep]] for run in runs]
-
-    levels = list(SWEEPS.values())
-    plots.sweeps(
-        {
-            LABELS[name]: {who: values(runs, name, itemgetter("accuracy")) for who, runs in entries.items()}
-            for name in SWEEPS
-        },
-        levels,
-        out / "robustness.png",
-        ylabel="accuracy",
-        floor=next(iter(entries.values()))[0]["chance"],
-    )
+    panels = {LABELS[name]: {who: sweep_values(runs, name) for who, runs in entries.items()} for name in SWEEPS}
+    levels, chance = list(SWEEPS.values()), next(iter(entries.values()))[0]["chance"]
+    plots.sweeps(panels, levels, out / "robustness.png", ylabel="accuracy", floor=chance)
     if "attention" in entries:
-        plots.sweeps(
-            {
-                LABELS[name]: {
-                    seen: values(entries["attention"], name, lambda point, i=i: point["weights"][i])  # type: ignore[misc]
-                    for i, seen in enumerate(SEEN)
-                }
-                for name in SWEEPS
-            },
-            levels,
-            out / "weights.png",
-            ylabel="mean attention",
-        )
+        panels = {
+            LABELS[name]: {seen: sweep_values(entries["attention"], name, i) for i, seen in enumerate(SEEN)}
+            for name in SWEEPS
+        }
+        plots.sweeps(panels, levels, out / "weights.png", ylabel="mean attention")
 
 
 def _rank(values: Tensor) -> Tensor:
@@ -260,18 +253,13 @@ def _rank(values: Tensor) -> Tensor:
 
 
 def draw_examples(model: AVFusion, test: DrawnSet, path: Path) -> None:
-    """Two examples each with both modalities good, the sound bad, the image bad, and both: what is seen and said.
-
-    A modality is good where its noise is among the least sixth, and bad where it is among the most.
-    """
+    """Two examples each with both modalities good, the sound bad, the image bad, and both: what is seen and said."""
     batch = test.standard
-    worse = {"image": _rank(_rank(batch.sigma) + _rank(batch.hidden)), "audio": _rank(-batch.snr)}
-    good = {name: rank < len(batch) / 6 for name, rank in worse.items()}
-    bad = {name: rank >= len(batch) * 5 / 6 for name, rank in worse.items()}
+    image, sound = _rank(_rank(batch.sigma) + _rank(batch.hidden)), _rank(-batch.snr)  # the last is the worst
     rows: list[int] = []
-    for image, audio in ((good, good), (good, bad), (bad, good), (bad, bad)):
-        rows += (image["image"] & audio["audio"]).nonzero().flatten()[:2].tolist()
-    part = PairBatch(**{name: value[torch.tensor(rows, dtype=torch.long)] for name, value in vars(batch).items()})
+    for sign_image, sign_sound in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
+        rows += (sign_image * image + sign_sound * sound).argsort()[:2].tolist()
+    part = PairBatch(**{name: value[torch.tensor(rows)] for name, value in vars(batch).items()})
     said = predict_batch(model, part).argmax(1)
     shares = batch_weights(model, part).tolist() if model.config.fusion == "attention" else [None] * len(rows)
     classes = test.data.classes
@@ -323,7 +311,7 @@ def compare_runs(
     """Train and evaluate every fusion for every seed, on the same batches and the same test examples; print the tables.
 
     Beside them stands what needs no training of its own: the decisions of the two models of one modality, averaged and
-    multiplied. Where noises are independent and the two are calibrated, the product is what a fusion can reach.
+    multiplied. The product is Bayes' rule: image and sound of a class, and their noises, are independent here.
     """
     bad = bad if bad is not None else BadDataLog()
     splits = load_data(data, model, bad)
@@ -407,7 +395,7 @@ def print_comparison(report: Mapping[str, Any], console: Console) -> None:
         f"{report['seeds']} seed(s); chance {first['chance']:.3f}, largest class {first['majority']:.3f}"
     )
     table.add_column("fusion", no_wrap=True)
-    for column in ("k parameters", "s a run", "accuracy", "attention ahead by", "without image", "without sound"):
+    for column in ("k parameters", "s a run", "accuracy", "attention ahead by", "without image", "without audio"):
         table.add_column(column, justify="right")
     best = [run["accuracy"] for run in entries["attention"]]
     for who, runs in entries.items():
@@ -424,16 +412,7 @@ def print_comparison(report: Mapping[str, Any], console: Console) -> None:
             end_section=who in ("audio", "attention"),
         )
     console.print(table)
-    for name in SWEEPS:
-        console.print(sweep_table(name, {fusion: entries[fusion] for fusion in FUSIONS}))
-    table = Table(title="Mean attention on image / sound / class token as one noise grows")
-    table.add_column("noise")
-    for i in range(len(next(iter(SWEEPS.values())))):
-        table.add_column(f"level {i + 1}", justify="right")
-    for name in SWEEPS:
-        rows = [[point["weights"] for point in run["sweeps"][name]] for run in entries["attention"]]
-        means = torch.tensor(rows).mean(0).tolist()
-        table.add_row(LABELS[name], *(" / ".join(f"{share:.2f}" for share in shares) for shares in means))
-    console.print(table)
+    for table in sweep_tables({fusion: entries[fusion] for fusion in FUSIONS}):
+        console.print(table)
     for note in report["notes"]:
         console.print(f"[dim]{note}", highlight=False, soft_wrap=True)

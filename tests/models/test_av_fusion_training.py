@@ -100,7 +100,7 @@ def test_eval_writes_report_and_pictures(run: Path, capsys: pytest.CaptureFixtur
         with Image.open(run / name) as picture:
             assert min(picture.size) > 300
     printed = " ".join(capsys.readouterr().out.split())
-    for words in ("without the image", "always the largest class", "mean attention", *LABELS.values()):
+    for words in ("without the image", "always the largest class", "Mean attention", *LABELS.values()):
         assert words in printed
     folder = run / "validation"
     assert main(["eval", str(run), "--validation", "--out", str(folder), "--examples", "50", "--sweep", "10"]) == 0
