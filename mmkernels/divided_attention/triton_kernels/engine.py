@@ -196,7 +196,7 @@ def merge_kernel(
         index = start + part
         inside = (index < parts)[:, None] & (features < D)[None, :]
         value = tl.load(of_head + index.to(tl.int64)[:, None] * (num_heads * D) + features[None, :], inside, other=0.0)
-        m = tl.load(tops + index, mask=(index < parts) & (weighted != 0), other=top)
+        m = tl.load(tops + index, mask=index < tl.where(weighted != 0, parts, 0), other=top)
         acc += value * (tl.exp2((m - top) * size) / total)[:, None]
     at = out + clip * num_tokens * num_heads * D + head * D + features
     tl.store(at, tl.sum(acc, 0).to(out.dtype.element_ty), mask=features < D)
