@@ -96,17 +96,19 @@ _SM_100_MASKED = _HALF_MASKED | {
     32: _HALF_MASKED[32]._replace(forward=Tile(64, 32, 32, 4, 3)),
     128: _HALF[128]._replace(grad_queries=Tile(64, 32, 128, 4, 2), grad_keys=Tile(64, 32, 128, 4, 2)),
 }
+_SM_100_SINGLE_MASKED = _SINGLE_MASKED | {32: _SINGLE_MASKED[32]._replace(forward=Tile(32, 16, 32, 8, 2))}
 # Four warps of 64 lanes may take 512 registers each.
 _GFX942_MASKED = _spread(_HALF, 4)
 _GFX942_MASKED[64] = _GFX942_MASKED[64]._replace(packed_forward=_square(32, 64, 4), packed_backward=_square(32, 64, 4))
 _GFX942_MASKED[128] = _GFX942_MASKED[128]._replace(grad_keys=Tile(64, 32, 128, 4, 1))
+_GFX942_MASKED[256] = _GFX942_MASKED[256]._replace(grad_keys=Tile(32, 16, 256, 4, 1))
 
 # Chosen from the compile check: the largest tiles without a spill, but for float32 in heads of more than 128, where a
 # few registers are. By precision ("half" is bf16 and fp16) and whether there is a mask or dropout.
 CONFIGS: dict[str, dict[tuple[str, bool], dict[int, Config]]] = {
     "sm_80": _table(_HALF, _HALF_MASKED, _SINGLE, _SINGLE_MASKED),
     "sm_90": _table(_HALF, _HALF_MASKED, _SINGLE, _SINGLE_MASKED),
-    "sm_100": _table(_HALF, _SM_100_MASKED, _SINGLE, _SINGLE_MASKED),
+    "sm_100": _table(_HALF, _SM_100_MASKED, _SINGLE, _SM_100_SINGLE_MASKED),
     "gfx942": _table(_spread(_HALF, 4), _GFX942_MASKED, _spread(_SINGLE, 4), _spread(_SINGLE, 4)),
     "interpreter": _table(*[_INTERPRETED] * 4),
 }

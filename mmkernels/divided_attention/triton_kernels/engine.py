@@ -124,8 +124,8 @@ def weights_at(cls_weights, cls_weight, clip, sequence, num_sequences, is_cls, p
     """What a query's output counts: 0 if absent, 1, or the share of an averaged class token's sequence."""
     if MASKED:
         at = cls_weights + clip.to(tl.int64) * num_sequences + sequence
-        # Compared entry by entry: Triton 3.9's interpreter takes no mask that a comparison of scalars went into.
-        share = tl.load(at, mask=present & (tl.where(is_cls, cls, 0) == AVERAGED), other=1.0)
+        # In the mask no comparison of scalars: Triton 3.9's interpreter makes integers of it.
+        share = tl.where(cls == AVERAGED, tl.load(at, mask=present & is_cls, other=1.0), 1.0)
     else:
         share = tl.where(is_cls & (cls == AVERAGED), cls_weight, 1.0)
     return tl.where(present, share, 0.0)
