@@ -6,7 +6,6 @@ from typing import Any
 
 from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
 from benchmarks.gpu_bounds_info_nce import case
-from mmkernels.contrastive.triton_kernels.configs import CONFIGS
 from mmkernels.retrieval import triton_kernels
 
 # Constants that only ever add to a kernel: the compile check takes the heaviest form.
@@ -18,11 +17,11 @@ _LISTS = [1 << power for power in range(triton_kernels._MOST_KEPT.bit_length())]
 
 def cases(gpus: Iterable[str] = GPUS) -> list[Case]:
     """Every form that a launcher can ask for on these GPUs."""
-    return [case for gpu in gpus for precision in CONFIGS[gpu] for case in _cases(gpu, precision)]
+    return [case for gpu in gpus for precision in ("half", "ieee") for case in _cases(gpu, precision)]
 
 
 def _cases(gpu: str, precision: str) -> Iterator[Case]:
-    tile = CONFIGS[gpu][precision].forward
+    tile = triton_kernels.tile_of(gpu, precision)
     for dtype in ("bf16", "fp16") if precision == "half" else ("fp32",):
         make = functools.partial(case, "retrieval", gpu, precision, dtype)
         for name in ("positives_kernel", "ranks_kernel", "entries_kernel"):

@@ -8,7 +8,8 @@ from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
 from benchmarks.gpu_bounds_info_nce import case
 from mmkernels.contrastive import triton_kernels
 from mmkernels.contrastive.triton_kernels import cross_entropy
-from mmkernels.contrastive.triton_kernels.configs import CONFIGS, Config
+from mmkernels.contrastive.triton_kernels.configs import CONFIGS
+from mmkernels.triplet import triton_kernels as triplet
 from mmkernels.triplet.triton_kernels import kernels
 
 GROWING = {"SYMMETRIC", "SEMI_HARD", "GRADIENT"}
@@ -23,21 +24,20 @@ _INTEGERS = {
 
 def cases(gpus: Iterable[str] = GPUS) -> list[Case]:
     """Every form that a launcher can ask for on these GPUs."""
-    return [
-        case for gpu in gpus for precision, config in CONFIGS[gpu].items() for case in _cases(gpu, precision, config)
-    ]
+    return [case for gpu in gpus for precision in CONFIGS[gpu] for case in _cases(gpu, precision)]
 
 
-def _cases(gpu: str, precision: str, config: Config) -> Iterable[Case]:
+def _cases(gpu: str, precision: str) -> Iterable[Case]:
+    tile = triplet.tile_of(gpu, precision)
     merge = {"BLOCK_M": triton_kernels.MERGE_ROWS, "BLOCK_N": triton_kernels.MERGE_FEATURES}
     for dtype in ("bf16", "fp16") if precision == "half" else ("fp32",):
         make = functools.partial(case, "triplet", gpu, precision, dtype)
-        yield make("positives_kernel", config.forward)
+        yield make("positives_kernel", tile)
         for symmetric in (False, True):
             for flag in (False, True):
-                yield make("hinges_kernel", config.forward, SYMMETRIC=symmetric, GRADIENT=flag)
-                yield make("worst_kernel", config.forward, SYMMETRIC=symmetric, SEMI_HARD=flag)
-        yield make("transposed_product_kernel", config.forward)
+                yield make("hinges_kernel", tile, SYMMETRIC=symmetric, GRADIENT=flag)
+                yield make("worst_kernel", tile, SYMMETRIC=symmetric, SEMI_HARD=flag)
+        yield make("transposed_product_kernel", tile)
         yield make("merge_product_kernel", None, STORE=True, SHARE=False, **merge)  # into float32
         yield make("finish_gradients_kernel", None, **merge)
         sparse = {"BLOCK": triton_kernels.MERGE_FEATURES, "STEP": triton_kernels.MERGE_STEP}

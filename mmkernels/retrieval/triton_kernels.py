@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mmkernels._triton import Tile, family_of, on_device, ordered
 from mmkernels.contrastive.triton_kernels import aligned, launch_options, require_targets
-from mmkernels.contrastive.triton_kernels.configs import choose
+from mmkernels.contrastive.triton_kernels.configs import CONFIGS
 from mmkernels.contrastive.triton_kernels.engine import program_tile, similarities
 
 # Of ordered scores: what is below all of them, and NaN, which comes before all.
@@ -38,11 +38,13 @@ _PROGRAMS = 512  # about as many are wanted: a few for each multiprocessor
 _MOST_KEPT = 128  # the longest list in registers
 _STRIP_BYTES = 64 << 20
 
+# Float32 on sm_100: with the tile of the contrastive kernels the targets' scores would spill.
+_OWN_TILES = {("sm_100", "ieee"): Tile(64, 64, 16, 8, 2)}
 # The tiles of topk_kernel, lower than the others: the lists take registers, too.
 TOPK: dict[str, dict[str, Tile]] = {
-    "sm_80": {"half": Tile(64, 128, 32, 8, 3), "tf32x3": Tile(32, 64, 32, 8, 3), "ieee": Tile(64, 64, 16, 8, 2)},
-    "sm_90": {"half": Tile(64, 128, 64, 8, 3), "tf32x3": Tile(64, 64, 32, 8, 3), "ieee": Tile(64, 64, 16, 8, 2)},
-    "sm_100": {"half": Tile(64, 128, 64, 8, 3), "tf32x3": Tile(64, 64, 32, 8, 3), "ieee": Tile(64, 64, 16, 8, 2)},
+    "sm_80": {"half": Tile(64, 64, 32, 8, 3), "ieee": Tile(64, 64, 16, 8, 2)},
+    "sm_90": {"half": Tile(64, 128, 64, 8, 3), "ieee": Tile(64, 64, 16, 8, 1)},
+    "sm_100": {"half": Tile(64, 128, 64, 8, 3), "ieee": Tile(32, 32, 16, 4, 2)},
     "gfx942": {"half": Tile(64, 128, 64, 8, 2), "ieee": Tile(64, 64, 32, 8, 2)},
     # Small, so that few rows reach every edge.
     "interpreter": {"half": Tile(32, 32, 32, 4, 1), "ieee": Tile(32, 32, 32, 4, 1)},
@@ -180,14 +182,13 @@ def retrieval_ranks(
     else:
         require_targets("retrieval_ranks", targets, M, "keys")
         targets = targets.contiguous()
-    config, precision = choose(queries)
-    tile = config.forward
+    tile = tile_of(family_of(queries.device), precision_of(queries))
     queries, keys = aligned(queries), aligned(keys)
     tiles_per_split, splits = _split(N, M, tile)
     positives = queries.new_empty(N, dtype=torch.float32)
     counts = targets.new_empty(splits, N, dtype=torch.int32)
     sizes = (N, M, queries.shape[1], queries.stride(0), keys.stride(0))
-    options = {"PRECISION": precision, **launch_options(tile)}
+    options = {"PRECISION": "ieee", **launch_options(tile)}
     with on_device(queries.device):
         positives_kernel[(triton.cdiv(N, tile.block_n),)](queries, keys, targets, positives, *sizes, **options)
         ranks_kernel[(triton.cdiv(N, tile.block_m) * splits,)](
@@ -202,33 +203,32 @@ def retrieval_topk(
     k: int,
 ) -> tuple[Tensor, Tensor]:  # [N, k] and [N, k]
     """The k first of each query's scores, float32, and their keys, int64."""
-    _, precision = choose(queries)
     queries, keys = aligned(queries), aligned(keys)
-    kept = _kept(queries, keys, k, precision) if k <= _MOST_KEPT else _kept_of_strips(queries, keys, k, precision)
+    kept = _kept(queries, keys, k) if k <= _MOST_KEPT else _kept_of_strips(queries, keys, k)
     scores = (kept >> 32).int()
     scores = (scores ^ (scores >> 31 & 0x7FFFFFFF)).view(torch.float32)
     return scores, (0x7FFFFFFF - (kept & 0xFFFFFFFF)).masked_fill_(scores.isnan(), -1)
 
 
-def _kept(queries: Tensor, keys: Tensor, k: int, precision: str) -> Tensor:
+def _kept(queries: Tensor, keys: Tensor, k: int) -> Tensor:
     """The k best entries of every query, best first, from lists in registers."""
     N, M = len(queries), len(keys)
-    tile = TOPK[family_of(queries.device)]["half" if queries.dtype != torch.float32 else precision]
+    tile = TOPK[family_of(queries.device)][precision_of(queries)]
     tiles_per_split, splits = _split(N, M, tile)
     entries = queries.new_empty(N, splits * k, dtype=torch.int64)
     with on_device(queries.device):
         topk_kernel[(triton.cdiv(N, tile.block_m) * splits,)](
             queries, keys, entries,
             N, M, queries.shape[1], queries.stride(0), keys.stride(0), k, tiles_per_split, splits,
-            KEPT=triton.next_power_of_2(k), PRECISION=precision, **launch_options(tile),
+            KEPT=triton.next_power_of_2(k), PRECISION="ieee", **launch_options(tile),
         )  # fmt: skip
     return entries.topk(k, dim=1).values
 
 
-def _kept_of_strips(queries: Tensor, keys: Tensor, k: int, precision: str) -> Tensor:
+def _kept_of_strips(queries: Tensor, keys: Tensor, k: int) -> Tensor:
     """The k best entries of every query, best first, from strips of all entries."""
     N, M = len(queries), len(keys)
-    tile = choose(queries)[0].forward
+    tile = tile_of(family_of(queries.device), precision_of(queries))
     width = min(M, max(2 * k, _STRIP_BYTES // (8 * tile.block_m)))
     height = min(N, max(tile.block_m, _STRIP_BYTES // (8 * width) // tile.block_m * tile.block_m))
     parts = []
@@ -242,12 +242,22 @@ def _kept_of_strips(queries: Tensor, keys: Tensor, k: int, precision: str) -> Te
                 entries_kernel[(triton.cdiv(rows, tile.block_m) * triton.cdiv(cols, tile.block_n),)](
                     queries, keys, strip,
                     row, col, rows, cols, N, M, queries.shape[1], queries.stride(0), keys.stride(0),
-                    PRECISION=precision, **launch_options(tile),
+                    PRECISION="ieee", **launch_options(tile),
                 )  # fmt: skip
             strip = torch.cat([best, strip], 1) if col else strip
             best = strip.topk(min(k, strip.shape[1]), dim=1).values
         parts.append(best)
     return torch.cat(parts)
+
+
+def tile_of(family: str, precision: str) -> Tile:
+    """The tile of all kernels but topk_kernel; precision: half or ieee."""
+    return _OWN_TILES.get((family, precision), CONFIGS[family][precision].forward)
+
+
+def precision_of(features: Tensor) -> str:
+    """float32 is multiplied as IEEE asks, whatever torch may do in its own products: a rank is a comparison."""
+    return "ieee" if features.dtype == torch.float32 else "half"
 
 
 def _split(N: int, M: int, tile: Tile) -> tuple[int, int]:
