@@ -23,7 +23,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-OPS = ("info_nce", "siglip", "divided_attention", "linear_cross_entropy", "triplet", "retrieval", "beam_search")
+OPS = (
+    "info_nce",
+    "distillation",
+    "siglip",
+    "divided_attention",
+    "linear_cross_entropy",
+    "triplet",
+    "retrieval",
+    "beam_search",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,9 @@ _MULTIPLES_OF_16 = {"D", "stride_q", "stride_k", "stride_x", "stride_y", "stride
 GROWING = {"SYMMETRIC", "SMOOTHED", "STORE", "SHARE"}
 _FEATURES = {"queries", "keys", "x", "y", "strip", "grad"}
 _INTEGERS = {"N", "M", "num_x", "num_y", "num_features", "tiles_per_group", "tiles_per_split", "num_groups"} | {
-    "num_splits", "first", "first_x", "length", "strip_rows", "steps_per_split", "first_share",
+    "num_splits", "first", "first_x", "length", "strip_rows", "steps_per_split", "first_share", "num_grouped",
 }  # fmt: skip
+_INDICES = {"targets", "key_groups", "of_query", "of_key"}
 
 
 def cases(gpus: Iterable[str] = GPUS) -> list[Case]:
@@ -31,8 +32,8 @@ def _cases(gpu: str, precision: str, config: Config) -> Iterable[Case]:
     both = (False, True)
     for dtype in ("bf16", "fp16") if precision == "half" else ("fp32",):
         make = functools.partial(case, "info_nce", gpu, precision, dtype)
-        for symmetric in both:
-            yield from tiles_of_logits(make, config, SYMMETRIC=symmetric, BIAS=False)
+        for symmetric, groups in itertools.product(both, both):
+            yield from tiles_of_logits(make, config, SYMMETRIC=symmetric, BIAS=False, GROUPS=groups)
         yield make("product_kernel", config.product)
         for store, share in ((True, True), (True, False), (False, True)):
             block = {"BLOCK_M": triton_kernels.MERGE_ROWS, "BLOCK_N": triton_kernels.MERGE_FEATURES}
@@ -49,8 +50,9 @@ def tiles_of_logits(make: Callable[..., Case], config: Config, **flags: bool) ->
     for smoothed in both:
         block = {"STEP": triton_kernels.MERGE_STEP, "BLOCK": triton_kernels.MERGE_BLOCK}
         yield make("finish_forward_kernel", None, SMOOTHED=smoothed, **flags, **block)
+    tile = config.of_grad_logits(flags["GROUPS"])
     for of_keys, smoothed in itertools.product(both, both):
-        yield make("grad_logits_kernel", config.grad_logits, OF_KEYS=of_keys, SMOOTHED=smoothed, **flags)
+        yield make("grad_logits_kernel", tile, OF_KEYS=of_keys, SMOOTHED=smoothed, **flags)
 
 
 def case(op: str, gpu: str, precision: str, dtype: str, kernel: str, tile: Tile | None, **constants: Any) -> Case:
@@ -73,7 +75,11 @@ def argument(case: Case, name: str) -> Argument:
         return Argument("i32", name in _MULTIPLES_OF_16)
     if name == "label_smoothing":
         return Argument("fp32")
-    return Argument("*" + (case.dtype if name in _FEATURES else "i64" if name == "targets" else "fp32"), True)
+    if name in _INDICES:
+        # The kernels that make tiles take groups by numbers.
+        numbered = case.has_dot and dict(case.constants).get("GROUPS")
+        return Argument("*i32" if numbered else "*i64", True)
+    return Argument("*" + (case.dtype if name in _FEATURES else "fp32"), True)
 
 
 def problems(case: Case, rows: int = 32768, features: int = 512) -> list[Problem]:
@@ -100,11 +106,12 @@ def work(case: Case, rows: int, cols: int, features: int) -> tuple[float, float]
 
 
 def is_main(case: Case) -> bool:
-    """The loss that users run most: symmetric, without smoothing."""
+    """The loss that users run most: symmetric, without smoothing or groups."""
     constants = dict(case.constants)
     return (
         case.dtype != "fp16"
         and not constants.get("SMOOTHED")
+        and not constants.get("GROUPS")
         and constants.get("SYMMETRIC", True)
         and constants.get("STORE", True)
         and constants.get("SHARE", True)

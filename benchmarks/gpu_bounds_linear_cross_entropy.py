@@ -21,7 +21,11 @@ def cases(gpus: Iterable[str] = GPUS) -> list[Case]:
         for precision, config in CONFIGS[gpu].items()
         for dtype in (("bf16", "fp16") if precision == "half" else ("fp32",))
         for form in tiles_of_logits(
-            functools.partial(case, "linear_cross_entropy", gpu, precision, dtype), config, SYMMETRIC=False, BIAS=True
+            functools.partial(case, "linear_cross_entropy", gpu, precision, dtype),
+            config,
+            SYMMETRIC=False,
+            BIAS=True,
+            GROUPS=False,
         )
     ]
 

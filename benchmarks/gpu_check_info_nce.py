@@ -30,7 +30,11 @@ PARITY: list[tuple[int, int, int, float, float, dict[str, Any]]] = [
     (500, 500, 3, 20.0, 0.5, {"symmetric": False}),
     (500, 900, 512, 20.0, 0.5, {"label_smoothing": 0.1}),
     (900, 500, 512, 20.0, 0.5, {"targets": "repeated", "label_smoothing": 0.1}),
+    (900, 1000, 256, 20.0, 0.5, {"groups": 37}),
+    (900, 900, 512, 100.0, 0.95, {"groups": 900}),
+    (900, 1000, 256, 20.0, 0.5, {"groups": 7, "symmetric": False, "label_smoothing": 0.1}),
     (5000, 5000, 256, 20.0, 0.5, {}),  # several tiles a program, several strips
+    (5000, 5000, 256, 20.0, 0.5, {"groups": 300}),
 ]
 
 
@@ -38,10 +42,14 @@ def cross_entropies(logits: Tensor, **options: Any) -> Tensor:
     own = torch.arange(len(logits), device=logits.device)
     targets = options.get("targets", own)
     smoothing = options.get("label_smoothing", 0.0)
-    rows = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
+    of_rows, of_columns = targets, own
+    if "query_groups" in options:
+        same = (options["query_groups"][:, None] == options["key_groups"]).to(logits.dtype)
+        of_rows, of_columns = same / same.sum(1, keepdim=True), (same / same.sum(0)).T[targets]
+    rows = F.cross_entropy(logits, of_rows, label_smoothing=smoothing, reduction="none")
     if not options.get("symmetric", True):
         return rows
-    columns = F.cross_entropy(logits.T[targets], own, label_smoothing=smoothing, reduction="none")
+    columns = F.cross_entropy(logits.T[targets], of_columns, label_smoothing=smoothing, reduction="none")
     return (rows + columns) / 2
 
 
@@ -65,6 +73,10 @@ def check_parity(device: torch.device) -> list[dict[str, Any]]:
             options = dict(given)
             if options.get("targets") == "repeated":
                 options["targets"] = torch.arange(n, device=device) * 7 // 3 % m
+            if "groups" in options:
+                count = options.pop("groups")
+                options["query_groups"] = torch.arange(n, device=device) % count
+                options["key_groups"] = torch.arange(m, device=device).flip(0) % count
             queries = features(n, d, dtype, seed=n)
             keys = features(m, d, dtype, seed=m + 1, like=queries, mean_cosine=near)
             inputs = (queries.to(device), keys.to(device), torch.tensor(scale, device=device))

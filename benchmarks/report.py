@@ -25,7 +25,16 @@ mpl.use("Agg")
 
 # An op's report is benchmarks/report_<op>.py: CELLS and QUICK, measure(*cell, seconds) with the rows of one cell,
 # finish(rows) once all are measured, table_of(rows), draw(rows, path).
-OPS = ("info_nce", "siglip", "divided_attention", "linear_cross_entropy", "triplet", "retrieval", "beam_search")
+OPS = (
+    "info_nce",
+    "soft_targets",
+    "siglip",
+    "divided_attention",
+    "linear_cross_entropy",
+    "triplet",
+    "retrieval",
+    "beam_search",
+)
 
 
 def main(

@@ -3,7 +3,7 @@
 from mmkernels.beam_search import beam_search, beam_search_step
 from mmkernels.contrastive import info_nce
 from mmkernels.divided_attention import divided_attention, divided_attention_maps
-from mmkernels.integrations.open_clip import ClipLoss, SigLipLoss
+from mmkernels.integrations.open_clip import ClipLoss, DistillClipLoss, SigLipLoss
 from mmkernels.linear_cross_entropy import linear_cross_entropy
 from mmkernels.retrieval import retrieval_ranks, retrieval_topk
 from mmkernels.siglip import siglip
@@ -11,6 +11,7 @@ from mmkernels.triplet import triplet
 
 __all__ = [
     "ClipLoss",
+    "DistillClipLoss",
     "SigLipLoss",
     "beam_search",
     "beam_search_step",

@@ -1,4 +1,4 @@
-"""The check of the targets' values, which every implementation in Python makes alike."""
+"""The checks of the targets' values, which every implementation in Python makes alike."""
 
 import torch
 from torch import Tensor
@@ -15,6 +15,17 @@ def check_targets(targets: Tensor, count: int, of: str, ignore_index: int | None
     low, high = (int(bound) for bound in targets.aminmax())
     if low < 0 or high >= count:
         raise ValueError(f"{expected_targets(count, of, ignore_index)}, got {low if low < 0 else high}")
+
+
+def require_targets(op: str, targets: Tensor, count: int, of: str, ignore_index: int | None = None) -> None:
+    """Raise if a target is out of range: at once on a CPU, on a GPU when the device gets there."""
+    if not targets.is_cuda:
+        check_targets(targets, count, of, ignore_index)
+        return
+    legal = (targets >= 0) & (targets < count)
+    if ignore_index is not None:
+        legal |= targets == ignore_index
+    torch._assert_async(legal.all(), f"mmkernels.{op}: {expected_targets(count, of, ignore_index)}")
 
 
 def expected_targets(count: int, of: str, ignore_index: int | None = None) -> str:

@@ -30,9 +30,24 @@ class Case:
         keys = features(self.m, self.d, dtype, seed=self.m + 1, like=queries, mean_cosine=self.near)
         return queries, keys
 
+    def options_in(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The options with the queues as rows of this dtype: given is how many."""
+        queues = {
+            name: features(rows, self.d, dtype, seed=rows)
+            for name, rows in self.options.items()
+            if name in ("key_queue", "query_queue")
+        }
+        return self.options | queues
+
 
 def repeated_targets(n: int, m: int) -> Tensor:
     return (torch.arange(n) * 7 // 3) % m
+
+
+def grouped(n: int, m: int, count: int, **options: Any) -> dict[str, Any]:
+    """Queries and keys dealt to `count` groups, each in an order of its own; ids of any size and sign."""
+    ids = torch.arange(count) * 10**12 - 7
+    return {"query_groups": ids[torch.arange(n) * 5 % count], "key_groups": ids[torch.arange(m) * 3 % count], **options}
 
 
 TILE = 256  # the largest tile of the CPU kernels; 64 is the smallest panel
@@ -59,6 +74,33 @@ CASES = [
     Case(257, 257, 64, scale=100.0, near=0.95, regime="loss near zero"),
     Case(257, 257, 64, scale=0.0, regime="scale 0"),
     Case(65, 65, 64, scale=-5.0, regime="negative scale"),
+    Case(300, 310, 64, options=grouped(300, 310, 37), regime="groups"),
+    Case(300, 310, 64, options=grouped(300, 310, 7, label_smoothing=0.1), regime="groups, smoothing"),
+    Case(65, 70, 48, options=grouped(65, 70, 1), regime="one group"),
+    Case(131, 131, 48, scale=100.0, near=0.95, options=grouped(131, 131, 131), regime="a group for each"),
+    Case(
+        300, 200, 48, options=grouped(300, 200, 41, targets=repeated_targets(300, 200)), regime="groups beside targets"
+    ),
+    Case(64, 600, 48, options=grouped(64, 600, 301, symmetric=False), regime="groups, rows alone, keys of no query"),
+    Case(70, 270, 64, options={"key_queue": 300}, regime="queue of keys"),
+    Case(257, 260, 64, options={"key_queue": 40, "query_queue": 300}, regime="both queues"),
+    Case(64, 64, 64, options={"query_queue": 1}, regime="queue of one query"),
+    Case(
+        130,
+        90,
+        33,
+        options=grouped(130, 90, 17, key_queue=200, targets=repeated_targets(130, 90)),
+        regime="groups, queue",
+    ),
+    Case(
+        130,
+        90,
+        33,
+        options=grouped(
+            130, 90, 17, key_queue=20, query_queue=70, targets=repeated_targets(130, 90), label_smoothing=0.1
+        ),
+        regime="groups, both queues",
+    ),
 ]
 
 
@@ -67,6 +109,8 @@ def run(queries: Tensor, keys: Tensor, scale: float, impl: str, **options: Any) 
     queries, keys = queries.detach().requires_grad_(), keys.detach().requires_grad_()
     dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
     logit_scale = torch.tensor(scale, dtype=dtype, requires_grad=True)
+    queues = {name: x.to(queries.dtype) for name, x in options.items() if name in ("key_queue", "query_queue")}
+    options = options | queues
     losses = mmkernels.info_nce(queries, keys, logit_scale, reduction="none", impl=impl, **options)
     weights = torch.linspace(0.5, 1.5, len(losses), dtype=dtype)
     grads = torch.autograd.grad((losses * weights).sum(), (queries, keys, logit_scale))
@@ -80,10 +124,23 @@ def run_eager(queries: Tensor, keys: Tensor, scale: float, **options: Any) -> tu
     own = torch.arange(len(queries))
     targets = options.get("targets", own)
     smoothing = options.get("label_smoothing", 0.0)
-    logits = logit_scale.to(queries.dtype) * queries @ keys.T
-    losses = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none").float()
+    all_keys, all_queries = (
+        x if options.get(queue) is None else torch.cat([x, options[queue].to(x.dtype)])
+        for x, queue in ((keys, "key_queue"), (queries, "query_queue"))
+    )
+    row_targets, column_targets = targets, own
+    if "query_groups" in options:
+        positive = (options["query_groups"][:, None] == options["key_groups"]).to(queries.dtype)
+        row_targets = F.pad(positive / positive.sum(1, keepdim=True), (0, len(all_keys) - len(keys)))
+        positive = positive.T[targets]
+        column_targets = F.pad(positive / positive.sum(1, keepdim=True), (0, len(all_queries) - len(queries)))
+    logits = logit_scale.to(queries.dtype) * queries @ all_keys.T
+    losses = F.cross_entropy(logits, row_targets, label_smoothing=smoothing, reduction="none").float()
     if options.get("symmetric", True):
-        columns = F.cross_entropy(logits.T[targets], own, label_smoothing=smoothing, reduction="none")
+        columns = logits.T[targets]
+        if all_queries is not queries:
+            columns = logit_scale.to(queries.dtype) * keys[targets] @ all_queries.T
+        columns = F.cross_entropy(columns, column_targets, label_smoothing=smoothing, reduction="none")
         losses = (losses + columns) / 2
     weights = torch.linspace(0.5, 1.5, len(losses))
     grads = torch.autograd.grad((losses * weights).sum(), (queries, keys, logit_scale))
@@ -92,9 +149,10 @@ def run_eager(queries: Tensor, keys: Tensor, scale: float, **options: Any) -> tu
 
 def check_case(case: Case, dtype: torch.dtype, impl: str) -> None:
     queries, keys = case.inputs(dtype)
-    exact = run(queries.double(), keys.double(), case.scale, "reference", **case.options)
-    eager = run_eager(queries, keys, case.scale, **case.options)
-    actual = run(queries, keys, case.scale, impl, **case.options)
+    options = case.options_in(dtype)
+    exact = run(queries.double(), keys.double(), case.scale, "reference", **options)
+    eager = run_eager(queries, keys, case.scale, **options)
+    actual = run(queries, keys, case.scale, impl, **options)
     assert_results(actual, eager, exact, queries, keys, case.scale)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from info_nce_cases import CASES, Case, assert_results, check_case, run, run_eager
+from info_nce_cases import CASES, Case, assert_results, check_case, grouped, run, run_eager
 
 import mmkernels
 from mmkernels import _backends
@@ -29,11 +29,12 @@ def test_cpu_matches_float64(case, dtype):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_reference_is_the_eager_code(case):
     queries, keys = case.inputs(torch.float32)
-    exact = run(queries.double(), keys.double(), case.scale, "reference", **case.options)
-    actual = run(queries, keys, case.scale, "reference", **case.options)
-    assert_results(actual, run_eager(queries, keys, case.scale, **case.options), exact, queries, keys, case.scale)
+    options = case.options_in(torch.float32)
+    exact = run(queries.double(), keys.double(), case.scale, "reference", **options)
+    actual = run(queries, keys, case.scale, "reference", **options)
+    assert_results(actual, run_eager(queries, keys, case.scale, **options), exact, queries, keys, case.scale)
     # The oracle itself, against the lines that it stands for.
-    eager = run_eager(queries.double(), keys.double(), case.scale, **case.options)
+    eager = run_eager(queries.double(), keys.double(), case.scale, **options)
     for a, b in zip(exact, eager, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-6, atol=1e-6)
 
@@ -140,6 +141,59 @@ def test_reductions_are_torchs():
     torch.testing.assert_close(mmkernels.info_nce(queries, keys, 7.0, reduction="sum"), losses.sum())
 
 
+@pytest.mark.parametrize("impl", [pytest.param("cpu", marks=needs_library), "reference"])
+def test_weights_are_those_of_torchs_cross_entropy(impl):
+    queries, keys = Case(100, 120, 30).inputs(torch.float32)
+    classes = torch.linspace(0.1, 2.0, 120)
+    targets = torch.arange(100) * 7 % 120
+    options = {"targets": targets, "symmetric": False, "impl": impl}
+    logits = 7.0 * queries @ keys.T
+    for reduction in ("none", "mean", "sum"):
+        loss = mmkernels.info_nce(queries, keys, 7.0, weights=classes[targets], reduction=reduction, **options)
+        torch.testing.assert_close(loss, F.cross_entropy(logits, targets, classes, reduction=reduction))
+    # Both directions of a query take its weight; the weights take the gradient of what they are factors of.
+    weights = torch.rand(100, requires_grad=True)
+    losses = mmkernels.info_nce(queries, keys, 7.0, reduction="none", impl=impl)
+    loss = mmkernels.info_nce(queries, keys, 7.0, weights=weights, impl=impl)
+    torch.testing.assert_close(loss, (losses * weights).sum() / weights.sum())
+    (grad,) = torch.autograd.grad(loss, weights)
+    torch.testing.assert_close(grad, (losses - loss) / weights.sum())
+
+
+@needs_library
+def test_groups_of_one_are_targets():
+    queries, keys = Case(300, 300, 64).inputs(torch.float32)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    groups = {"query_groups": torch.arange(300), "key_groups": torch.empty(300, dtype=torch.int64)}
+    groups["key_groups"][order] = torch.arange(300)
+    by_groups = run(queries, keys, 100.0, "cpu", targets=order, **groups)
+    for a, b in zip(by_groups, run(queries, keys, 100.0, "cpu", targets=order), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("needed", [("keys",), ("key_queue",), ("keys", "key_queue"), ("query_queue",), ()], ids=str)
+@needs_library
+def test_gradients_of_queues_are_made_when_asked_for(dtype, needed):
+    queries, keys = Case(130, 140, 48).inputs(dtype)
+    rows = {"keys": keys, "key_queue": features(77, 48, dtype, seed=5), "query_queue": features(90, 48, dtype, seed=6)}
+    if "query_queue" not in needed:
+        del rows["query_queue"]  # one symmetric pass over more keys than have gradients
+
+    def grads(impl, dtype):
+        leaves = {name: x.to(dtype, copy=True).requires_grad_(name in needed) for name, x in rows.items()}
+        scale = torch.tensor(10.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32, requires_grad=True)
+        keys = leaves.pop("keys")
+        mmkernels.info_nce(queries.to(dtype), keys, scale, reduction="sum", impl=impl, **leaves).backward()
+        return {"scale": scale.grad} | {name: x.grad for name, x in ({"keys": keys} | leaves).items()}
+
+    actual, eager, exact = grads("cpu", dtype), grads("reference", dtype), grads("reference", torch.float64)
+    for name, grad in actual.items():
+        assert (grad is not None) == (name in (*needed, "scale"))
+        if grad is not None:
+            assert_within_budget(grad, eager[name], exact[name], dtype=dtype, terms=10.0, name=name)
+
+
 @needs_library
 def test_gradient_of_the_scale_is_the_product_with_the_features():
     """d loss / d scale = <Q, dQ> / scale = <K, dK> / scale: three ways to one number."""
@@ -173,16 +227,17 @@ def test_double_backward_is_refused_and_the_reference_offers_it():
     assert second_derivative("reference").abs().max() > 0
 
 
+@pytest.mark.parametrize("groups", [False, True])
 @needs_library
-def test_same_bits_whatever_the_number_of_threads():
+def test_same_bits_whatever_the_number_of_threads(groups):
     queries, keys = Case(1100, 900, 64, options={"targets": None}).inputs(torch.bfloat16)
-    targets = torch.arange(1100) % 900
+    options = {"targets": torch.arange(1100) % 900, **(grouped(1100, 900, 71) if groups else {})}
     threads = torch.get_num_threads()
     results = []
     try:
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
-            results += [run(queries, keys, 20.0, "cpu", targets=targets) for _ in range(3)]
+            results += [run(queries, keys, 20.0, "cpu", **options) for _ in range(3)]
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -241,11 +296,12 @@ def test_65536_pairs_in_the_memory_of_their_inputs_at_any_number_of_threads():
 def test_opcheck():
     for dtype, symmetric in itertools.product([torch.float32, torch.bfloat16], [True, False]):
         queries, keys = Case(70, 80, 33).inputs(dtype)
-        common = (queries, keys, torch.tensor(5.0), torch.arange(70))
+        groups = (torch.arange(70) % 9, torch.arange(75) % 9) if dtype == torch.float32 else (None, None)
+        common = (queries, keys, torch.tensor(5.0), torch.arange(70), *groups)
         torch.library.opcheck(torch.ops.mmkernels.info_nce_cpu_forward, (*common, symmetric, 0.1))
         losses, row_lse, col_lse = torch.ops.mmkernels.info_nce_cpu_forward(*common, symmetric, 0.1)
-        for mask in ([True, True, True], [False, True, False]):
-            arguments = (torch.ones_like(losses), *common, row_lse, col_lse, symmetric, 0.1, mask)
+        for mask, num_grad_keys in (([True, True, True], 80), ([False, True, False], 75)):
+            arguments = (torch.ones_like(losses), *common, row_lse, col_lse, symmetric, 0.1, num_grad_keys, mask)
             torch.library.opcheck(torch.ops.mmkernels.info_nce_cpu_backward, arguments)
 
 
@@ -265,14 +321,35 @@ def test_compile_whole_graph_with_dynamic_shapes():
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
 
+@needs_library
+def test_compile_whole_graph_with_groups_queues_and_weights():
+    groups = {"query_groups": torch.arange(40) % 7, "key_groups": torch.arange(45) % 7}
+    options = groups | {"weights": torch.rand(40), "key_queue": torch.randn(9, 24), "query_queue": torch.randn(11, 24)}
+
+    def loss(queries, keys, key_queue):
+        return mmkernels.info_nce(queries, keys, 2.0, **(options | {"key_queue": key_queue}))
+
+    compiled = torch.compile(loss, fullgraph=True)
+    rows = [torch.randn(40, 24), torch.randn(45, 24), torch.randn(9, 24)]
+    results = []
+    for call in (loss, compiled):
+        leaves = [x.clone().requires_grad_() for x in rows]
+        results.append(torch.autograd.grad(call(*leaves), leaves))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @needs_library
 def test_autocast(dtype):
     queries, keys = (x.requires_grad_() for x in Case(100, 100, 32).inputs(torch.float32))
+    queue = features(30, 32, seed=9)
     with torch.autocast("cpu", dtype=dtype):
-        loss = mmkernels.info_nce(queries, keys, 10.0, impl="cpu")
+        loss = mmkernels.info_nce(queries, keys, 10.0, key_queue=queue, query_queue=queue, impl="cpu")
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, mmkernels.info_nce(queries.to(dtype), keys.to(dtype), 10.0))
+    queue = queue.to(dtype)
+    expected = mmkernels.info_nce(queries.to(dtype), keys.to(dtype), 10.0, key_queue=queue, query_queue=queue)
+    torch.testing.assert_close(loss, expected)
     loss.backward()
     assert queries.grad.dtype == torch.float32
 
@@ -298,6 +375,10 @@ def test_float64_runs_in_the_reference():
 
 def bad_inputs():
     q, k = torch.zeros(4, 8), torch.zeros(6, 8)
+
+    def groups(of_queries, of_keys, **options):
+        return {"query_groups": of_queries, "key_groups": of_keys, **options}
+
     return {
         "queries: expected a tensor": (TypeError, ([1.0], k, 1.0), {}),
         "keys: expected float32, bfloat16": (TypeError, (q, k.long(), 1.0), {}),
@@ -331,7 +412,76 @@ def bad_inputs():
         ),
         "reduction: expected": (ValueError, (q, k, 1.0), {"reduction": "avg"}),
         "impl: expected 'auto' or one of": (ValueError, (q, k, 1.0), {"impl": "cuda13"}),
-        "query_groups, key_groups": (NotImplementedError, (q, k, 1.0), {"query_groups": torch.zeros(4)}),
+        "key_groups: expected int64 ids, as both sides": (
+            ValueError,
+            (q, k, 1.0),
+            {"query_groups": torch.zeros(4).long()},
+        ),
+        "query_groups: expected int64 ids, as both sides": (
+            ValueError,
+            (q, k, 1.0),
+            {"key_groups": torch.zeros(6).long()},
+        ),
+        "query_groups: expected an int64 tensor": (TypeError, (q, k, 1.0), groups([1] * 4, torch.ones(6).long())),
+        "key_groups: expected int64, got torch.int32": (
+            TypeError,
+            (q, k, 1.0),
+            groups(torch.ones(4).long(), torch.ones(6).int()),
+        ),
+        r"key_groups: expected shape \(6,\)": (
+            ValueError,
+            (q, k, 1.0),
+            groups(torch.ones(4).long(), torch.ones(4).long()),
+        ),
+        "key_groups: expected device cpu": (
+            ValueError,
+            (q, k, 1.0),
+            groups(torch.ones(4).long(), torch.ones(6, device="meta").long()),
+        ),
+        "query 2 is of group -7, and no key is": (
+            ValueError,
+            (q, k, 1.0),
+            groups(torch.tensor([3, 4, -7, 9]), torch.tensor([9, 3, 4, 4, 10, 1])),
+        ),
+        "key_groups: key 1 is matched by query 1, and its group is that of no query": (
+            ValueError,
+            (q, k, 1.0),
+            groups(torch.tensor([3, 4, 4, 9]), torch.tensor([9, 5, 4, 3, 10, 1])),
+        ),
+        "key_groups: key 5 is matched by query 0": (
+            ValueError,
+            (q, k, 1.0),
+            groups(torch.tensor([3, 4, 4, 9]), torch.tensor([9, 5, 4, 3, 10, 1]), targets=torch.tensor([5, 0, 2, 3])),
+        ),
+        "key_groups: key 1 is matched": (
+            ValueError,
+            (q, k, 1.0),
+            groups(torch.tensor([3, 4, 4, 9]), torch.tensor([9, 5, 4, 3, 10, 1]), query_queue=q),
+        ),
+        "key_queue: expected a tensor": (TypeError, (q, k, 1.0), {"key_queue": [1.0]}),
+        "key_queue: expected float32, bfloat16": (TypeError, (q, k, 1.0), {"key_queue": k.long()}),
+        "key_queue: expected the dtype of queries": (TypeError, (q, k, 1.0), {"key_queue": k.half()}),
+        "key_queue: expected D = 8": (ValueError, (q, k, 1.0), {"key_queue": k[:, :5]}),
+        "query_queue: expected 2 dimensions": (ValueError, (q, k, 1.0), {"query_queue": k[0]}),
+        "query_queue: expected device cpu": (ValueError, (q, k, 1.0), {"query_queue": k.to("meta")}),
+        "query_queue: expected None with symmetric=False": (
+            ValueError,
+            (q, k, 1.0),
+            {"query_queue": q, "symmetric": False},
+        ),
+        "the 6 keys, 0 to 5, got 7": (
+            ValueError,
+            (q, k, 1.0),
+            {"targets": torch.tensor([0, 7, 1, 2]), "key_queue": k},
+        ),
+        "weights: expected a floating-point tensor, got list": (TypeError, (q, k, 1.0), {"weights": [1.0] * 4}),
+        "weights: expected a floating-point tensor, got torch.int64": (
+            TypeError,
+            (q, k, 1.0),
+            {"weights": torch.ones(4).long()},
+        ),
+        r"weights: expected shape \(4,\)": (ValueError, (q, k, 1.0), {"weights": torch.ones(6)}),
+        "weights: expected device cpu": (ValueError, (q, k, 1.0), {"weights": torch.ones(4, device="meta")}),
         "process_group": (NotImplementedError, (q, k, 1.0), {"process_group": object()}),
     }
 

@@ -55,7 +55,25 @@ def test_sigmoid_loss_without_a_bias_is_open_clips():
     torch.testing.assert_close(mmkernels.SigLipLoss()(images, texts, 5.0, None), expected)
 
 
-@pytest.mark.parametrize("loss", ["ClipLoss", "SigLipLoss"])
+@pytest.mark.parametrize("n", [1, 2, 300])
+@pytest.mark.parametrize("output_dict", [False, True])
+@pytest.mark.parametrize("of_distillation", [1.0, 0.0])
+def test_distillation_and_gradients_are_open_clips(n, output_dict, of_distillation):
+    teacher = features(n, 48, seed=3), features(n, 48, seed=4), torch.tensor(30.0)
+    results = []
+    for loss_class in (mmkernels.DistillClipLoss, open_clip.DistillClipLoss):
+        images, texts = (features(n, 96, seed=seed).requires_grad_() for seed in (1, 2))
+        scale = torch.tensor(2.5).exp().requires_grad_()
+        losses = loss_class()(images, texts, scale, *teacher, output_dict=output_dict)
+        assert type(losses) is (dict if output_dict else tuple)
+        contrastive, distilled = (losses["contrastive_loss"], losses["distill_loss"]) if output_dict else losses
+        total = 2 * contrastive + of_distillation * distilled
+        results.append((contrastive, distilled, *torch.autograd.grad(total, (images, texts, scale))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-6)
+
+
+@pytest.mark.parametrize("loss", ["ClipLoss", "DistillClipLoss", "SigLipLoss"])
 def test_same_constructor_and_call(loss):
     for name in ("__init__", "forward"):
         ours = inspect.signature(getattr(getattr(mmkernels, loss), name)).parameters
@@ -63,7 +81,7 @@ def test_same_constructor_and_call(loss):
         assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in theirs.values()]
 
 
-@pytest.mark.parametrize("loss", ["ClipLoss", "SigLipLoss"])
+@pytest.mark.parametrize("loss", ["ClipLoss", "DistillClipLoss", "SigLipLoss"])
 def test_state_dict_is_empty_like_open_clips(loss):
     assert getattr(mmkernels, loss)().state_dict() == getattr(open_clip, loss)().state_dict()
 

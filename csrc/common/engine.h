@@ -284,13 +284,15 @@ void backward_panels(const Logits& x, const Gradients& grads, const Tiling& t, W
         pack_rows<Product>(x.keys, col0, cols, x.size, col_capacity, b.key_rows);
       }
       if (grads.queries != nullptr) add_query_gradients(b, rows, row_capacity, cols, col_capacity, chunk == 0, ahead);
-      if (grads.keys == nullptr && !kColumns) continue;
+      const int64_t wanted_cols = grads.keys == nullptr ? 0 : std::min(cols, x.keys.rows - grads.keys_left_out - col0);
+      const bool wanted = wanted_cols > 0;
+      if (!wanted && !kColumns) continue;
       wait_for_turn(wave.done[chunk], panel);
       const auto add = [&](const auto& out) {
-        add_key_gradients(b, rows, row_capacity, cols, x.size, out);
-        if (panel == t.panels - 1) finish_keys(x, dtype, col0, cols, out, grads.keys, b.tile);
+        add_key_gradients(b, rows, row_capacity, wanted_cols, x.size, out);
+        if (panel == t.panels - 1) finish_keys(x, dtype, col0, wanted_cols, out, grads.keys, b.tile);
       };
-      if (grads.keys == nullptr) {
+      if (!wanted) {
       } else if (dtype == Dtype::kFloat32) {
         add(FloatTile{static_cast<float*>(grads.keys) + col0 * x.size, x.size, panel > 0});
       } else {
@@ -305,6 +307,32 @@ void backward_panels(const Logits& x, const Gradients& grads, const Tiling& t, W
       finish_row(b.grad_panel + r * kPanel, row_capacity * kPanel, x.scale, dtype, row0 + r, x.size, grads.queries);
   }
 }
+
+// The products of a second pair of sets of rows, tile by tile beside the engine's own: an epilogue that needs them
+// holds one, in scratch behind the engine's.
+template <class Product>
+struct Companion {
+  Companion(const Logits& x, const Tiling& t, float* scratch)
+      : x(x), b(x, t, false, scratch), col_capacity(round_up(t.cols, kRows)) {}
+
+  const Logits& x;
+  const Buffers<Product> b;
+  const int64_t col_capacity;
+  int64_t rows = 0;
+
+  void begin_panel(int64_t row0, int64_t count) {
+    rows = count;
+    pack_columns<Product>(x.queries, row0, rows, x.size, b.query_columns);
+  }
+
+  // Of the panel and a chunk of keys, as the engine's tile; valid until the next call.
+  float* products(int64_t col0, int64_t cols) const {
+    const RowsLeft keys = key_words<Product>(x.keys, col0, cols, x.size, col_capacity, b.key_rows);
+    Ahead nothing;
+    product_of_features(b, keys, rows, cols, nothing);
+    return b.tile;
+  }
+};
 
 // Calls visit(row, element of the tile) for every row of the panel whose target lies in the tile.
 template <class Visit>
@@ -325,17 +353,20 @@ MMK_INLINE Vec edge_of(int64_t rows) {
   return Vec::load(lanes);
 }
 
+// `companion`: of the epilogue, if it holds one.
 template <class Product>
-Tiling choose_tiling(const Logits& x, bool backward, int64_t threads) {
+Tiling choose_tiling(const Logits& x, bool backward, int64_t threads, const Logits* companion = nullptr) {
   const int64_t n = x.queries.rows, m = x.keys.rows;
   Tiling t{};
   // Wide features get lower panels, so that a panel stays near the core.
-  const int64_t highest = std::min(kMaxRows, std::max<int64_t>(kPanel, kPanelElements / x.size / kPanel * kPanel));
+  const int64_t widest = companion == nullptr ? x.size : std::max(x.size, companion->size);
+  const int64_t highest = std::min(kMaxRows, std::max<int64_t>(kPanel, kPanelElements / widest / kPanel * kPanel));
   t.rows = std::min(highest, std::max<int64_t>(64, round_up((n + 7) / 8, kPanel)));
   t.cols = std::min(kMaxCols, round_up(m, kRows));
   t.panels = (n + t.rows - 1) / t.rows;
   t.chunks = (m + t.cols - 1) / t.cols;
   t.scratch_floats = Buffers<Product>(x, t, backward, nullptr).floats;
+  if (companion != nullptr) t.scratch_floats += Buffers<Product>(*companion, t, false, nullptr).floats;
 
   const int64_t element = x.queries.dtype == Dtype::kFloat32 ? 4 : 2;
   // All that is held beside inputs and gradients stays within the size of the inputs: statistics, some ten floats a

@@ -37,6 +37,7 @@ struct Gradients {
   void* keys;          // [m, size]
   uint16_t* low_keys;  // [m, size], the low halves of keys until it is complete; null for float32
   bool in_float32;
+  int64_t keys_left_out;  // the last keys, which get no gradient
 };
 
 }  // namespace mmkernels

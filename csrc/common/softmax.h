@@ -1,9 +1,11 @@
 // Softmax statistics of the losses on the tile engine.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 
 #include "engine.h"
+#include "softmax_types.h"
 
 namespace mmkernels {
 inline namespace MMK_VARIANT {
@@ -41,6 +43,132 @@ struct ColumnStatistics {
       if constexpr (kTotals) totals.store(all_total + col0 + c, n);
     }
   }
+};
+
+// Within this spread of its statistics a tile needs one exponential for rows and columns alike: e^(s - c) with one c
+// neither overflows nor loses a term that counts.
+constexpr float kOneExponentialSpread = 60.f;
+
+// Finds the largest logit of a tile, and whether the largest of its rows, and of the columns (0: none count), lie near.
+inline bool lie_near(const float* row_largest, int64_t rows, float* col_largest, int64_t cols, float& center) {
+  Vec highest = Vec::set1(kNegativeInfinity), lowest = highest;
+  for (int64_t r = 0; r < rows; ++r) {
+    highest = max(highest, Vec::set1(row_largest[r]));
+    lowest = max(lowest, Vec::set1(-row_largest[r]));
+  }
+  // Columns past the last are repeats of it, for whole vectors.
+  const int64_t padded_cols = round_up(cols, Vec::kLanes);
+  for (int64_t c = cols; c < padded_cols; ++c) col_largest[c] = col_largest[cols - 1];
+  for (int64_t c = 0; c < padded_cols; c += Vec::kLanes)
+    lowest = max(lowest, Vec::set1(0.f) - Vec::load(col_largest + c));
+  center = highest.largest();
+  return center + lowest.largest() < kOneExponentialSpread;
+}
+
+// The softmaxes over the rows and the columns of one tile, by one exponential where it can.
+template <bool kColumns>
+struct TileOfSoftmaxes {
+  const Logits& logits;
+  const SoftmaxWeights &row, &col;
+  int64_t row0 = 0, rows = 0, padded_rows = 0;
+  float row_lse[kMaxRows], row_rest[kMaxRows], row_weight[kMaxRows], row_factor[kMaxRows];
+  float col_lse[kMaxCols], col_factor[kMaxCols];
+  float lowest_row = 0.f, highest_row = 0.f, center = 0.f;
+
+  TileOfSoftmaxes(const Logits& logits, const SoftmaxWeights& row, const SoftmaxWeights& col)
+      : logits(logits), row(row), col(col) {}
+
+  void begin_panel(int64_t first_row, int64_t count) {
+    row0 = first_row;
+    rows = count;
+    padded_rows = round_up(count, Vec::kLanes);
+    read(row.lse, row_lse);
+    read(row.lse_rest, row_rest);
+    read(row.weight, row_weight);
+    range(row_lse, padded_rows, lowest_row, highest_row);
+  }
+
+  // What belongs to the rows of the panel; those past the last are repeats of it.
+  void read(const float* from, float* to) const {
+    std::memcpy(to, from + row0, rows * sizeof(float));
+    for (int64_t r = rows; r < padded_rows; ++r) to[r] = to[rows - 1];
+  }
+
+  // The range of x; NaN if x holds one.
+  static void range(const float* x, int64_t count, float& lowest, float& highest) {
+    Vec low = Vec::set1(kNegativeInfinity), high = low, poison = Vec::set1(0.f);
+    for (int64_t i = 0; i < count; i += Vec::kLanes) {
+      const Vec v = Vec::load(x + i);
+      low = max(low, Vec::set1(0.f) - v);
+      high = max(high, v);
+      poison = poison + (v - v);
+    }
+    lowest = -low.largest() + poison.sum();
+    highest = high.largest() + poison.sum();
+  }
+
+  // Whether one exponential serves the tile.
+  bool begin_tile(int64_t col0, int64_t cols) {
+    float lowest = lowest_row, highest = highest_row;
+    if constexpr (kColumns) {
+      const int64_t padded_cols = round_up(cols, Vec::kLanes);
+      std::memcpy(col_lse, col.lse + col0, cols * sizeof(float));
+      for (int64_t c = cols; c < padded_cols; ++c) col_lse[c] = col_lse[cols - 1];
+      float low, high;
+      range(col_lse, padded_cols, low, high);
+      lowest = low < lowest ? low : lowest;
+      highest = high > highest ? high : highest;
+      if (low != low) highest = low;  // a NaN among the columns: no common reference
+    }
+    // Whole, so that the logits near it lose nothing when it is taken off.
+    center = std::nearbyint(0.5f * (lowest + highest));
+    return highest - lowest < kOneExponentialSpread;
+  }
+
+  // The factors of the one exponential.
+  void find_factors(int64_t col0, int64_t cols) {
+    const Vec middle = Vec::set1(center);
+    for (int64_t r = 0; r < padded_rows; r += Vec::kLanes)
+      (Vec::load(row_weight + r) * exp((middle - Vec::load(row_lse + r)) - Vec::load(row_rest + r)))
+          .store(row_factor + r);
+    for (int64_t c = 0; kColumns && c < cols; c += Vec::kLanes) {
+      const int n = static_cast<int>(std::min<int64_t>(Vec::kLanes, cols - c));
+      const Vec rest = Vec::load(col.lse_rest + col0 + c, n);
+      (Vec::load(col.weight + col0 + c, n) * exp((middle - Vec::load(col_lse + c)) - rest)).store(col_factor + c);
+    }
+  }
+
+  // What one column of the tile needs, and the weighted softmaxes of a vector of its logits.
+  template <bool kOne>
+  struct Column {
+    const TileOfSoftmaxes& tile;
+    Vec scale, middle, lse, rest, weight;
+
+    MMK_INLINE Column(const TileOfSoftmaxes& tile, int64_t col0, int64_t c)
+        : tile(tile),
+          scale(Vec::set1(tile.logits.scale)),
+          middle(Vec::set1(tile.center)),
+          lse(Vec::set1(kColumns ? tile.col_lse[c] : 0.f)),
+          rest(Vec::set1(kColumns ? tile.col.lse_rest[col0 + c] : 0.f)),
+          weight(Vec::set1(!kColumns ? 0.f
+                           : kOne    ? tile.col_factor[c]
+                                     : tile.col.weight[col0 + c])) {}
+
+    // Minus infinity is the logit of lanes past the last row.
+    MMK_INLINE Vec of(Vec product, int64_t r, Vec last_edge) const {
+      Vec logits = product * scale;
+      if (r + Vec::kLanes == tile.padded_rows) logits = logits + last_edge;
+      if constexpr (kOne) {
+        const Vec row = Vec::load(tile.row_factor + r);
+        return exp(logits - middle) * (kColumns ? row + weight : row);
+      } else {
+        Vec g =
+            exp((logits - Vec::load(tile.row_lse + r)) - Vec::load(tile.row_rest + r)) * Vec::load(tile.row_weight + r);
+        if constexpr (kColumns) g = fma(exp((logits - lse) - rest), weight, g);
+        return g;
+      }
+    }
+  };
 };
 
 }  // namespace MMK_VARIANT

@@ -1,7 +1,7 @@
 // InfoNCE as an epilogue of the tile engine. Compiled once for each instruction set (MMK_VARIANT).
 #include "cpu_kernels.h"
 
-#include <cmath>
+#include <algorithm>
 
 #include "../common/engine.h"
 #include "../common/softmax.h"
@@ -10,9 +10,16 @@ namespace mmkernels {
 inline namespace MMK_VARIANT {
 namespace {
 
-// Within this spread of its statistics a tile needs one exponential for rows and columns alike: e^(s - c) with one c
-// neither overflows nor loses a term that counts.
-constexpr float kOneExponentialSpread = 60.f;
+// Calls visit(row, column, element of the tile) for every pair of a positive in the tile.
+template <class Visit>
+void for_each_positive(const Positives& positives, int64_t row0, int64_t rows, int64_t col0, int64_t cols, float* tile,
+                       const Visit& visit) {
+  for (int64_t c = 0; c < cols; ++c) {
+    const int64_t* const after = positives.queries + positives.after[col0 + c];
+    const int64_t* at = std::lower_bound(positives.queries + positives.first[col0 + c], after, row0);
+    for (; at != after && *at < row0 + rows; ++at) visit(*at - row0, c, tile[c * kTileStride + *at - row0]);
+  }
+}
 
 // Running statistics of rows and columns: loss = lse - positive, lse = max + log(sum).
 template <bool kColumns, bool kTotals>
@@ -21,8 +28,9 @@ struct InfoNceStatistics {
 
   const InfoNceForward& p;
   int64_t row0 = 0, rows = 0, padded_rows = 0;
-  float row_max[kMaxRows], row_sum[kMaxRows], row_total[kMaxRows], row_positive[kMaxRows];
-  float tile_row_max[kMaxRows];  // of the tile at hand
+  float row_max[kMaxRows], row_sum[kMaxRows], row_total[kMaxRows];
+  double row_positive[kMaxRows], col_positive[kMaxCols];  // exact enough for the sum of thousands
+  float tile_row_max[kMaxRows];                           // of the tile at hand
   ColumnStatistics col;
 
   void begin_panel(int64_t first_row, int64_t count) {
@@ -32,27 +40,23 @@ struct InfoNceStatistics {
     for (int64_t r = 0; r < padded_rows; ++r) {
       row_max[r] = kNegativeInfinity;
       row_sum[r] = row_total[r] = 0.f;
-      row_positive[r] = __builtin_nanf("");
+      row_positive[r] = p.positives.queries != nullptr ? 0. : __builtin_nan("");
     }
   }
 
   void tile(float* s, int64_t col0, int64_t cols) {
     scale_and_find_maxima(s, cols);
-    for_each_target(p.targets, row0, rows, col0, cols, s, [&](int64_t r, float& logit) { row_positive[r] = logit; });
-    // Columns past the last are repeats of it, for whole vectors.
-    const int64_t padded_cols = round_up(cols, Vec::kLanes);
-    Vec highest = Vec::set1(kNegativeInfinity), lowest = highest;
-    for (int64_t r = 0; r < rows; ++r) {
-      highest = max(highest, Vec::set1(tile_row_max[r]));
-      lowest = max(lowest, Vec::set1(-tile_row_max[r]));
+    if (p.positives.queries != nullptr) {
+      std::fill(col_positive, col_positive + cols, 0.);
+      for_each_positive(p.positives, row0, rows, col0, cols, s, [&](int64_t r, int64_t c, float logit) {
+        row_positive[r] += logit;
+        col_positive[c] += logit;
+      });
+    } else {
+      for_each_target(p.targets, row0, rows, col0, cols, s, [&](int64_t r, float& logit) { row_positive[r] = logit; });
     }
-    if constexpr (kColumns) {
-      for (int64_t c = cols; c < padded_cols; ++c) col.largest[c] = col.largest[cols - 1];
-      for (int64_t c = 0; c < padded_cols; c += Vec::kLanes)
-        lowest = max(lowest, Vec::set1(0.f) - Vec::load(col.largest + c));
-    }
-    const float center = highest.largest();
-    if (center + lowest.largest() < kOneExponentialSpread) {
+    float center;
+    if (lie_near(tile_row_max, rows, col.largest, kColumns ? cols : 0, center)) {
       add_exponentials<true>(s, cols, center);
     } else {
       add_exponentials<false>(s, cols, center);
@@ -116,11 +120,15 @@ struct InfoNceStatistics {
   }
 
   void update_columns(int64_t col0, int64_t cols) {
-    if constexpr (kColumns) col.join_to<kTotals>(col0, cols, row0 == 0, p.col_max, p.col_sum, p.col_total);
+    if constexpr (kColumns) {
+      col.join_to<kTotals>(col0, cols, row0 == 0, p.col_max, p.col_sum, p.col_total);
+      for (int64_t c = 0; p.positives.queries != nullptr && c < cols; ++c)
+        p.col_positive[col0 + c] = (row0 == 0 ? 0. : p.col_positive[col0 + c]) + col_positive[c];
+    }
   }
 
   void end_panel(int64_t) {
-    const auto write = [&](const float* from, float* to) { std::memcpy(to + row0, from, rows * sizeof(float)); };
+    const auto write = [&](const auto* from, auto* to) { std::memcpy(to + row0, from, rows * sizeof(*from)); };
     write(row_max, p.row_max);
     write(row_sum, p.row_sum);
     write(row_positive, p.row_positive);
@@ -131,13 +139,12 @@ struct InfoNceStatistics {
 // Turns a tile of products into d loss / d logits: softmax over rows and columns by one exponential where it can.
 template <bool kColumns, bool kShift>
 struct InfoNceGradient {
-  explicit InfoNceGradient(const InfoNceBackward& p) : p(p) {}
+  explicit InfoNceGradient(const InfoNceBackward& p) : p(p), softmaxes(p.logits, p.row, p.col) {}
 
   const InfoNceBackward& p;
+  TileOfSoftmaxes<kColumns> softmaxes;
   int64_t row0 = 0, rows = 0, padded_rows = 0;
-  float row_lse[kMaxRows], row_lse_rest[kMaxRows], row_weight[kMaxRows], row_shift[kMaxRows];
-  float row_factor[kMaxRows], col_lse[kMaxCols], col_factor[kMaxCols];
-  float lowest_row = 0.f, highest_row = 0.f;
+  float row_shift[kMaxRows];
   double product_of_logits = 0.;  // <d loss / d logits, logits / scale> of the panel
 
   void begin_panel(int64_t first_row, int64_t count) {
@@ -145,56 +152,33 @@ struct InfoNceGradient {
     rows = count;
     padded_rows = round_up(count, Vec::kLanes);
     product_of_logits = 0.;
-    const auto read = [&](const float* from, float* to) {
-      std::memcpy(to, from + row0, rows * sizeof(float));
-      for (int64_t r = rows; r < padded_rows; ++r) to[r] = to[rows - 1];
-    };
-    read(p.row_lse, row_lse);
-    read(p.row_lse_rest, row_lse_rest);
-    read(p.row_weight, row_weight);
-    if constexpr (kShift) read(p.row_shift, row_shift);
-    range(row_lse, padded_rows, lowest_row, highest_row);
+    softmaxes.begin_panel(first_row, count);
+    if constexpr (kShift) softmaxes.read(p.row_shift, row_shift);
   }
 
   static constexpr bool recall(float*, int64_t, int64_t) { return false; }
 
-  // The range of x; NaN if x holds one.
-  static void range(const float* x, int64_t count, float& lowest, float& highest) {
-    Vec low = Vec::set1(kNegativeInfinity), high = low, poison = Vec::set1(0.f);
-    for (int64_t i = 0; i < count; i += Vec::kLanes) {
-      const Vec v = Vec::load(x + i);
-      low = max(low, Vec::set1(0.f) - v);
-      high = max(high, v);
-      poison = poison + (v - v);
-    }
-    lowest = -low.largest() + poison.sum();
-    highest = high.largest() + poison.sum();
-  }
-
   void tile(float* s, int64_t col0, int64_t cols) {
-    float lowest = lowest_row, highest = highest_row;
-    if constexpr (kColumns) {
-      const int64_t padded_cols = round_up(cols, Vec::kLanes);
-      std::memcpy(col_lse, p.col_lse + col0, cols * sizeof(float));
-      for (int64_t c = cols; c < padded_cols; ++c) col_lse[c] = col_lse[cols - 1];
-      float low, high;
-      range(col_lse, padded_cols, low, high);
-      lowest = low < lowest ? low : lowest;
-      highest = high > highest ? high : highest;
-      if (low != low) highest = low;  // a NaN among the columns: no common reference
-    }
-    // Whole, so that the logits near it lose nothing when it is taken off.
-    const float center = std::nearbyint(0.5f * (lowest + highest));
-    for_each_target(p.targets, row0, rows, col0, cols, s, [&](int64_t r, float& product) {
-      product_of_logits -= static_cast<double>(p.positive_weight[row0 + r]) * product;
-    });
-    if (highest - lowest < kOneExponentialSpread) {
-      differentiate<true>(s, col0, cols, center);
+    // Of the positives in the tile, each with its weight in the gradient.
+    const auto visit_positives = [&](const auto& visit) {
+      if (p.positives.queries == nullptr) {
+        for_each_target(p.targets, row0, rows, col0, cols, s,
+                        [&](int64_t r, float& element) { visit(p.positive_weight[row0 + r], element); });
+      } else {
+        for_each_positive(p.positives, row0, rows, col0, cols, s, [&](int64_t r, int64_t c, float& element) {
+          const float of_column = kColumns ? p.col_positive_weight[col0 + c] : 0.f;
+          visit(p.positive_weight[row0 + r] + of_column, element);
+        });
+      }
+    };
+    visit_positives([&](float weight, float& product) { product_of_logits -= static_cast<double>(weight) * product; });
+    if (softmaxes.begin_tile(col0, cols)) {
+      softmaxes.find_factors(col0, cols);
+      differentiate<true>(s, col0, cols);
     } else {
-      differentiate<false>(s, col0, cols, center);
+      differentiate<false>(s, col0, cols);
     }
-    for_each_target(p.targets, row0, rows, col0, cols, s,
-                    [&](int64_t r, float& grad) { grad -= p.positive_weight[row0 + r]; });
+    visit_positives([](float weight, float& grad) { grad -= weight; });
   }
 
   void end_panel(int64_t panel) {
@@ -202,37 +186,17 @@ struct InfoNceGradient {
   }
 
   template <bool kOne>
-  void differentiate(float* s, int64_t col0, int64_t cols, float center) {
-    const Vec scale = Vec::set1(p.logits.scale), middle = Vec::set1(center), last_edge = edge_of(rows);
-    if constexpr (kOne) {
-      for (int64_t r = 0; r < padded_rows; r += Vec::kLanes)
-        (Vec::load(row_weight + r) * exp((middle - Vec::load(row_lse + r)) - Vec::load(row_lse_rest + r)))
-            .store(row_factor + r);
-      for (int64_t c = 0; kColumns && c < cols; c += Vec::kLanes) {
-        const int n = static_cast<int>(std::min<int64_t>(Vec::kLanes, cols - c));
-        const Vec rest = Vec::load(p.col_lse_rest + col0 + c, n);
-        (Vec::load(p.col_weight + col0 + c, n) * exp((middle - Vec::load(col_lse + c)) - rest)).store(col_factor + c);
-      }
-    }
+  void differentiate(float* s, int64_t col0, int64_t cols) {
+    using Column = typename TileOfSoftmaxes<kColumns>::template Column<kOne>;
+    const Vec last_edge = edge_of(rows);
     for (int64_t c = 0; c < cols; ++c) {
       float* row = s + c * kTileStride;
-      const Vec lse = Vec::set1(kColumns ? col_lse[c] : 0.f);
-      const Vec lse_rest = Vec::set1(kColumns ? p.col_lse_rest[col0 + c] : 0.f);
-      const Vec weight = Vec::set1(!kColumns ? 0.f : kOne ? col_factor[c] : p.col_weight[col0 + c]);
+      const Column column(softmaxes, col0, c);
       const Vec shift = Vec::set1(kColumns && kShift ? p.col_shift[col0 + c] : 0.f);
       Vec sum = Vec::set1(0.f);
       for (int64_t r = 0; r < padded_rows; r += Vec::kLanes) {
         const Vec product = Vec::load(row + r);
-        Vec logits = product * scale, g;
-        if (r + Vec::kLanes == padded_rows) logits = logits + last_edge;
-        if constexpr (kOne) {
-          const Vec both = kColumns ? Vec::load(row_factor + r) + weight : Vec::load(row_factor + r);
-          g = exp(logits - middle) * both;
-        } else {
-          const Vec row_rest = Vec::load(row_lse_rest + r);
-          g = exp((logits - Vec::load(row_lse + r)) - row_rest) * Vec::load(row_weight + r);
-          if constexpr (kColumns) g = fma(exp((logits - lse) - lse_rest), weight, g);
-        }
+        Vec g = column.of(product, r, last_edge);
         if constexpr (kShift) g = g - (Vec::load(row_shift + r) + shift);
         sum = fma(g, product, sum);
         g.store(row + r);
@@ -253,7 +217,7 @@ void info_nce_forward(const InfoNceForward& p, const Tiling& t, Wavefront& wave,
 
 void info_nce_backward(const InfoNceBackward& p, const Tiling& t, Wavefront& wave, float* scratch) {
   with_product(p.logits.queries.dtype, [&](auto product) {
-    with_flags(p.col_lse != nullptr, p.row_shift != nullptr, [&](auto columns, auto shift) {
+    with_flags(p.col.lse != nullptr, p.row_shift != nullptr, [&](auto columns, auto shift) {
       InfoNceGradient<columns(), shift()> epilogue(p);
       backward_panels<decltype(product)>(p.logits, p.grads, t, wave, scratch, epilogue);
     });

@@ -13,19 +13,29 @@ _library = torch.library.Library("mmkernels", "FRAGMENT")
 # losses [N]; row_lse [2, N], col_lse [2, M] ([2, 0] if not symmetric), each the rounded value and what rounding took
 # off; float32
 _FORWARD = (
-    "(Tensor queries, Tensor keys, Tensor scale, Tensor? targets, bool symmetric, float label_smoothing)"
+    "(Tensor queries, Tensor keys, Tensor scale, Tensor? targets, Tensor? query_groups, Tensor? key_groups,"
+    " bool symmetric, float label_smoothing)"
     " -> (Tensor losses, Tensor row_lse, Tensor col_lse)"
 )
-# One gradient for each true entry of output_mask (queries, keys, scale), an empty tensor for each false one.
+# One gradient for each true entry of output_mask (queries, the first num_grad_keys keys, scale), an empty tensor for
+# each false one.
 _BACKWARD = (
-    "(Tensor grad_losses, Tensor queries, Tensor keys, Tensor scale, Tensor? targets, Tensor row_lse, Tensor col_lse,"
-    " bool symmetric, float label_smoothing, bool[3] output_mask)"
+    "(Tensor grad_losses, Tensor queries, Tensor keys, Tensor scale, Tensor? targets, Tensor? query_groups,"
+    " Tensor? key_groups, Tensor row_lse, Tensor col_lse, bool symmetric, float label_smoothing,"
+    " SymInt num_grad_keys, bool[3] output_mask)"
     " -> (Tensor grad_queries, Tensor grad_keys, Tensor grad_scale)"
 )
 
 
 def _forward_fake(
-    queries: Tensor, keys: Tensor, scale: Tensor, targets: Tensor | None, symmetric: bool, label_smoothing: float
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    targets: Tensor | None,
+    query_groups: Tensor | None,
+    key_groups: Tensor | None,
+    symmetric: bool,
+    label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_queries, num_keys = queries.shape[0], keys.shape[0] if symmetric else 0
     return scale.new_empty(num_queries), scale.new_empty(2, num_queries), scale.new_empty(2, num_keys)
@@ -37,15 +47,18 @@ def _backward_fake(
     keys: Tensor,
     scale: Tensor,
     targets: Tensor | None,
+    query_groups: Tensor | None,
+    key_groups: Tensor | None,
     row_lse: Tensor,
     col_lse: Tensor,
     symmetric: bool,
     label_smoothing: float,
+    num_grad_keys: int,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         queries.new_empty(queries.shape if output_mask[0] else 0),
-        keys.new_empty(keys.shape if output_mask[1] else 0),
+        keys.new_empty((num_grad_keys, keys.shape[1]) if output_mask[1] else 0),
         scale.new_empty(() if output_mask[2] else 0),
     )
 
@@ -81,49 +94,58 @@ class _InfoNCE(torch.autograd.Function):
         ctx: Any,
         queries: Tensor,
         keys: Tensor,
+        key_queue: Tensor | None,
         scale: Tensor,
         targets: Tensor | None,
+        query_groups: Tensor | None,
+        key_groups: Tensor | None,
         symmetric: bool,
         label_smoothing: float,
         backend: str,
     ) -> Tensor:
         forward = getattr(torch.ops.mmkernels, f"info_nce_{backend}_forward")
-        losses, row_lse, col_lse = forward(queries, keys, scale, targets, symmetric, label_smoothing)
-        ctx.save_for_backward(queries, keys, scale, targets, row_lse, col_lse)
+        all_keys = keys if key_queue is None else torch.cat([keys, key_queue])
+        inputs = (queries, all_keys, scale, targets, query_groups, key_groups)
+        losses, row_lse, col_lse = forward(*inputs, symmetric, label_smoothing)
+        ctx.save_for_backward(*inputs, row_lse, col_lse)
+        ctx.num_keys = keys.shape[0]
         ctx.symmetric, ctx.label_smoothing, ctx.backend = symmetric, label_smoothing, backend
         return losses
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
-        queries, keys, scale, targets, row_lse, col_lse = ctx.saved_tensors
-        mask = list(ctx.needs_input_grad[:3])
+        saved = ctx.saved_tensors
+        of_queries, of_keys, of_queue, of_scale = ctx.needs_input_grad[:4]
+        num_grad_keys = saved[1].shape[0] if of_queue else ctx.num_keys
+        mask = [of_queries, of_keys or of_queue, of_scale]
         backward = getattr(torch.ops.mmkernels, f"info_nce_{ctx.backend}_backward")
         with torch.no_grad():
-            grads = backward(
-                grad_losses,
-                queries,
-                keys,
-                scale,
-                targets,
-                row_lse,
-                col_lse,
-                ctx.symmetric,
-                ctx.label_smoothing,
-                mask,
-            )
+            grads = backward(grad_losses, *saved, ctx.symmetric, ctx.label_smoothing, num_grad_keys, mask)
         if torch.is_grad_enabled():  # create_graph=True
-            grads = refuse_second_derivatives("info_nce", grads, grad_losses, queries, keys, scale)
-        return *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), None, None, None, None
+            grads = refuse_second_derivatives("info_nce", grads, grad_losses, *saved[:3])
+        grad_queries, grad_keys, grad_scale = grads
+        return (
+            grad_queries if of_queries else None,
+            grad_keys[: ctx.num_keys] if of_keys else None,
+            grad_keys[ctx.num_keys :] if of_queue else None,
+            grad_scale if of_scale else None,
+            *(None,) * 6,
+        )
 
 
 def info_nce(
     queries: Tensor,
     keys: Tensor,
+    key_queue: Tensor | None,
     scale: Tensor,
     targets: Tensor | None,
+    query_groups: Tensor | None,
+    key_groups: Tensor | None,
     symmetric: bool,
     label_smoothing: float,
     backend: str,
 ) -> Tensor:
     """The loss of every query, [N] float32, on the backend named; differentiable."""
-    return _InfoNCE.apply(queries, keys, scale, targets, symmetric, label_smoothing, backend)
+    return _InfoNCE.apply(
+        queries, keys, key_queue, scale, targets, query_groups, key_groups, symmetric, label_smoothing, backend
+    )

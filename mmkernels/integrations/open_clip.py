@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkernels.contrastive import info_nce
+from mmkernels.contrastive.api import distillation_losses
 from mmkernels.siglip import siglip
 
 
@@ -62,6 +63,41 @@ class ClipLoss(nn.Module):
             # gradient 0 that the eager loss gives it, and lets a NaN through.
             loss = loss + 0.0 * (logit_bias.sum() if isinstance(logit_bias, torch.Tensor) else logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+class DistillClipLoss(ClipLoss):
+    """CLIP's loss and that of a student under a teacher's softmaxes, from one pass over the tiles of both.
+
+    Replaces::
+
+        from open_clip.loss import DistillClipLoss    # by: from mmkernels import DistillClipLoss
+        loss = DistillClipLoss()
+        contrastive_loss, distill_loss = loss(
+            image_features, text_features, logit_scale, dist_image_features, dist_text_features, dist_logit_scale
+        )
+
+    The constructor and the call are open_clip's; the teacher gets no gradient. World size 1.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        image_features: Tensor,  # [N, D]
+        text_features: Tensor,  # [N, D]
+        logit_scale: Tensor | float,
+        dist_image_features: Tensor,  # [N, D']
+        dist_text_features: Tensor,  # [N, D']
+        dist_logit_scale: Tensor | float,
+        output_dict: bool = False,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """Both mean losses, float32, as a tuple or as {"contrastive_loss": ..., "distill_loss": ...}."""
+        _check_shapes(image_features, text_features)
+        distilled, matched = distillation_losses(
+            image_features, text_features, logit_scale, dist_image_features, dist_text_features, dist_logit_scale
+        )
+        contrastive_loss, distill_loss = matched.mean(), distilled.mean()
+        if output_dict:
+            return {"contrastive_loss": contrastive_loss, "distill_loss": distill_loss}
+        return contrastive_loss, distill_loss
 
 
 class SigLipLoss(nn.Module):

@@ -25,8 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels._targets import require_targets
 from mmkernels._triton import Tile, family_of, on_device, ordered
-from mmkernels.contrastive.triton_kernels import aligned, launch_options, require_targets
+from mmkernels.contrastive.triton_kernels import aligned, launch_options
 from mmkernels.contrastive.triton_kernels.configs import CONFIGS
 from mmkernels.contrastive.triton_kernels.engine import program_tile, similarities
 

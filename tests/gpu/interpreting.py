@@ -50,7 +50,7 @@ def guarded_allocations(
 
 def guarded_rows(x: torch.Tensor) -> torch.Tensor:
     """[rows, D] or [rows] inside a larger tensor full of NaN, or of indices out of range."""
-    fill = 1 << 30 if x.dtype == torch.int64 else torch.nan
+    fill = torch.nan if x.is_floating_point() else 1 << 30
     if x.ndim == 1:
         buffer = torch.full((len(x) + 2 * GUARD,), fill, dtype=x.dtype)
         buffer[GUARD : GUARD + len(x)] = x

@@ -25,19 +25,30 @@ def check(cases):
 
 
 def is_plain(case) -> bool:
-    """The loss that users run most: symmetric, without smoothing, bf16."""
+    """The loss that users run most: symmetric, without smoothing or groups, bf16."""
     constants = dict(case.constants)
     return (
         case.dtype == "bf16"
         and case.has_dot
         and constants.get("SYMMETRIC", True)
         and not constants.get("SMOOTHED", False)
+        and not constants.get("GROUPS", False)
         and not constants.get("OF_KEYS", False)
     )
 
 
 def test_plain_kernels():
     check([case for case in gpu_bounds_info_nce.cases() if is_plain(case)])
+
+
+def test_kernels_of_groups():
+    check(
+        [
+            case
+            for case in gpu_bounds.heaviest(gpu_bounds_info_nce.cases(["sm_90"]))
+            if case.dtype == "bf16" and case.has_dot and dict(case.constants).get("GROUPS", False)
+        ]
+    )
 
 
 @pytest.mark.slow
@@ -49,7 +60,10 @@ def case_of(kernel: str, gpu: str, precision: str):
     return next(
         case
         for case in gpu_bounds_info_nce.cases([gpu])
-        if case.kernel == kernel and case.precision == precision and dict(case.constants).get("SYMMETRIC", True)
+        if case.kernel == kernel
+        and case.precision == precision
+        and dict(case.constants).get("SYMMETRIC", True)
+        and not dict(case.constants).get("GROUPS", False)
     )
 
 

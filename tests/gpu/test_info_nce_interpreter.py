@@ -22,6 +22,7 @@ if not INTERPRETED:
 else:
     import mmkernels
     from mmkernels.contrastive import reference, triton_kernels
+    from mmkernels.contrastive.groups import Groups
     from mmkernels.contrastive.triton_kernels import configs
     from mmkernels.testing import assert_within_budget, features
 
@@ -33,6 +34,10 @@ else:
 
     @pytest.fixture(autouse=True)
     def guards(monkeypatch):
+        number = triton_kernels.number_groups
+        monkeypatch.setattr(
+            triton_kernels, "number_groups", lambda *groups: Groups(*(guarded_rows(x) for x in number(*groups)))
+        )
         yield from guarded_allocations(monkeypatch, launches=False)
 
     def batch(N, M, D, dtype, mean_cosine=0.5, seed=0):
@@ -41,52 +46,82 @@ else:
         keys = features(M, D, dtype, seed=seed + 1, like=queries, mean_cosine=mean_cosine)
         return guarded_rows(queries), guarded_rows(keys)
 
-    def cross_entropies(logits, targets, symmetric, label_smoothing):
+    def cross_entropies(logits, targets, query_groups, key_groups, symmetric, label_smoothing):
         F = torch.nn.functional
         own = torch.arange(len(logits))
         targets = own if targets is None else targets
-        rows = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
+        of_rows, of_columns = targets, own
+        if query_groups is not None:
+            same = query_groups[:, None] == F.pad(key_groups, (0, logits.shape[1] - len(key_groups)), value=-1)
+            same = same.to(logits.dtype)
+            of_rows, of_columns = same / same.sum(1, keepdim=True), (same / same.sum(0)).T[targets]
+        rows = F.cross_entropy(logits, of_rows, label_smoothing=label_smoothing, reduction="none")
         if not symmetric:
             return rows
-        columns = F.cross_entropy(logits.T[targets], own, label_smoothing=label_smoothing, reduction="none")
+        columns = F.cross_entropy(logits.T[targets], of_columns, label_smoothing=label_smoothing, reduction="none")
         return (rows + columns) / 2
 
     def eager(queries, keys, scale, *options):
         """What a user writes: the logits in the dtype of the features, the cross-entropies in float32."""
         return cross_entropies((scale.to(queries.dtype) * (queries @ keys.T)).float(), *options)
 
-    def run_autograd(function, dtype, queries, keys, scale, targets, symmetric, label_smoothing, grad_losses):
+    def exactly(queries, keys, scale, targets, query_groups, key_groups, *options):
+        grouped = len(keys) if key_groups is None else len(key_groups)
+        arguments = (queries, keys[:grouped], keys[grouped:], scale, targets, query_groups, key_groups)
+        return reference.info_nce(*arguments, *options)
+
+    def run_autograd(function, dtype, queries, keys, scale, *options):
+        *options, grad_losses = options
         leaves = [queries.to(dtype).detach().requires_grad_(), keys.to(dtype).detach().requires_grad_()]
         leaves.append(scale.detach().to(torch.float64 if dtype == torch.float64 else torch.float32, copy=True))
         leaves[2].requires_grad_()
-        losses = function(*leaves, targets, symmetric, label_smoothing)
+        losses = function(*leaves, *options)
         return [losses.detach(), *torch.autograd.grad(losses, leaves, grad_losses.to(losses.dtype))]
 
     def run_kernels(
-        queries, keys, scale, targets=None, symmetric=True, label_smoothing=0.0, grad_losses=None, mask=(True,) * 3
+        queries,
+        keys,
+        scale,
+        targets=None,
+        query_groups=None,
+        key_groups=None,
+        symmetric=True,
+        label_smoothing=0.0,
+        grad_losses=None,
+        mask=(True,) * 3,
     ):
         if grad_losses is None:
             grad_losses = torch.full((), 1.0 / len(queries)).expand(len(queries))
-        losses, *lse = triton_kernels.info_nce_forward(queries, keys, scale, targets, symmetric, label_smoothing)
-        grads = triton_kernels.info_nce_backward(
-            grad_losses, queries, keys, scale, targets, *lse, symmetric, label_smoothing, list(mask)
-        )
+        inputs, options = (queries, keys, scale, targets, query_groups, key_groups), (symmetric, label_smoothing)
+        losses, *lse = triton_kernels.info_nce_forward(*inputs, *options)
+        grads = triton_kernels.info_nce_backward(grad_losses, *inputs, *lse, *options, len(keys), list(mask))
         return [losses, *grads]
 
-    def check(queries, keys, scale=20.0, targets=None, symmetric=True, label_smoothing=0.0, grad_losses=None):
+    def check(
+        queries,
+        keys,
+        scale=20.0,
+        targets=None,
+        symmetric=True,
+        label_smoothing=0.0,
+        grad_losses=None,
+        query_groups=None,
+        key_groups=None,
+    ):
         """The kernels against float64 on the same inputs, within the error of eager in their dtype."""
         scale = torch.tensor(scale)
         if grad_losses is None:
             grad_losses = torch.linspace(0.5, 1.5, len(queries))
-        arguments = (queries, keys, scale, targets, symmetric, label_smoothing, grad_losses)
-        exact = run_autograd(reference.info_nce, torch.float64, *arguments)
+        options = (targets, query_groups, key_groups, symmetric, label_smoothing)
+        arguments = (queries, keys, scale, *options, grad_losses)
+        exact = run_autograd(exactly, torch.float64, *arguments)
         peer = run_autograd(eager, queries.dtype, *arguments)
         names = ("losses", "grad_queries", "grad_keys", "grad_scale")
         results = run_kernels(*arguments)
         # The scale's gradient is a sum of terms of either sign: their size rounds it, not what is left of them.
         dots = queries.double() @ keys.double().T
         logits = (scale.double() * dots).detach().requires_grad_()
-        (cross_entropies(logits, targets, symmetric, label_smoothing) * grad_losses.double()).sum().backward()
+        (cross_entropies(logits, *options) * grad_losses.double()).sum().backward()
         terms = (logits.grad * dots).abs().sum()
         for name, actual, rough, right in zip(names, results, peer, exact, strict=True):
             # The losses keep float32 throughout; a gradient passes through the dtype of the features.
@@ -124,7 +159,7 @@ else:
     @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
     def test_several_groups_strips_and_splits(dtype, monkeypatch):
         """More tiles than one program takes: every loop runs more than once, the last time over less."""
-        monkeypatch.setattr(triton_kernels, "_MAX_PARTIALS", 2)
+        monkeypatch.setattr(triton_kernels, "MAX_PARTIALS", 2)
         monkeypatch.setattr(triton_kernels, "_STRIP_BYTES", 1)
         monkeypatch.setattr(triton_kernels, "_STRIP_ROWS", TILE)
         check(*batch(2 * TILE + 9, 9 * TILE + 1, 40, dtype), grad_losses=torch.linspace(-1, 1, 2 * TILE + 9))
@@ -209,6 +244,60 @@ else:
                 else:
                     assert torch.equal(grad, everything[index])
 
+    def dealt(N, M, count):
+        return {
+            "query_groups": torch.arange(N) * 5 % count * 10**12,
+            "key_groups": torch.arange(M) * 3 % count * 10**12,
+        }
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+    @pytest.mark.parametrize("symmetric", [True, False])
+    def test_groups(dtype, symmetric):
+        grad_losses = torch.randn(45, generator=torch.Generator().manual_seed(1))
+        options = {"symmetric": symmetric, "grad_losses": grad_losses}
+        check(*batch(45, 70, 48, dtype), **options, **dealt(45, 70, 1))
+        check(*batch(45, 70, 48, dtype), **options, **dealt(45, 70, 41))
+        # Ten keys at the end are of no group.
+        targets = torch.arange(45) * 7 % 60
+        check(*batch(45, 70, 48, dtype), 20.0, targets, label_smoothing=0.1, **options, **dealt(45, 60, 7))
+
+    def test_a_group_for_each_at_a_loss_near_zero():
+        check(*batch(67, 67, 48, FP32, mean_cosine=0.98), 100.0, **dealt(67, 67, 67))
+
+    def test_groups_over_several_groups_of_tiles_strips_and_splits(monkeypatch):
+        monkeypatch.setattr(triton_kernels, "MAX_PARTIALS", 2)
+        monkeypatch.setattr(triton_kernels, "_STRIP_BYTES", 1)
+        monkeypatch.setattr(triton_kernels, "_STRIP_ROWS", TILE)
+        N, M = 3 * TILE + 9, 5 * TILE + 1
+        check(*batch(N, M, 40, FP16), grad_losses=torch.linspace(-1, 1, N), **dealt(N, M, 13))
+
+    def test_groups_without_a_positive():
+        queries, keys = batch(5, 7, 16, FP32)
+        groups = torch.tensor([0, 1, 2, 3, 4])
+        with pytest.raises(ValueError, match="query 3 is of group 3, and no key is"):
+            run_kernels(queries, keys, torch.tensor(1.0), None, groups, torch.tensor([0, 1, 2, 2, 4, 4, 4]))
+        with pytest.raises(ValueError, match="key 2 is matched by query 2, and its group is that of no query"):
+            run_kernels(queries, keys, torch.tensor(1.0), None, groups, torch.tensor([0, 1, 9, 2, 4, 3, 4]))
+
+    @pytest.mark.parametrize("needed", [("keys",), ("keys", "key_queue"), ("key_queue",)])
+    def test_queues(needed):
+        queries, keys = batch(40, 45, 48, FP32)
+        queue = features(70, 48, seed=7)
+
+        def grads(impl):
+            leaves = {"keys": keys.clone(), "key_queue": queue.clone(), "scale": torch.tensor(10.0)}
+            for name in (*needed, "scale"):
+                leaves[name].requires_grad_()
+            options = {"key_queue": leaves["key_queue"], "query_queue": queue} | dealt(40, 45, 7)
+            loss = mmkernels.info_nce(queries, leaves["keys"], leaves["scale"], impl=impl, **options)
+            one_queue = mmkernels.info_nce(
+                queries, leaves["keys"], leaves["scale"], impl=impl, key_queue=options["key_queue"]
+            )
+            return torch.autograd.grad(loss + 2 * one_queue, [leaves[name] for name in (*needed, "scale")])
+
+        for a, b in zip(grads("triton"), grads("reference"), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
     def test_targets_out_of_range():
         queries, keys = batch(5, 7, 16, FP32)
         for bad in (7, -1):
@@ -230,8 +319,8 @@ else:
 
     def test_the_budget_notices_what_it_must():
         queries, keys = batch(40, 40, 48, BF16)
-        arguments = (queries, keys, torch.tensor(20.0), None, True, 0.0, torch.full((40,), 1 / 40))
-        exact = run_autograd(reference.info_nce, torch.float64, *arguments)
+        arguments = (queries, keys, torch.tensor(20.0), None, None, None, True, 0.0, torch.full((40,), 1 / 40))
+        exact = run_autograd(exactly, torch.float64, *arguments)
         peer = run_autograd(eager, BF16, *arguments)
         shifted = run_kernels(queries, keys, torch.tensor(20.0), torch.arange(40).roll(1))
         for wrong in (torch.zeros_like(exact[1]).bfloat16(), shifted[1]):

@@ -72,7 +72,7 @@ else:
     @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
     def test_several_groups_strips_and_splits(dtype, monkeypatch):
         """More tiles than one program takes: every loop runs more than once, the last time over less."""
-        monkeypatch.setattr(triton_kernels, "_MAX_PARTIALS", 2)
+        monkeypatch.setattr(triton_kernels, "MAX_PARTIALS", 2)
         monkeypatch.setattr(triton_kernels, "_STRIP_BYTES", 1)
         monkeypatch.setattr(triton_kernels, "_STRIP_ROWS", TILE)
         check(Case(2 * TILE + 9, 9 * TILE + 1, 40, ignored="some"), dtype)

@@ -26,8 +26,9 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from mmkernels._targets import check_targets, expected_targets
+from mmkernels._targets import require_targets
 from mmkernels._triton import Tile, on_device, round_up
+from mmkernels.contrastive.groups import Groups, number_groups, require_groups
 from mmkernels.contrastive.triton_kernels.configs import Config, choose
 from mmkernels.contrastive.triton_kernels.cross_entropy import (
     column_weights_kernel,
@@ -46,7 +47,7 @@ MERGE_FEATURES = 128  # and its features
 MERGE_STEP = 16  # depth of a step of the kernels without a dot product
 MERGE_BLOCK = 128  # and the entries of one of their programs
 
-_MAX_PARTIALS = 32  # partial statistics of a row or a column
+MAX_PARTIALS = 32  # partial statistics of a row or a column
 _STRIP_BYTES = 32 << 20  # about what the L2 cache of an H100 holds beside the features
 _STRIP_ROWS = 128  # the fewest rows of a strip
 _PRODUCT_PROGRAMS = 256  # programs that the product over a strip is split into, for lack of output tiles
@@ -58,13 +59,19 @@ def info_nce_forward(
     keys: Tensor,  # [M, D]
     scale: Tensor,  # []
     targets: Tensor | None,  # [N]
+    query_groups: Tensor | None,  # [N]
+    key_groups: Tensor | None,  # [M] or fewer: the keys past its end are of no group
     symmetric: bool,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The losses [N] and the log-sum-exps of the rows [2, N] and of the columns [2, M] ([2, 0] unless symmetric)."""
     if targets is not None:
         require_targets("info_nce", targets, keys.shape[0], "keys")
-    return cross_entropy_forward(queries, keys, scale, None, targets, symmetric, label_smoothing)
+    groups = None
+    if query_groups is not None and key_groups is not None:
+        groups = number_groups(query_groups, key_groups)
+        require_groups(groups, query_groups, key_groups, targets, symmetric)
+    return cross_entropy_forward(queries, keys, scale, None, targets, symmetric, label_smoothing, groups)
 
 
 def cross_entropy_forward(
@@ -75,6 +82,7 @@ def cross_entropy_forward(
     targets: Tensor | None,  # [N], -1: none; None: i
     symmetric: bool,
     label_smoothing: float,
+    groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As info_nce_forward; the logits are scale q.k + bias. The loss of a row without a target means nothing.
 
@@ -85,33 +93,37 @@ def cross_entropy_forward(
     tile = config.forward
     queries, keys = aligned(queries), aligned(keys)
     targets = _targets(targets, N, queries.device)
+    row_ids, key_ids, of_query, of_key = (targets,) * 4 if groups is None else groups
 
     row_tiles, col_tiles = triton.cdiv(N, tile.block_m), triton.cdiv(M, tile.block_n)
-    tiles_per_group = triton.cdiv(row_tiles, _MAX_PARTIALS)
-    tiles_per_split = triton.cdiv(col_tiles, _MAX_PARTIALS)
-    groups, splits = triton.cdiv(row_tiles, tiles_per_group), triton.cdiv(col_tiles, tiles_per_split)
+    tiles_per_group = triton.cdiv(row_tiles, MAX_PARTIALS)
+    tiles_per_split = triton.cdiv(col_tiles, MAX_PARTIALS)
+    row_groups, splits = triton.cdiv(row_tiles, tiles_per_group), triton.cdiv(col_tiles, tiles_per_split)
     smoothed = label_smoothing > 0
     losses, positives = scale.new_empty(N), scale.new_empty(N)
     row_lse, col_lse = scale.new_empty(2, N), scale.new_empty(2, M if symmetric else 0)
-    row_partials = scale.new_empty(2, splits, N)
-    col_partials = scale.new_empty(2, groups, M) if symmetric else row_partials
+    planes = 2 if groups is None else 3
+    row_partials = scale.new_empty(planes, splits, N)
+    col_partials = scale.new_empty(planes, row_groups, M) if symmetric else row_partials
 
     with on_device(queries.device):
-        forward_kernel[(groups * splits,)](
-            queries, keys, scale, scale if bias is None else bias, targets, positives, row_partials, col_partials,
-            N, M, queries.shape[1], queries.stride(0), keys.stride(0),
-            tiles_per_group, tiles_per_split, groups, splits,
-            SYMMETRIC=symmetric, BIAS=bias is not None, PRECISION=precision, **launch_options(tile),
+        forward_kernel[(row_groups * splits,)](
+            queries, keys, scale, scale if bias is None else bias,
+            row_ids, key_ids, positives, row_partials, col_partials,
+            N, M, len(key_ids), queries.shape[1], queries.stride(0), keys.stride(0),
+            tiles_per_group, tiles_per_split, row_groups, splits,
+            SYMMETRIC=symmetric, BIAS=bias is not None, GROUPS=groups is not None,
+            PRECISION=precision, **launch_options(tile),
         )  # fmt: skip
         query_sum = queries.sum(0, dtype=torch.float32) if smoothed and symmetric else scale
         key_sum = keys.sum(0, dtype=torch.float32) if smoothed else scale
         bias_sum = scale if bias is None or not smoothed else bias.sum()
         blocks = triton.cdiv(N, MERGE_BLOCK) + (triton.cdiv(M, MERGE_BLOCK) if symmetric else 0)
         finish_forward_kernel[(blocks,)](
-            row_partials, col_partials, positives, targets, losses, row_lse, col_lse,
+            row_partials, col_partials, positives, targets, of_query, of_key, losses, row_lse, col_lse,
             queries, keys, query_sum, key_sum, bias_sum, scale,
-            N, M, queries.shape[1], queries.stride(0), keys.stride(0), groups, splits, float(label_smoothing),
-            SYMMETRIC=symmetric, SMOOTHED=smoothed, BIAS=bias is not None,
+            N, M, queries.shape[1], queries.stride(0), keys.stride(0), row_groups, splits, float(label_smoothing),
+            SYMMETRIC=symmetric, SMOOTHED=smoothed, BIAS=bias is not None, GROUPS=groups is not None,
             STEP=MERGE_STEP, BLOCK=MERGE_BLOCK, **NO_FUSION,
         )  # fmt: skip
     return losses, row_lse, col_lse
@@ -123,15 +135,22 @@ def info_nce_backward(
     keys: Tensor,  # [M, D]
     scale: Tensor,  # []
     targets: Tensor | None,  # [N]
+    query_groups: Tensor | None,  # [N]
+    key_groups: Tensor | None,  # [M] or fewer
     row_lse: Tensor,  # [2, N]
     col_lse: Tensor,  # [2, M]
     symmetric: bool,
     label_smoothing: float,
+    num_grad_keys: int,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of queries, keys and scale; an empty tensor for each false entry of output_mask."""
+    """The gradients of queries, the first num_grad_keys keys and scale; an empty tensor for each false entry of
+    output_mask."""
+    groups = None
+    if query_groups is not None and key_groups is not None:
+        groups = number_groups(query_groups, key_groups)
     arguments = (queries, keys, scale, None, targets, row_lse, col_lse, symmetric, label_smoothing)
-    return cross_entropy_backward(grad_losses, *arguments, [*output_mask, False])[:3]
+    return cross_entropy_backward(grad_losses, *arguments, [*output_mask, False], groups, num_grad_keys)[:3]
 
 
 def cross_entropy_backward(
@@ -146,11 +165,14 @@ def cross_entropy_backward(
     symmetric: bool,
     label_smoothing: float,
     output_mask: list[bool],
+    groups: Groups | None = None,
+    num_grad_keys: int | None = None,  # None: all
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of queries, keys, scale and bias; an empty tensor for each false entry of output_mask."""
     N, M = queries.shape[0], keys.shape[0]
+    num_grad_keys = M if num_grad_keys is None else num_grad_keys
     grad_queries = queries.new_empty(queries.shape if output_mask[0] else 0)
-    grad_keys = keys.new_empty(keys.shape if output_mask[1] else 0)
+    grad_keys = keys.new_empty((num_grad_keys, keys.shape[1]) if output_mask[1] else 0)
     grad_bias = scale.new_empty(M if output_mask[3] else 0)
     config, precision = choose(queries)
     padded_queries, padded_keys = aligned(queries), aligned(keys)
@@ -169,12 +191,20 @@ def cross_entropy_backward(
             unit = torch.where(peak > 0, peak, 1.0) / FP16_PEAK
             factor = scale * unit
             weights, col_weights = weights / unit, col_weights / unit
-        # <Q, dQ> = <K, dK>: the scale takes its gradient from whichever product is made anyway.
+        row_shares = col_shares = weights
+        if groups is not None:
+            row_shares = weights * (1 - label_smoothing) / groups.of_query
+            if symmetric:
+                # A key that is not matched may be of no query's group: 0 / 1 of it.
+                grouped = len(groups.keys)
+                col_shares = col_weights[:grouped] * (1 - label_smoothing) / groups.of_key.clamp(min=1)
+                col_shares = F.pad(col_shares, (0, M - grouped))
+        # <Q, dQ> = <K, dK>: the scale takes its gradient from whichever product is made anyway, and whole.
         shares = scale.new_empty(0)
-        for_queries = output_mask[0] or (output_mask[2] and not output_mask[1])
+        for_queries = output_mask[0] or (output_mask[2] and not (output_mask[1] and num_grad_keys == M))
         logits = _Logits(
-            padded_queries, padded_keys, scale, bias, targets, row_lse, col_lse, weights, col_weights,
-            symmetric, label_smoothing, config, precision,
+            padded_queries, padded_keys, scale, bias, targets, groups, row_lse, col_lse, weights, col_weights,
+            row_shares, col_shares, symmetric, label_smoothing, config, precision,
         )  # fmt: skip
         if for_queries:
             shares = strip_products(
@@ -202,10 +232,13 @@ class _Logits(NamedTuple):
     scale: Tensor  # []
     bias: Tensor | None  # [M]
     targets: Tensor  # [N]
+    groups: Groups | None
     row_lse: Tensor  # [2, N]
     col_lse: Tensor  # [2, M]
     row_weights: Tensor  # [N], the gradient of the cross-entropy of each row
     col_weights: Tensor  # [M], of each column
+    row_shares: Tensor  # [N], of groups: what each positive of a row takes off
+    col_shares: Tensor  # [M], of a column
     symmetric: bool
     label_smoothing: float
     config: Config
@@ -213,15 +246,19 @@ class _Logits(NamedTuple):
 
     def fill(self, of_keys: bool, strip: Tensor, first: int, rows: int) -> None:
         """The strip's rows: rows `first` and following of dS (of_keys: of dS transposed), zero past its end."""
-        tile, width = self.config.grad_logits, strip.shape[1]
+        queries, keys, tile = self.queries, self.keys, self.config.of_grad_logits(self.groups is not None)
+        width = strip.shape[1]
         height, breadth = (width, rows) if of_keys else (rows, width)
+        row_ids, key_ids = (self.targets,) * 2 if self.groups is None else self.groups[:2]
         grad_logits_kernel[(triton.cdiv(height, tile.block_m) * triton.cdiv(breadth, tile.block_n),)](
-            self.queries, self.keys, self.scale, self.scale if self.bias is None else self.bias, self.targets,
-            self.row_lse, self.col_lse, self.row_weights, self.col_weights, strip,
-            first, rows, len(self.queries), len(self.keys), self.queries.shape[1],
-            self.queries.stride(0), self.keys.stride(0), width, float(self.label_smoothing),
+            queries, keys, self.scale, self.scale if self.bias is None else self.bias,
+            row_ids, key_ids, self.row_lse, self.col_lse, self.row_weights, self.col_weights,
+            self.row_shares, self.col_shares, strip,
+            first, rows, len(queries), len(keys), len(key_ids), queries.shape[1], queries.stride(0), keys.stride(0),
+            width, float(self.label_smoothing),
             SYMMETRIC=self.symmetric, OF_KEYS=of_keys, SMOOTHED=self.label_smoothing > 0,
-            BIAS=self.bias is not None, PRECISION=self.precision, **launch_options(tile),
+            BIAS=self.bias is not None, GROUPS=self.groups is not None,
+            PRECISION=self.precision, **launch_options(tile),
         )  # fmt: skip
 
 
@@ -238,9 +275,9 @@ def strip_products(
 ) -> Tensor:
     """Fill grad = factor * dS y strip by strip, dS [rows of x, rows of y]; and sums with the sums of the strips' rows.
 
-    Returns shares of the scale's gradient if `share`.
+    grad may have fewer rows than x: the last get none. Returns shares of the scale's gradient if `share`.
     """
-    num_x, D = x.shape
+    num_x, D = x.shape[0] if grad is None else grad.shape[0], x.shape[1]
     num_y = y.shape[0]
     width = round_up(num_y, 64)
     strip_rows = min(_STRIP_BYTES // (x.element_size() * width), _STRIP_BYTES // (4 * D)) // _STRIP_ROWS * _STRIP_ROWS
@@ -293,17 +330,6 @@ def _column_weights(weights: Tensor, targets: Tensor, num_keys: int, identity: b
 
 def _targets(targets: Tensor | None, num_queries: int, device: torch.device) -> Tensor:
     return torch.arange(num_queries, device=device) if targets is None else targets.contiguous()
-
-
-def require_targets(op: str, targets: Tensor, count: int, of: str, ignore_index: int | None = None) -> None:
-    """Raise if a target is out of range: at once on a CPU, on a GPU when the device gets there."""
-    if not targets.is_cuda:
-        check_targets(targets, count, of, ignore_index)
-        return
-    legal = (targets >= 0) & (targets < count)
-    if ignore_index is not None:
-        legal |= targets == ignore_index
-    torch._assert_async(legal.all(), f"mmkernels.{op}: {expected_targets(count, of, ignore_index)}")
 
 
 def aligned(features: Tensor) -> Tensor:

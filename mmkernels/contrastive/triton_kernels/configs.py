@@ -14,13 +14,19 @@ class Config(NamedTuple):
     forward: Tile
     grad_logits: Tile
     product: Tile
+    lower: Tile | None = None  # of grad_logits with groups, where its own tile would spill
+
+    def of_grad_logits(self, groups: bool) -> Tile:
+        return self.lower if groups and self.lower is not None else self.grad_logits
 
 
 # Chosen from the compile check: the largest tiles without a spill. By precision: "half" is bf16 and fp16.
 CONFIGS: dict[str, dict[str, Config]] = {
     # Shared memory stays below 99 KB, which the chips of 8.6, 8.9 and 12.0 have, too.
     "sm_80": {
-        "half": Config(Tile(128, 128, 32, 8, 4), Tile(128, 128, 32, 8, 4), Tile(128, 256, 32, 8, 4)),
+        "half": Config(
+            Tile(128, 128, 32, 8, 4), Tile(128, 128, 32, 8, 4), Tile(128, 256, 32, 8, 4), Tile(64, 128, 32, 8, 4)
+        ),
         "tf32x3": Config(Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3)),
         "ieee": Config(Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 4, 2), Tile(64, 64, 32, 8, 2)),
     },
@@ -47,6 +53,40 @@ CONFIGS: dict[str, dict[str, Config]] = {
 }
 
 
+class DistillationConfig(NamedTuple):
+    """The tiles of the kernels that make two products for each tile of logits."""
+
+    forward: Tile
+    grad_logits: Tile
+
+
+DISTILLATION_CONFIGS: dict[str, dict[str, DistillationConfig]] = {
+    "sm_80": {
+        "half": DistillationConfig(Tile(128, 64, 32, 8, 4), Tile(128, 64, 32, 8, 4)),
+        "tf32x3": DistillationConfig(Tile(64, 64, 16, 8, 3), Tile(64, 64, 32, 8, 3)),
+        "ieee": DistillationConfig(Tile(64, 64, 16, 4, 2), Tile(64, 64, 16, 8, 2)),
+    },
+    "sm_90": {
+        "half": DistillationConfig(Tile(128, 64, 64, 8, 4), Tile(128, 64, 64, 8, 4)),
+        "tf32x3": DistillationConfig(Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
+        "ieee": DistillationConfig(Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2)),
+    },
+    "sm_100": {
+        "half": DistillationConfig(Tile(128, 64, 64, 8, 4), Tile(128, 64, 64, 8, 4)),
+        "tf32x3": DistillationConfig(Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+        "ieee": DistillationConfig(Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2)),
+    },
+    "gfx942": {
+        "half": DistillationConfig(Tile(128, 64, 64, 8, 2), Tile(128, 64, 64, 8, 2)),
+        "ieee": DistillationConfig(Tile(128, 64, 32, 8, 2), Tile(128, 64, 32, 8, 2)),
+    },
+    "interpreter": {
+        "half": DistillationConfig(Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1)),
+        "ieee": DistillationConfig(Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1)),
+    },
+}
+
+
 def choose(features: Tensor) -> tuple[Config, str]:
     """The tiles for the device and dtype, and how float32 is multiplied."""
     family = family_of(features.device)
@@ -56,3 +96,9 @@ def choose(features: Tensor) -> tuple[Config, str]:
     asked = "tf32x3" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     precision = asked if asked in CONFIGS[family] else "ieee"
     return CONFIGS[family][precision], precision
+
+
+def choose_distillation(features: Tensor) -> DistillationConfig:
+    """The tiles of distillation for the device and dtype; the product over strips and the precision are `choose`'s."""
+    family, (_, precision) = family_of(features.device), choose(features)
+    return DISTILLATION_CONFIGS[family]["half" if features.dtype != torch.float32 else precision]

@@ -20,19 +20,33 @@ from mmkernels.contrastive.triton_kernels.engine import (
 
 @triton.jit
 def _add_to_statistics(
-    s, bias, m, z, rows, target, positives, col_out, col_plane, col_start, N, M, first,
-    SYMMETRIC: tl.constexpr, BIAS: tl.constexpr, WIDTH: tl.constexpr,
+    s, bias, m, z, p, rows, target, key_groups, positives, col_out, col_plane, col_start, N, M, num_grouped, first,
+    SYMMETRIC: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The rows' (m, z) with the columns col_start and following; the columns' in memory, anew if `first`."""
+    """The rows' (m, z) with the columns col_start and following; the columns' in memory, anew if `first`.
+
+    With GROUPS the sums p of the positives' logits, too; `target` is then the rows' groups.
+    """
     cols = col_start + tl.arange(0, WIDTH)
     row_ok = rows < N
     col_ok = cols < M
     s = with_bias(s, bias, cols, M, BIAS)
     s = tl.where(row_ok[:, None] & col_ok[None, :], s, float("-inf"))
-    here = (target >= col_start) & (target < col_start + WIDTH)
-    if tl.max(here.to(tl.int32), 0) > 0:
-        positive = tl.sum(tl.where(cols[None, :] == target[:, None], s, 0.0), 1)
-        tl.store(positives + rows, positive, mask=here)
+    if GROUPS:
+        of_group = tl.where(_same_group(target, key_groups, cols, num_grouped), s, 0.0)
+        p += tl.sum(of_group, 1)
+        if SYMMETRIC:
+            # One of a pair, for what is said of pairs below.
+            col_p = tl.sum(of_group, 0)
+            one = tl.arange(0, 2)[None, :] == 0
+            at_p = col_out + 2 * col_plane + cols[:, None] + tl.arange(0, 2)[None, :]  # [BN, 2]
+            old_p = tl.load(at_p, mask=(cols < tl.where(first, 0, M))[:, None] & one, other=0.0)
+            tl.store(at_p, tl.join(col_p, col_p) + old_p, mask=col_ok[:, None] & one)
+    else:
+        here = (target >= col_start) & (target < col_start + WIDTH)
+        if tl.max(here.to(tl.int32), 0) > 0:
+            positive = tl.sum(tl.where(cols[None, :] == target[:, None], s, 0.0), 1)
+            tl.store(positives + rows, positive, mask=here)
 
     row_m, row_z, tile_m, tile_z = tile_statistics(s, row_ok, col_ok, SYMMETRIC)
     m, z = merge(m, z, row_m, row_z)
@@ -45,14 +59,48 @@ def _add_to_statistics(
         col_m, col_z = tl.split(tl.load(at, mask=old[:, None], other=none[None, :]))
         col_m, col_z = merge(col_m, col_z, tile_m, tile_z)
         tl.store(at, tl.join(col_m, col_z), mask=col_ok[:, None])
-    return m, z
+    return m, z, p
 
 
-@triton.jit(do_not_specialize=["N", "M", "tiles_per_group", "tiles_per_split", "num_groups", "num_splits"])
+@triton.jit
+def _add_half(
+    s, bias, m, z, p, rows, target, key_groups, positives, col_out, col_plane, col_start, N, M, num_grouped, first,
+    SYMMETRIC: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """_add_to_statistics; with GROUPS, which take more registers, in two steps."""
+    if GROUPS:
+        STEP: tl.constexpr = WIDTH // 2
+        left, right = halves(s)
+        m, z, p = _add_to_statistics(
+            left, bias, m, z, p, rows, target, key_groups, positives, col_out, col_plane, col_start,
+            N, M, num_grouped, first, SYMMETRIC, BIAS, GROUPS, STEP,
+        )  # fmt: skip
+        m, z, p = _add_to_statistics(
+            right, bias, m, z, p, rows, target, key_groups, positives, col_out, col_plane, col_start + STEP,
+            N, M, num_grouped, first, SYMMETRIC, BIAS, GROUPS, STEP,
+        )  # fmt: skip
+    else:
+        m, z, p = _add_to_statistics(
+            s, bias, m, z, p, rows, target, key_groups, positives, col_out, col_plane, col_start,
+            N, M, num_grouped, first, SYMMETRIC, BIAS, GROUPS, WIDTH,
+        )  # fmt: skip
+    return m, z, p
+
+
+@triton.jit
+def _same_group(row_group, key_groups, cols, num_grouped):
+    """Which entries of a tile are of one group, [BM, BN]; keys from num_grouped on are of none."""
+    col_group = tl.load(key_groups + cols, mask=cols < num_grouped, other=-2)
+    return row_group[:, None] == col_group[None, :]
+
+
+@triton.jit(
+    do_not_specialize=["N", "M", "num_grouped", "tiles_per_group", "tiles_per_split", "num_groups", "num_splits"]
+)
 def forward_kernel(
-    queries, keys, scale, bias, targets, positives, row_partials, col_partials,
-    N, M, D, stride_q, stride_k, tiles_per_group, tiles_per_split, num_groups, num_splits,
-    SYMMETRIC: tl.constexpr, BIAS: tl.constexpr,
+    queries, keys, scale, bias, targets, key_groups, positives, row_partials, col_partials,
+    N, M, num_grouped, D, stride_q, stride_k, tiles_per_group, tiles_per_split, num_groups, num_splits,
+    SYMMETRIC: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Statistics of a group of rows against a split of the columns.
@@ -60,6 +108,9 @@ def forward_kernel(
     row_partials [2, num_splits, N] and col_partials [2, num_groups, M] take (m, z), z = sum of 2^(s - m); positives [N]
     takes s[i, targets[i]], from the very tile that the statistics saw; a target of -1 is none. The columns' statistics
     grow in col_partials itself: this program alone owns its part of them.
+
+    With GROUPS the positives of a row are the columns of its group, `targets` [N] against key_groups [num_grouped], and
+    both partials have a third plane in place of positives: the sum of the positives' logits.
     """
     group, split = program_tile(tl.program_id(0), num_groups, num_splits)
     scale2 = tl.load(scale) * LOG2E
@@ -78,6 +129,7 @@ def forward_kernel(
         target = tl.load(targets + rows, mask=row_ok, other=-1).to(tl.int32)  # [BM]
         m = tl.full((BLOCK_M,), LOWEST, tl.float32)
         z = tl.zeros((BLOCK_M,), tl.float32)
+        p = tl.zeros((BLOCK_M,), tl.float32)
         if SYMMETRIC:
             # What other threads of this program wrote to col_partials for the tiles above is read below.
             tl.debug_barrier()
@@ -90,16 +142,18 @@ def forward_kernel(
             # Half a tile at a time: what the second half takes is not held in registers during the first.
             HALF: tl.constexpr = BLOCK_N // 2
             left, right = halves(scale2 * tile)
-            m, z = _add_to_statistics(
-                left, bias, m, z, rows, target, positives, col_out, col_plane, col_start, N, M, first,
-                SYMMETRIC, BIAS, HALF,
+            m, z, p = _add_half(
+                left, bias, m, z, p, rows, target, key_groups, positives, col_out, col_plane, col_start,
+                N, M, num_grouped, first, SYMMETRIC, BIAS, GROUPS, HALF,
             )  # fmt: skip
-            m, z = _add_to_statistics(
-                right, bias, m, z, rows, target, positives, col_out, col_plane, col_start + HALF, N, M, first,
-                SYMMETRIC, BIAS, HALF,
+            m, z, p = _add_half(
+                right, bias, m, z, p, rows, target, key_groups, positives, col_out, col_plane, col_start + HALF,
+                N, M, num_grouped, first, SYMMETRIC, BIAS, GROUPS, HALF,
             )  # fmt: skip
         tl.store(row_out + rows, m, mask=row_ok)
         tl.store(row_out + row_plane + rows, z, mask=row_ok)
+        if GROUPS:
+            tl.store(row_out + 2 * row_plane + rows, p, mask=row_ok)
 
 
 @triton.jit
@@ -114,7 +168,16 @@ def _merge_partials(partials, plane, length, count, index, ok, BLOCK: tl.constex
 
 
 @triton.jit
-def _store_in_two(out, plane, index, value, ok):
+def _mean_positive(sums, length, count, index, ok, positives, BLOCK: tl.constexpr):
+    """The mean logit of the positives of the entries `index`, of sums in `count` parts, in float64."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    for part in range(count):
+        total += tl.load(sums + tl.cast(part, tl.int64) * length + index, mask=ok, other=0.0).to(tl.float64)
+    return total / tl.load(positives + index, mask=ok, other=1).to(tl.float64)
+
+
+@triton.jit
+def store_in_two(out, plane, index, value, ok):
     """The value in float32, and `plane` further on what rounding took."""
     rounded = value.to(tl.float32)
     tl.store(out + index, rounded, mask=ok)
@@ -136,15 +199,17 @@ def _product_with(vector, x, rows, ok, stride_x, D, BLOCK: tl.constexpr, STEP: t
 
 @triton.jit(do_not_specialize=["N", "M", "num_groups", "num_splits", "label_smoothing"])
 def finish_forward_kernel(
-    row_partials, col_partials, positives, targets, losses, row_lse, col_lse,
+    row_partials, col_partials, positives, targets, of_query, of_key, losses, row_lse, col_lse,
     queries, keys, query_sum, key_sum, bias_sum, scale,
     N, M, D, stride_q, stride_k, num_groups, num_splits, label_smoothing,
-    SYMMETRIC: tl.constexpr, SMOOTHED: tl.constexpr, BIAS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
+    SYMMETRIC: tl.constexpr, SMOOTHED: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr,
+    STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """losses_i = a ((m_i - p_i) + log z_i + eps (p_i - mean_j s_ij)), likewise for column t_i; and the log-sum-exps.
 
     row_lse [2, N] and col_lse [2, M], in base 2, are the rounded value and what rounding took.
     In float64, as there is little of it: a loss near zero at large logits keeps its digits.
+    With GROUPS p is the mean over the positives, of_query [N] and of_key [M] in number.
     mean_j s_ij = (scale <q_i, sum of the keys> + sum of the bias) / M needs no tile of logits.
     """
     program = tl.program_id(0)
@@ -155,8 +220,11 @@ def finish_forward_kernel(
         rows = program * BLOCK + tl.arange(0, BLOCK)
         ok = rows < N
         m, log_z = _merge_partials(row_partials, row_plane, N, num_splits, rows, ok, BLOCK)
-        _store_in_two(row_lse, N, rows, m + log_z, ok)
-        positive = tl.load(positives + rows, mask=ok, other=0.0)
+        store_in_two(row_lse, N, rows, m + log_z, ok)
+        if GROUPS:
+            positive = _mean_positive(row_partials + 2 * row_plane, N, num_splits, rows, ok, of_query, BLOCK)
+        else:
+            positive = tl.load(positives + rows, mask=ok, other=0.0)
         loss = (m - positive) + log_z
         scale2 = tl.load(scale) * LOG2E
         if SMOOTHED:
@@ -169,6 +237,8 @@ def finish_forward_kernel(
             target = tl.load(targets + rows, mask=ok, other=0)
             legal = ok & (target >= 0) & (target < M)
             m, log_z = _merge_partials(col_partials, col_plane, M, num_groups, target, legal, BLOCK)
+            if GROUPS:
+                positive = _mean_positive(col_partials + 2 * col_plane, M, num_groups, target, legal, of_key, BLOCK)
             loss += (m - positive) + log_z
             if SMOOTHED:
                 mean = scale2 * _product_with(query_sum, keys, target, legal, stride_k, D, BLOCK, STEP) / N
@@ -179,7 +249,7 @@ def finish_forward_kernel(
         cols = (program - row_blocks) * BLOCK + tl.arange(0, BLOCK)
         ok = cols < M
         m, log_z = _merge_partials(col_partials, col_plane, M, num_groups, cols, ok, BLOCK)
-        _store_in_two(col_lse, M, cols, m + log_z, ok)
+        store_in_two(col_lse, M, cols, m + log_z, ok)
 
 
 @triton.jit(do_not_specialize=["N", "M"])
@@ -197,9 +267,11 @@ def column_weights_kernel(targets, row_weights, col_weights, N, M, STEP: tl.cons
 
 @triton.jit
 def _store_grad(
-    s, bias, targets, row_lse, col_lse, row_weights, col_weights, strip,
-    first_row, first_col, row_in_strip, col_in_strip, height, width, N, M, stride_row, stride_col, label_smoothing,
-    SYMMETRIC: tl.constexpr, SMOOTHED: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    s, bias, targets, key_groups, row_lse, col_lse, row_weights, col_weights, row_shares, col_shares, strip,
+    first_row, first_col, row_in_strip, col_in_strip, height, width, N, M, num_grouped, stride_row, stride_col,
+    label_smoothing,
+    SYMMETRIC: tl.constexpr, SMOOTHED: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dS of a tile of logits into the strip [height, width] that begins at first_row, first_col of the logits."""
     in_rows = row_in_strip + tl.arange(0, BLOCK_M)
@@ -214,8 +286,11 @@ def _store_grad(
     lse = tl.load(row_lse + rows, mask=row_ok, other=0.0)
     rest = tl.load(row_lse + N + rows, mask=row_ok, other=0.0)
     target = tl.load(targets + rows, mask=row_ok, other=-1).to(tl.int32)
-    here = (target >= first_col + col_in_strip) & (target < first_col + col_in_strip + BLOCK_N)
-    matches = tl.max(here.to(tl.int32), 0)
+    if GROUPS:
+        matches: tl.constexpr = 1  # anywhere
+    else:
+        here = (target >= first_col + col_in_strip) & (target < first_col + col_in_strip + BLOCK_N)
+        matches = tl.max(here.to(tl.int32), 0)
     if SYMMETRIC:
         other_weight = tl.load(col_weights + cols, mask=col_ok, other=0.0)
         other_lse = tl.load(col_lse + cols, mask=col_ok, other=0.0)
@@ -230,9 +305,15 @@ def _store_grad(
         if SYMMETRIC:
             grad -= (other_weight * (label_smoothing / N))[None, :]
     if matches > 0:
-        directions: tl.constexpr = 2.0 if SYMMETRIC else 1.0
-        of_target = weight * ((1.0 - label_smoothing) * directions)
-        grad -= tl.where(cols[None, :] == target[:, None], of_target[:, None], 0.0)
+        if GROUPS:
+            share = tl.load(row_shares + rows, mask=row_ok, other=0.0)[:, None]
+            if SYMMETRIC:
+                share += tl.load(col_shares + cols, mask=col_ok, other=0.0)[None, :]
+            grad -= tl.where(_same_group(target, key_groups, cols, num_grouped), share, 0.0)
+        else:
+            directions: tl.constexpr = 2.0 if SYMMETRIC else 1.0
+            of_target = weight * ((1.0 - label_smoothing) * directions)
+            grad -= tl.where(cols[None, :] == target[:, None], of_target[:, None], 0.0)
 
     # Past the ends of the logits the strip is zero: the product reads it unmasked.
     grad = tl.where(row_ok[:, None] & col_ok[None, :], grad, 0.0)
@@ -240,19 +321,21 @@ def _store_grad(
     tl.store(out, grad.to(strip.dtype.element_ty), mask=(in_rows < height)[:, None] & (in_cols < width)[None, :])
 
 
-@triton.jit(do_not_specialize=["first", "length", "N", "M", "label_smoothing"])
+@triton.jit(do_not_specialize=["first", "length", "N", "M", "num_grouped", "label_smoothing"])
 def grad_logits_kernel(
-    queries, keys, scale, bias, targets, row_lse, col_lse, row_weights, col_weights, strip,
-    first, length, N, M, D, stride_q, stride_k, stride_strip, label_smoothing,
-    SYMMETRIC: tl.constexpr, OF_KEYS: tl.constexpr, SMOOTHED: tl.constexpr, BIAS: tl.constexpr,
+    queries, keys, scale, bias, targets, key_groups, row_lse, col_lse, row_weights, col_weights,
+    row_shares, col_shares, strip,
+    first, length, N, M, num_grouped, D, stride_q, stride_k, stride_strip, label_smoothing,
+    SYMMETRIC: tl.constexpr, OF_KEYS: tl.constexpr, SMOOTHED: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """strip [length, stride_strip] = rows first and following of dS; OF_KEYS: of dS transposed. Zero past its end.
 
     dS_ij = u_i e^(s_ij - lse_i) + w_j e^(s_ij - lse_j) - 2 (1 - eps) u_i [j = t_i] - eps u_i / M - eps w_j / N
     u, w: row_weights, col_weights, the gradients of the cross-entropies of rows and columns. Without SYMMETRIC there is
-    no w, and 1 in place of 2. All terms meet in float32, and dS is rounded once. The tile of logits is made as in the
-    forward pass for both sides: the very bits that the log-sum-exps were made from.
+    no w, and 1 in place of 2. With GROUPS (`targets` are the rows' groups) the third term is -(row_shares_i +
+    col_shares_j) at every pair of one group. All terms meet in float32, and dS is rounded once. The tile of logits is
+    made as in the forward pass for both sides: the very bits that the log-sum-exps were made from.
     """
     if OF_KEYS:
         first_row = 0
@@ -279,14 +362,14 @@ def grad_logits_kernel(
     left, right = halves((tl.load(scale) * LOG2E) * tile)
     HALF: tl.constexpr = BLOCK_N // 2
     _store_grad(
-        left, bias, targets, row_lse, col_lse, row_weights, col_weights, strip,
-        first_row, first_col, row_in_strip, col_in_strip, height, width, N, M, stride_row, stride_col, label_smoothing,
-        SYMMETRIC, SMOOTHED, BIAS, BLOCK_M, HALF,
+        left, bias, targets, key_groups, row_lse, col_lse, row_weights, col_weights, row_shares, col_shares, strip,
+        first_row, first_col, row_in_strip, col_in_strip, height, width, N, M, num_grouped,
+        stride_row, stride_col, label_smoothing, SYMMETRIC, SMOOTHED, BIAS, GROUPS, BLOCK_M, HALF,
     )  # fmt: skip
     _store_grad(
-        right, bias, targets, row_lse, col_lse, row_weights, col_weights, strip,
-        first_row, first_col, row_in_strip, col_in_strip + HALF, height, width, N, M, stride_row, stride_col,
-        label_smoothing, SYMMETRIC, SMOOTHED, BIAS, BLOCK_M, HALF,
+        right, bias, targets, key_groups, row_lse, col_lse, row_weights, col_weights, row_shares, col_shares, strip,
+        first_row, first_col, row_in_strip, col_in_strip + HALF, height, width, N, M, num_grouped,
+        stride_row, stride_col, label_smoothing, SYMMETRIC, SMOOTHED, BIAS, GROUPS, BLOCK_M, HALF,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from mmkernels._triton import LOG2E, LOWEST, dot
 
 # A tile whose rows and columns all sum to over 2^-32 of its largest exponential needs one exponential an entry: then
 # s - peak rounds away no more than the logits were rounded by.
-_LEAST_SUM = tl.constexpr(2.0**-32)
+LEAST_SUM = tl.constexpr(2.0**-32)
 # A tile whose log-sum-exps lie within 2^32 needs one exponential an entry in the backward pass, for the same reason.
 _BACKWARD_SPREAD = tl.constexpr(32.0)
 _BAND = tl.constexpr(8)
@@ -93,7 +93,7 @@ def tile_statistics(s, row_ok, col_ok, COLUMNS: tl.constexpr):
         least = tl.minimum(tl.min(tl.where(row_ok, row_z, 1.0), 0), tl.min(tl.where(col_ok, col_z, 1.0), 0))
         # One exponential serves rows and columns where all of them reach near the maximum of the tile. A NaN makes the
         # comparison false or stays in its own row and column.
-        if least > _LEAST_SUM:
+        if least > LEAST_SUM:
             row_m, row_z = _scaled(peak, row_z)
             col_m, col_z = _scaled(peak, col_z)
         else:

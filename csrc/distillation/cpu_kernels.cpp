@@ -1,0 +1,284 @@
+// Distillation as an epilogue of the tile engine: the student's tile from the engine, the teacher's beside it. Compiled
+// once for each instruction set (MMK_VARIANT).
+#include "cpu_kernels.h"
+
+#include <cstring>
+
+#include "../common/engine.h"
+#include "../common/softmax.h"
+
+namespace mmkernels {
+inline namespace MMK_VARIANT {
+namespace {
+
+// Below every logit that counts, and finite: no sum of nothing is NaN.
+constexpr float kLowest = -3e38f;
+
+// DistillationSums of one vector of rows or columns.
+struct Sums {
+  Vec largest, sum, teacher_largest, teacher_sum, weighted;
+
+  static MMK_INLINE Sums none() {
+    const Vec lowest = Vec::set1(kLowest), zero = Vec::set1(0.f);
+    return {lowest, zero, lowest, zero, zero};
+  }
+  static MMK_INLINE Sums load(const DistillationSums& from, int64_t at, int n) {
+    return {Vec::load(from.largest + at, n), Vec::load(from.sum + at, n), Vec::load(from.teacher_largest + at, n),
+            Vec::load(from.teacher_sum + at, n), Vec::load(from.weighted + at, n)};
+  }
+  MMK_INLINE void store(const DistillationSums& to, int64_t at, int n) const {
+    largest.store(to.largest + at, n);
+    sum.store(to.sum + at, n);
+    teacher_largest.store(to.teacher_largest + at, n);
+    teacher_sum.store(to.teacher_sum + at, n);
+    weighted.store(to.weighted + at, n);
+  }
+  // With those of another part, whose sums of exponentials are relative to the references.
+  MMK_INLINE void join(const Sums& part, Vec reference, Vec teacher_reference) {
+    const Vec both = max(largest, part.largest), teacher_both = max(teacher_largest, part.teacher_largest);
+    const Vec factor = exp(teacher_largest - teacher_both), part_factor = exp(teacher_reference - teacher_both);
+    const Vec mass = teacher_sum * factor, part_mass = part.teacher_sum * part_factor;
+    sum = sum * exp(largest - both) + part.sum * exp(reference - both);
+    weighted =
+        fma(mass, largest - both, weighted * factor) + fma(part_mass, part.largest - both, part.weighted * part_factor);
+    teacher_sum = mass + part_mass;
+    largest = both;
+    teacher_largest = teacher_both;
+  }
+};
+
+// Storage for DistillationSums of the rows or columns of a tile.
+template <int64_t kCount>
+struct SumsOf {
+  float values[5][kCount];
+  operator DistillationSums() { return {values[0], values[1], values[2], values[3], values[4]}; }
+};
+
+// loss = log(sum) - weighted / teacher_sum: the cross-entropy of the student's softmax under the teacher's.
+template <class Product, bool kColumns>
+struct DistillationStatistics {
+  DistillationStatistics(const DistillationForward& p, const Tiling& t, float* scratch)
+      : p(p), teacher(p.teacher, t, scratch) {}
+
+  const DistillationForward& p;
+  Companion<Product> teacher;
+  int64_t row0 = 0, rows = 0, padded_rows = 0;
+  float positive[kMaxRows];
+  SumsOf<kMaxRows> row_storage, tile_row_storage;
+  SumsOf<kMaxCols> col_storage;
+  DistillationSums row = row_storage, tile_row = tile_row_storage, col = col_storage;
+  float col_reference[kMaxCols], col_teacher_reference[kMaxCols];
+
+  void begin_panel(int64_t first_row, int64_t count) {
+    row0 = first_row;
+    rows = count;
+    padded_rows = round_up(count, Vec::kLanes);
+    for (int64_t r = 0; r < padded_rows; r += Vec::kLanes) Sums::none().store(row, r, Vec::kLanes);
+    std::fill(positive, positive + rows, __builtin_nanf(""));
+    teacher.begin_panel(first_row, count);
+  }
+
+  void tile(float* s, int64_t col0, int64_t cols) {
+    float* t = teacher.products(col0, cols);
+    scale_and_find_maxima(s, p.logits.scale, cols, tile_row.largest, col.largest);
+    scale_and_find_maxima(t, p.teacher.scale, cols, tile_row.teacher_largest, col.teacher_largest);
+    for_each_target(nullptr, row0, rows, col0, cols, s, [&](int64_t r, float& logit) { positive[r] = logit; });
+    float center, teacher_center;
+    const int64_t counted = kColumns ? cols : 0;
+    const bool near = lie_near(tile_row.largest, rows, col.largest, counted, center);
+    const bool teacher_near = lie_near(tile_row.teacher_largest, rows, col.teacher_largest, counted, teacher_center);
+    if (near && teacher_near) {
+      add_exponentials<true>(s, t, cols, center, teacher_center);
+    } else {
+      add_exponentials<false>(s, t, cols, center, teacher_center);
+    }
+  }
+
+  // Lanes past the last row hold zero and count for no maximum.
+  void scale_and_find_maxima(float* tile, float by, int64_t cols, float* row_largest, float* col_largest) {
+    const Vec scale = Vec::set1(by), last_edge = edge_of(rows);
+    for (int64_t r = 0; r < padded_rows; ++r) row_largest[r] = kNegativeInfinity;
+    for (int64_t c = 0; c < cols; ++c) {
+      float* line = tile + c * kTileStride;
+      Vec highest = Vec::set1(kNegativeInfinity);
+      for (int64_t r = 0; r < padded_rows; r += Vec::kLanes) {
+        Vec logits = Vec::load(line + r) * scale;
+        logits.store(line + r);
+        if (r + Vec::kLanes == padded_rows) logits = logits + last_edge;
+        max(Vec::load(row_largest + r), logits).store(row_largest + r);
+        highest = max(highest, logits);
+      }
+      col_largest[c] = highest.largest();
+    }
+  }
+
+  // Adds a tile to the sums: exponentials with one reference for all, or one a row and one a column.
+  template <bool kOne>
+  void add_exponentials(const float* s, const float* t, int64_t cols, float center, float teacher_center) {
+    const Vec last_edge = edge_of(rows), middle = Vec::set1(center), teacher_middle = Vec::set1(teacher_center);
+    for (float* sums : {tile_row.sum, tile_row.teacher_sum, tile_row.weighted})
+      std::fill(sums, sums + padded_rows, 0.f);
+    for (int64_t c = 0; c < cols; ++c) {
+      const float *line = s + c * kTileStride, *teacher_line = t + c * kTileStride;
+      const Vec largest = Vec::set1(col.largest[c]), teacher_largest = Vec::set1(col.teacher_largest[c]);
+      Vec sum = Vec::set1(0.f), teacher_sum = sum, weighted = sum;
+      for (int64_t r = 0; r < padded_rows; r += Vec::kLanes) {
+        const Vec logits = Vec::load(line + r), row_largest = Vec::load(tile_row.largest + r);
+        Vec inside = logits, teacher_inside = Vec::load(teacher_line + r);
+        if (r + Vec::kLanes == padded_rows) {
+          inside = inside + last_edge;
+          teacher_inside = teacher_inside + last_edge;
+        }
+        const Vec e = exp(inside - (kOne ? middle : row_largest));
+        const Vec mass = exp(teacher_inside - (kOne ? teacher_middle : Vec::load(tile_row.teacher_largest + r)));
+        (Vec::load(tile_row.sum + r) + e).store(tile_row.sum + r);
+        (Vec::load(tile_row.teacher_sum + r) + mass).store(tile_row.teacher_sum + r);
+        fma(mass, logits - row_largest, Vec::load(tile_row.weighted + r)).store(tile_row.weighted + r);
+        if constexpr (kColumns) {
+          const Vec col_mass = kOne ? mass : exp(teacher_inside - teacher_largest);
+          sum = sum + (kOne ? e : exp(inside - largest));
+          teacher_sum = teacher_sum + col_mass;
+          weighted = fma(col_mass, logits - largest, weighted);
+        }
+      }
+      if constexpr (kColumns) {
+        col.sum[c] = sum.sum();
+        col.teacher_sum[c] = teacher_sum.sum();
+        col.weighted[c] = weighted.sum();
+        col_reference[c] = kOne ? center : col.largest[c];
+        col_teacher_reference[c] = kOne ? teacher_center : col.teacher_largest[c];
+      }
+    }
+    for (int64_t r = 0; r < padded_rows; r += Vec::kLanes) {
+      Sums sums = Sums::load(row, r, Vec::kLanes);
+      const Sums of_tile = Sums::load(tile_row, r, Vec::kLanes);
+      sums.join(of_tile, kOne ? middle : of_tile.largest, kOne ? teacher_middle : of_tile.teacher_largest);
+      sums.store(row, r, Vec::kLanes);
+    }
+  }
+
+  void update_columns(int64_t col0, int64_t cols) {
+    for (int64_t c = 0; kColumns && c < cols; c += Vec::kLanes) {
+      const int n = static_cast<int>(std::min<int64_t>(Vec::kLanes, cols - c));
+      Sums sums = row0 == 0 ? Sums::none() : Sums::load(p.col, col0 + c, n);
+      sums.join(Sums::load(col, c, Vec::kLanes), Vec::load(col_reference + c), Vec::load(col_teacher_reference + c));
+      sums.store(p.col, col0 + c, n);
+    }
+  }
+
+  void end_panel(int64_t) {
+    for (int64_t r = 0; r < rows; r += Vec::kLanes)
+      Sums::load(row, r, Vec::kLanes)
+          .store(p.row, row0 + r, static_cast<int>(std::min<int64_t>(Vec::kLanes, rows - r)));
+    std::memcpy(p.positive + row0, positive, rows * sizeof(float));
+  }
+};
+
+// Turns a tile of products into d loss / d logits.
+template <class Product, bool kColumns>
+struct DistillationGradient {
+  DistillationGradient(const DistillationBackward& p, const Tiling& t, float* scratch)
+      : p(p),
+        teacher(p.teacher, t, scratch),
+        of_student(p.logits, p.row, p.col),
+        of_teacher(p.teacher, p.teacher_row, p.teacher_col) {}
+
+  const DistillationBackward& p;
+  Companion<Product> teacher;
+  TileOfSoftmaxes<kColumns> of_student, of_teacher;
+  int64_t row0 = 0, rows = 0, padded_rows = 0;
+  double product_of_logits = 0.;  // <d loss / d logits, logits / scale> of the panel
+
+  void begin_panel(int64_t first_row, int64_t count) {
+    row0 = first_row;
+    rows = count;
+    padded_rows = round_up(count, Vec::kLanes);
+    product_of_logits = 0.;
+    teacher.begin_panel(first_row, count);
+    of_student.begin_panel(first_row, count);
+    of_teacher.begin_panel(first_row, count);
+  }
+
+  static constexpr bool recall(float*, int64_t, int64_t) { return false; }
+
+  void tile(float* s, int64_t col0, int64_t cols) {
+    const float* t = teacher.products(col0, cols);
+    const bool one = of_student.begin_tile(col0, cols), teacher_one = of_teacher.begin_tile(col0, cols);
+    for_each_target(nullptr, row0, rows, col0, cols, s, [&](int64_t r, float& product) {
+      product_of_logits -= static_cast<double>(p.positive_weight[row0 + r]) * product;
+    });
+    // Where matches lie, softmaxes near 1 cancel: there each takes an exponential of its own, which is exact near 1.
+    const bool on_diagonal = row0 < col0 + cols && col0 < row0 + rows;
+    if (one && teacher_one && !on_diagonal) {
+      of_student.find_factors(col0, cols);
+      of_teacher.find_factors(col0, cols);
+      differentiate<true>(s, t, col0, cols);
+    } else {
+      differentiate<false>(s, t, col0, cols);
+    }
+    for_each_target(nullptr, row0, rows, col0, cols, s,
+                    [&](int64_t r, float& grad) { grad -= p.positive_weight[row0 + r]; });
+  }
+
+  template <bool kOne>
+  void differentiate(float* s, const float* t, int64_t col0, int64_t cols) {
+    using Column = typename TileOfSoftmaxes<kColumns>::template Column<kOne>;
+    const Vec last_edge = edge_of(rows);
+    for (int64_t c = 0; c < cols; ++c) {
+      float* line = s + c * kTileStride;
+      const float* teacher_line = t + c * kTileStride;
+      const Column student(of_student, col0, c), target(of_teacher, col0, c);
+      Vec sum = Vec::set1(0.f);
+      for (int64_t r = 0; r < padded_rows; r += Vec::kLanes) {
+        const Vec product = Vec::load(line + r);
+        const Vec g = student.of(product, r, last_edge) - target.of(Vec::load(teacher_line + r), r, last_edge);
+        sum = fma(g, product, sum);
+        g.store(line + r);
+      }
+      product_of_logits += sum.sum();
+    }
+  }
+
+  void end_panel(int64_t panel) {
+    if (p.grad_scale != nullptr) p.grad_scale[panel] = product_of_logits;
+  }
+};
+
+Tiling tiling(const Logits& x, const Logits& teacher, bool backward, int64_t threads) {
+  return with_product(x.queries.dtype,
+                      [&](auto product) { return choose_tiling<decltype(product)>(x, backward, threads, &teacher); });
+}
+
+template <class Product>
+float* companion_scratch(const Logits& x, const Tiling& t, bool backward, float* scratch) {
+  return scratch + Buffers<Product>(x, t, backward, nullptr).floats;
+}
+
+void forward(const DistillationForward& p, const Tiling& t, Wavefront& wave, float* scratch) {
+  with_product(p.logits.queries.dtype, [&](auto product) {
+    with_flag(p.columns, [&](auto columns) {
+      using Product = decltype(product);
+      DistillationStatistics<Product, columns()> epilogue(p, t,
+                                                          companion_scratch<Product>(p.logits, t, false, scratch));
+      forward_panels<Product>(p.logits, t, wave, scratch, epilogue);
+    });
+  });
+}
+
+void backward(const DistillationBackward& p, const Tiling& t, Wavefront& wave, float* scratch) {
+  with_product(p.logits.queries.dtype, [&](auto product) {
+    with_flag(p.col.lse != nullptr, [&](auto columns) {
+      using Product = decltype(product);
+      DistillationGradient<Product, columns()> epilogue(p, t, companion_scratch<Product>(p.logits, t, true, scratch));
+      backward_panels<Product>(p.logits, p.grads, t, wave, scratch, epilogue);
+    });
+  });
+}
+
+}  // namespace
+
+extern const DistillationKernels distillation_kernels;
+const DistillationKernels distillation_kernels{tiling, forward, backward};
+
+}  // namespace MMK_VARIANT
+}  // namespace mmkernels

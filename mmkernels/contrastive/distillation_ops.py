@@ -1,0 +1,137 @@
+"""The registered ops of distillation, info_nce with a teacher: one pair a backend, their fake kernels, and the
+autograd.Function around them."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels._autograd import refuse_second_derivatives
+
+_library = torch.library.Library("mmkernels", "FRAGMENT")
+
+_INPUTS = "Tensor queries, Tensor keys, Tensor scale, Tensor teacher_queries, Tensor teacher_keys, Tensor teacher_scale"
+_STATISTICS = "Tensor row_lse, Tensor col_lse, Tensor teacher_row_lse, Tensor teacher_col_lse"
+# distilled [N], the cross-entropies under the teacher, and matched [N], those against the key of the same number (NaN
+# where there is none); row_lse [2, N], col_lse [2, M] ([2, 0] if not symmetric), each the rounded value and what
+# rounding took off; float32
+_FORWARD = f"({_INPUTS}, bool symmetric) -> (Tensor distilled, Tensor matched, {_STATISTICS})"
+# One gradient for each true entry of output_mask (queries, keys, scale), an empty tensor for each false one.
+_BACKWARD = (
+    f"(Tensor grad_distilled, Tensor grad_matched, {_INPUTS}, {_STATISTICS}, bool symmetric, bool[3] output_mask)"
+    " -> (Tensor grad_queries, Tensor grad_keys, Tensor grad_scale)"
+)
+
+
+def _forward_fake(
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    teacher_queries: Tensor,
+    teacher_keys: Tensor,
+    teacher_scale: Tensor,
+    symmetric: bool,
+) -> tuple[Tensor, ...]:
+    num_queries, num_columns = queries.shape[0], keys.shape[0] if symmetric else 0
+    losses = (scale.new_empty(num_queries) for _ in range(2))
+    return (*losses, *(scale.new_empty(2, count) for _ in range(2) for count in (num_queries, num_columns)))
+
+
+def _backward_fake(
+    grad_distilled: Tensor,
+    grad_matched: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    teacher_queries: Tensor,
+    teacher_keys: Tensor,
+    teacher_scale: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    teacher_row_lse: Tensor,
+    teacher_col_lse: Tensor,
+    symmetric: bool,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        queries.new_empty(queries.shape if output_mask[0] else 0),
+        keys.new_empty(keys.shape if output_mask[1] else 0),
+        scale.new_empty(() if output_mask[2] else 0),
+    )
+
+
+for _backend in ("cpu", "triton"):
+    _library.define(f"distillation_{_backend}_forward{_FORWARD}", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(f"distillation_{_backend}_backward{_BACKWARD}", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"mmkernels::distillation_{_backend}_forward", _forward_fake, lib=_library)
+    torch.library.register_fake(f"mmkernels::distillation_{_backend}_backward", _backward_fake, lib=_library)
+
+
+@functools.cache
+def _triton() -> Any:
+    """Triton is imported by the first call that runs it: importing mmkernels imports torch alone."""
+    from mmkernels.contrastive.triton_kernels import distillation
+
+    return distillation
+
+
+for _pass in ("forward", "backward"):
+
+    def _launch(*args: Any, _name: str = f"distillation_{_pass}") -> tuple[Tensor, ...]:
+        return getattr(_triton(), _name)(*args)
+
+    # The CPU key serves the interpreter.
+    for _key in ("CUDA", "CPU"):
+        _library.impl(f"distillation_triton_{_pass}", _launch, _key)
+
+
+class _Distillation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        keys: Tensor,
+        scale: Tensor,
+        teacher_queries: Tensor,
+        teacher_keys: Tensor,
+        teacher_scale: Tensor,
+        symmetric: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        forward = getattr(torch.ops.mmkernels, f"distillation_{backend}_forward")
+        inputs = (queries, keys, scale, teacher_queries, teacher_keys, teacher_scale)
+        distilled, matched, *statistics = forward(*inputs, symmetric)
+        ctx.save_for_backward(*inputs, *statistics)
+        ctx.symmetric, ctx.backend = symmetric, backend
+        return distilled, matched
+
+    @staticmethod
+    def backward(ctx: Any, grad_distilled: Tensor, grad_matched: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        mask = list(ctx.needs_input_grad[:3])
+        backward = getattr(torch.ops.mmkernels, f"distillation_{ctx.backend}_backward")
+        with torch.no_grad():
+            grads = backward(grad_distilled, grad_matched, *saved, ctx.symmetric, mask)
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = refuse_second_derivatives("info_nce", grads, grad_distilled, grad_matched, *saved[:3])
+        return *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), *(None,) * 5
+
+
+def distillation(
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    teacher_queries: Tensor,
+    teacher_keys: Tensor,
+    teacher_scale: Tensor,
+    symmetric: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The losses of every query under the teacher and against its own key, [N] float32 each, on the backend named.
+
+    Differentiable in queries, keys and scale; the teacher gets no gradient.
+    """
+    inputs = (queries, keys, scale, teacher_queries, teacher_keys, teacher_scale)
+    distilled, matched = _Distillation.apply(*inputs, symmetric, backend)
+    return distilled, matched
