@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
 from benchmarks.gpu_bounds_info_nce import case
+from mmkernels.contrastive.triton_kernels.configs import tile_of
 from mmkernels.retrieval import triton_kernels
 
 # Constants that only ever add to a kernel: the compile check takes the heaviest form.
@@ -21,7 +22,7 @@ def cases(gpus: Iterable[str] = GPUS) -> list[Case]:
 
 
 def _cases(gpu: str, precision: str) -> Iterator[Case]:
-    tile = triton_kernels.tile_of(gpu, precision)
+    tile = tile_of("retrieval", gpu, precision)
     for dtype in ("bf16", "fp16") if precision == "half" else ("fp32",):
         make = functools.partial(case, "retrieval", gpu, precision, dtype)
         for name in ("positives_kernel", "ranks_kernel", "entries_kernel"):

@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
 from benchmarks.gpu_bounds_info_nce import argument as argument_of_info_nce
 from benchmarks.gpu_bounds_info_nce import case
-from mmkernels.contrastive.triton_kernels.configs import CONFIGS
+from mmkernels.contrastive.triton_kernels.configs import CONFIGS, tile_of
 from mmkernels.siglip import triton_kernels
 
 GROWING: set[str] = set()  # a form that does less may well take more registers
@@ -29,7 +29,7 @@ def cases(gpus: Iterable[str] = GPUS) -> list[Case]:
         case("siglip", gpu, precision, dtype, "pairs_kernel", tile, **dict(zip(_FLAGS, flags, strict=True)))
         for gpu in gpus
         for precision in CONFIGS[gpu]
-        for tile in [triton_kernels.tile_of(gpu, precision)]
+        for tile in [tile_of("siglip", gpu, precision)]
         for dtype in (("bf16", "fp16") if precision == "half" else ("fp32",))
         for flags in _FORMS.values()
     ]

@@ -8,8 +8,7 @@ from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
 from benchmarks.gpu_bounds_info_nce import case
 from mmkernels.contrastive import triton_kernels
 from mmkernels.contrastive.triton_kernels import cross_entropy
-from mmkernels.contrastive.triton_kernels.configs import CONFIGS
-from mmkernels.triplet import triton_kernels as triplet
+from mmkernels.contrastive.triton_kernels.configs import CONFIGS, tile_of
 from mmkernels.triplet.triton_kernels import kernels
 
 GROWING = {"SYMMETRIC", "SEMI_HARD", "GRADIENT"}
@@ -28,7 +27,7 @@ def cases(gpus: Iterable[str] = GPUS) -> list[Case]:
 
 
 def _cases(gpu: str, precision: str) -> Iterable[Case]:
-    tile = triplet.tile_of(gpu, precision)
+    tile = tile_of("triplet", gpu, precision)
     merge = {"BLOCK_M": triton_kernels.MERGE_ROWS, "BLOCK_N": triton_kernels.MERGE_FEATURES}
     for dtype in ("bf16", "fp16") if precision == "half" else ("fp32",):
         make = functools.partial(case, "triplet", gpu, precision, dtype)

@@ -72,7 +72,7 @@ def check_indices(name: str, indices: Tensor, length: int) -> None:
         raise ValueError(f"{name}: expected shape ({length},), got {tuple(indices.shape)}")
 
 
-def check_targets(queries: Tensor, keys: Tensor, targets: Tensor | None) -> None:
+def check_target_tensor(queries: Tensor, keys: Tensor, targets: Tensor | None) -> None:
     """An int64 tensor [N], the key of each query; None: key i for query i."""
     if targets is not None:
         check_indices("targets", targets, queries.shape[0])

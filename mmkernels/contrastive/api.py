@@ -16,7 +16,7 @@ from mmkernels._checks import (
     check_number,
     check_pairs,
     check_reduction,
-    check_targets,
+    check_target_tensor,
     in_one_dtype,
 )
 from mmkernels._targets import require_targets
@@ -122,7 +122,7 @@ def info_nce(
             queries, keys, logit_scale, teacher_queries, teacher_keys, teacher_scale, symmetric, impl
         )
     else:
-        check_targets(queries, keys, targets)
+        check_target_tensor(queries, keys, targets)
         _check_groups(queries, keys, query_groups, key_groups)
         _check_queues(queries, key_queue, query_queue, symmetric)
         losses = _losses(

@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from mmkernels import _backends
-from mmkernels._checks import check_pairs, check_targets, in_one_dtype
+from mmkernels._checks import check_pairs, check_target_tensor, in_one_dtype
 from mmkernels.retrieval import ops
 
 
@@ -48,7 +48,7 @@ def retrieval_ranks(
     its dtype; scores stay float32.
     """
     check_pairs(queries, keys)
-    check_targets(queries, keys, targets)
+    check_target_tensor(queries, keys, targets)
     queries, keys = in_one_dtype("queries", queries.detach(), "keys", keys.detach())
     chosen = _backends.choose("retrieval_ranks", impl, queries.device.type, queries.dtype)
     return ops.retrieval_ranks(queries, keys, targets, chosen)

@@ -28,7 +28,7 @@ from torch import Tensor
 from mmkernels._targets import require_targets
 from mmkernels._triton import Tile, family_of, on_device, ordered
 from mmkernels.contrastive.triton_kernels import aligned, launch_options
-from mmkernels.contrastive.triton_kernels.configs import CONFIGS
+from mmkernels.contrastive.triton_kernels.configs import tile_of
 from mmkernels.contrastive.triton_kernels.engine import program_tile, similarities
 
 # Of ordered scores: what is below all of them, and NaN, which comes before all.
@@ -39,8 +39,6 @@ _PROGRAMS = 512  # about as many are wanted: a few for each multiprocessor
 _MOST_KEPT = 128  # the longest list in registers
 _STRIP_BYTES = 64 << 20
 
-# Float32 on sm_100: with the tile of the contrastive kernels the targets' scores would spill.
-_OWN_TILES = {("sm_100", "ieee"): Tile(64, 64, 16, 8, 2)}
 # The tiles of topk_kernel, lower than the others: the lists take registers, too.
 TOPK: dict[str, dict[str, Tile]] = {
     "sm_80": {"half": Tile(64, 64, 32, 8, 3), "ieee": Tile(64, 64, 16, 8, 2)},
@@ -183,7 +181,7 @@ def retrieval_ranks(
     else:
         require_targets("retrieval_ranks", targets, M, "keys")
         targets = targets.contiguous()
-    tile = tile_of(family_of(queries.device), precision_of(queries))
+    tile = tile_of("retrieval", family_of(queries.device), precision_of(queries))
     queries, keys = aligned(queries), aligned(keys)
     tiles_per_split, splits = _split(N, M, tile)
     positives = queries.new_empty(N, dtype=torch.float32)
@@ -229,7 +227,7 @@ def _kept(queries: Tensor, keys: Tensor, k: int) -> Tensor:
 def _kept_of_strips(queries: Tensor, keys: Tensor, k: int) -> Tensor:
     """The k best entries of every query, best first, from strips of all entries."""
     N, M = len(queries), len(keys)
-    tile = tile_of(family_of(queries.device), precision_of(queries))
+    tile = tile_of("retrieval", family_of(queries.device), precision_of(queries))
     width = min(M, max(2 * k, _STRIP_BYTES // (8 * tile.block_m)))
     height = min(N, max(tile.block_m, _STRIP_BYTES // (8 * width) // tile.block_m * tile.block_m))
     parts = []
@@ -249,11 +247,6 @@ def _kept_of_strips(queries: Tensor, keys: Tensor, k: int) -> Tensor:
             best = strip.topk(min(k, strip.shape[1]), dim=1).values
         parts.append(best)
     return torch.cat(parts)
-
-
-def tile_of(family: str, precision: str) -> Tile:
-    """The tile of all kernels but topk_kernel; precision: half or ieee."""
-    return _OWN_TILES.get((family, precision), CONFIGS[family][precision].forward)
 
 
 def precision_of(features: Tensor) -> str:

@@ -19,13 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels._triton import LOG2E, Tile, family_of, on_device, round_up
+from mmkernels._triton import LOG2E, on_device, round_up
 from mmkernels.contrastive.triton_kernels import FP16_PEAK, aligned, launch_options, strip_products
-from mmkernels.contrastive.triton_kernels.configs import CONFIGS, choose
+from mmkernels.contrastive.triton_kernels.configs import choose, choose_tile
 from mmkernels.contrastive.triton_kernels.engine import halves, program_tile, similarities
 
-# Float32 on sm_100: with the tiles of the contrastive kernels the form that makes all would spill, or not compile.
-_OWN_TILES = {("sm_100", "ieee"): Tile(64, 64, 16, 8, 2), ("sm_100", "tf32x3"): Tile(64, 64, 32, 8, 3)}
 _PROGRAMS = 1024  # that the tiles of a launch are spread over, if there are as many
 _TILES = 4  # that a program takes at most: longer sums in float32 would lose digits
 _PARTIAL_BYTES = 16 << 20  # sums of programs that are held at once
@@ -188,21 +186,14 @@ def siglip_gradients(
     return losses, grad_queries, grad_keys, grad_scale, grad_bias
 
 
-def tile_of(family: str, precision: str) -> Tile:
-    """The tile of pairs_kernel; precision: half, tf32x3 or ieee."""
-    return _OWN_TILES.get((family, precision), CONFIGS[family][precision].grad_logits)
-
-
 class _Pairs:
     """All pairs of queries and keys. What a pass over them sums up is of each row: see pairs_kernel."""
 
     def __init__(self, queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, weights: Tensor) -> None:
         self.queries, self.keys = aligned(queries), aligned(keys)
         self.scale, self.bias, self.weights = scale, bias, weights
-        config, self.precision = choose(queries)
-        self.product = config.product
-        half = queries.dtype != torch.float32
-        self.tile = tile_of(family_of(queries.device), "half" if half else self.precision)
+        self.product = choose(queries)[0].product
+        self.tile, self.precision = choose_tile("siglip", queries)
 
     def sum_up(self, losses: bool, grads: bool) -> Tensor:
         """The sums asked for of every query, [3, N]."""

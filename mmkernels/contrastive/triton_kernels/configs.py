@@ -87,6 +87,30 @@ DISTILLATION_CONFIGS: dict[str, dict[str, DistillationConfig]] = {
 }
 
 
+# One tile for all kernels over pairs of an op that has other epilogues, where the one of forward would spill.
+_OWN_TILES: dict[str, dict[tuple[str, str], Tile]] = {
+    "siglip": {
+        ("sm_80", "ieee"): Tile(64, 64, 16, 4, 2),
+        ("sm_100", "ieee"): Tile(64, 64, 16, 8, 2),
+        ("sm_100", "tf32x3"): Tile(64, 64, 32, 8, 3),
+    },
+    "triplet": {("sm_80", "tf32x3"): Tile(64, 64, 32, 8, 3), ("sm_100", "ieee"): Tile(32, 64, 16, 8, 1)},
+    "retrieval": {("sm_100", "ieee"): Tile(64, 64, 16, 8, 2)},
+}
+
+
+def tile_of(op: str, family: str, precision: str) -> Tile:
+    """The tile of an op of `_OWN_TILES`; precision: half, tf32x3 or ieee."""
+    return _OWN_TILES[op].get((family, precision), CONFIGS[family][precision].forward)
+
+
+def choose_tile(op: str, features: Tensor) -> tuple[Tile, str]:
+    """The tile of such an op for the device and dtype, and how float32 is multiplied."""
+    _, precision = choose(features)
+    half = features.dtype != torch.float32
+    return tile_of(op, family_of(features.device), "half" if half else precision), precision
+
+
 def choose(features: Tensor) -> tuple[Config, str]:
     """The tiles for the device and dtype, and how float32 is multiplied."""
     family = family_of(features.device)

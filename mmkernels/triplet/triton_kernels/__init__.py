@@ -24,7 +24,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mmkernels._triton import Tile, family_of, on_device, round_up
+from mmkernels._triton import on_device, round_up
 from mmkernels.contrastive.triton_kernels import (
     FP16_PEAK,
     MERGE_BLOCK,
@@ -36,7 +36,7 @@ from mmkernels.contrastive.triton_kernels import (
     launch_options,
     strip_products,
 )
-from mmkernels.contrastive.triton_kernels.configs import CONFIGS, choose
+from mmkernels.contrastive.triton_kernels.configs import choose, choose_tile
 from mmkernels.triplet.triton_kernels.kernels import (
     finish_gradients_kernel,
     finish_worst_kernel,
@@ -47,8 +47,6 @@ from mmkernels.triplet.triton_kernels.kernels import (
     worst_kernel,
 )
 
-# Float32: with the tiles of the contrastive kernels some forms would spill.
-_OWN_TILES = {("sm_80", "tf32x3"): Tile(64, 64, 32, 8, 3), ("sm_100", "ieee"): Tile(32, 64, 16, 8, 1)}
 _MAX_PARTIALS = 32  # partial results of a row or a column
 _MAX_SPLITS = 64  # of a row, where the rows of a launch are those of one strip
 
@@ -62,7 +60,7 @@ def triplet_forward(
 ) -> tuple[Tensor, Tensor]:
     """The losses [N], and where the worst negatives are, [2, N] ([1, N] unless symmetric; no columns for "all")."""
     N, M, directions = queries.shape[0], keys.shape[0], 2 if symmetric else 1
-    tile, precision = _choose(queries)
+    tile, precision = choose_tile("triplet", queries)
     queries, keys = aligned(queries), aligned(keys)
     row_tiles, col_tiles = triton.cdiv(N, tile.block_m), triton.cdiv(M, tile.block_n)
     tiles_per_group, tiles_per_split = triton.cdiv(row_tiles, _MAX_PARTIALS), triton.cdiv(col_tiles, _MAX_PARTIALS)
@@ -158,7 +156,7 @@ class _Strips:
     ) -> None:
         self.queries, self.keys, self.positives, self.weights = queries, keys, positives, weights
         self.margin, self.symmetric, self.grad_keys = float(margin), symmetric, grad_keys
-        self.tile, self.precision = _choose(queries)
+        self.tile, self.precision = choose_tile("triplet", queries)
         tiles = triton.cdiv(round_up(len(keys), 64), self.tile.block_n)
         self.tiles_per_split = triton.cdiv(tiles, _MAX_SPLITS)
         self.splits = triton.cdiv(tiles, self.tiles_per_split)
@@ -235,20 +233,8 @@ def _sparse_product(
     return out
 
 
-def tile_of(family: str, precision: str) -> Tile:
-    """The tile of all kernels over pairs; precision: half, tf32x3 or ieee."""
-    return _OWN_TILES.get((family, precision), CONFIGS[family][precision].forward)
-
-
-def _choose(features: Tensor) -> tuple[Tile, str]:
-    """The tile for the device and dtype, and how float32 is multiplied."""
-    _, precision = choose(features)
-    half = features.dtype != torch.float32
-    return tile_of(family_of(features.device), "half" if half else precision), precision
-
-
 def _positives(queries: Tensor, keys: Tensor) -> Tensor:
-    tile, precision = _choose(queries)
+    tile, precision = choose_tile("triplet", queries)
     positives = queries.new_empty(len(queries), dtype=torch.float32)
     positives_kernel[(triton.cdiv(len(queries), tile.block_m),)](
         queries, keys, positives, len(queries), len(keys), queries.shape[1], queries.stride(0), keys.stride(0),
