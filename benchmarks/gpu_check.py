@@ -18,7 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPS = ("info_nce", "siglip", "divided_attention", "linear_cross_entropy", "triplet", "retrieval", "beam_search")
+OPS = (
+    "info_nce",
+    "distillation",
+    "siglip",
+    "divided_attention",
+    "linear_cross_entropy",
+    "triplet",
+    "retrieval",
+    "beam_search",
+)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
