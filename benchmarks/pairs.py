@@ -18,7 +18,7 @@ SIZE = 512  # features
 
 class PairsReport(NamedTuple):
     title: str
-    products: int  # of 2 N^2 D FLOP each, in the schedule of forward and backward
+    products: Callable[[Tensor, Tensor], int]  # of 2 N^2 D FLOP each, for these features, in forward and backward
     losses: Callable[[str], dict[str, Callable[..., Tensor]]]  # by implementation: ours first, then its peers
     numbers: tuple[float, ...]  # what the losses take beside the features: the scale and what follows
 
@@ -46,6 +46,7 @@ class PairsReport(NamedTuple):
                 "best": min(times[name]),
                 "calls": len(times[name]),
                 "bytes": peak_allocated(step) - gradients,
+                "products": self.products(*leaves[:2]),
                 "peak": max(peaks),
             }
             for name, step in steps.items()
@@ -57,12 +58,21 @@ class PairsReport(NamedTuple):
             peak = max(r["peak"] for r in results if r["dtype"] == dtype)
             for r in results:
                 if r["dtype"] == dtype and peak > 0:
-                    r["share_of_limit"] = self.products * 2 * r["n"] ** 2 * SIZE / r["seconds"] / peak
+                    r["share_of_limit"] = r["products"] * 2 * r["n"] ** 2 * SIZE / r["seconds"] / peak
 
     def table_of(self, results: list[dict[str, Any]]) -> Table:
         table = Table(title=f"{self.title}, forward + backward, D={SIZE}, CPU, {torch.get_num_threads()} threads")
-        limit = f"of {self.products} G limit"
-        for column in ("dtype", "N", "loss", "median ms", "x mmkernels", "MiB beyond inputs and gradients", limit):
+        heads = (
+            "dtype",
+            "N",
+            "loss",
+            "median ms",
+            "x mmkernels",
+            "MiB beyond inputs and gradients",
+            "G",
+            "of the limit",
+        )
+        for column in heads:
             table.add_column(column, justify="left" if column in ("dtype", "loss") else "right")
         own = {(r["dtype"], r["n"]): r["seconds"] for r in results if r["loss"] == "mmkernels"}
         previous = None
@@ -79,6 +89,7 @@ class PairsReport(NamedTuple):
                 f"{r['seconds'] * 1e3:.1f}",
                 f"{r['seconds'] / own[cell]:.2f}",
                 f"{r['bytes'] / 2**20:.1f}",
+                str(r["products"]),
                 share,
             )
         return table

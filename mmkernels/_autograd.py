@@ -5,6 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# What a CPU op may hold beside inputs and gradients even where that is more than they take.
+FREE_BYTES = 64 << 20
+
+
+def wants_backward(*inputs: Tensor | None) -> bool:
+    """Whether a backward pass can come."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
 
 class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod

@@ -44,7 +44,7 @@ from models.data.audio import LogMel
 from models.data.pairs import MODALITIES, Noise, PairBatch, PairPlan, PairSplits
 from models.data.sets import BadDataLog
 from models.layers import MLP, DividedAttention, conv_stages
-from models.training import TrainConfig, Trainer, clear_run, console, decay_groups, load_run
+from models.training import Task, TrainConfig, Trainer, clear_run, console, load_run
 
 # --- the model -------------------------------------------------------------------------------------------------------
 
@@ -260,7 +260,7 @@ class AVFusion(nn.Module):
 
 
 @dataclass
-class FusionTask:
+class FusionTask(Task):
     """The classification task of :class:`models.training.Trainer`."""
 
     plan: PairPlan
@@ -275,13 +275,6 @@ class FusionTask:
         logits = model(batch.images, batch.spectrograms, batch.present).float()
         right = (logits.argmax(-1) == batch.labels).float().mean()
         return F.cross_entropy(logits, batch.labels, label_smoothing=self.smoothing), {"accuracy": right.detach()}
-
-    def after_step(self, model: nn.Module) -> None:
-        """Nothing to clamp."""
-
-    def param_groups(self, model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-        """Decay on matrices alone."""
-        return decay_groups(model, config.weight_decay)
 
 
 # --- data ------------------------------------------------------------------------------------------------------------

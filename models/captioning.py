@@ -47,11 +47,11 @@ from models.layers import conv_stages
 from models.metrics import caption_scores
 from models.training import (
     EarlyStopping,
+    Task,
     TrainConfig,
     Trainer,
     clear_run,
     console,
-    decay_groups,
     load_run,
 )
 
@@ -277,7 +277,7 @@ class CaptionBatch:
 
 
 @dataclass
-class CaptionTask:
+class CaptionTask(Task):
     """Captioning for :class:`models.training.Trainer`: cross-entropy, with more words sampled as training goes on."""
 
     plan: BatchPlan
@@ -314,13 +314,6 @@ class CaptionTask:
                     hidden.float(), weight, targets, bias=bias, label_smoothing=self.smoothing
                 )
         return loss, {"words": right}
-
-    def after_step(self, model: nn.Module) -> None:
-        """Nothing to clamp."""
-
-    def param_groups(self, model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-        """Decay on matrices alone."""
-        return decay_groups(model, config.weight_decay)
 
 
 # --- captions of images ----------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ from models.data import Batch, BatchPlan, Splits, Tokenizer
 from models.data.config import DataConfig, batch_plan, load_data, pick_styles
 from models.data.sets import BadDataLog, read_image
 from models.layers import ConvStem, Transformer
-from models.training import TrainConfig, Trainer, clear_run, console, decay_groups, load_run, read_history
+from models.training import Task, TrainConfig, Trainer, clear_run, console, load_run, read_history
 
 # --- the model -------------------------------------------------------------------------------------------------------
 
@@ -258,7 +258,7 @@ LossName = Literal["fused", "eager"]
 
 
 @dataclass
-class ClipTask:
+class ClipTask(Task):
     """The contrastive task of :class:`models.training.Trainer`.
 
     Each batch holds B captions and V drawings of each. A caption meets each of its drawings in a loss of its own, so
@@ -311,7 +311,7 @@ class ClipTask:
     def param_groups(self, model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
         """Decay on matrices alone; the temperature has a learning rate of its own."""
         assert isinstance(model, CLIP)
-        decayed, plain = decay_groups(model, config.weight_decay)
+        decayed, plain = super().param_groups(model, config)
         plain["params"] = [p for p in plain["params"] if p is not model.logit_scale]
         scale = {"params": [model.logit_scale], "weight_decay": 0.0, "lr_scale": self.scale_lr}
         return [decayed, plain, scale]

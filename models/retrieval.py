@@ -47,11 +47,11 @@ from models.data.sets import BadDataLog
 from models.layers import Transformer, conv_stages
 from models.training import (
     EarlyStopping,
+    Task,
     TrainConfig,
     Trainer,
     clear_run,
     console,
-    decay_groups,
     load_run,
     read_history,
 )
@@ -263,7 +263,7 @@ class RetrievalBatch:
 
 
 @dataclass
-class RetrievalTask:
+class RetrievalTask(Task):
     """The retrieval task of :class:`models.training.Trainer`.
 
     Each batch holds B concepts with V drawings and T captions each. Every drawing of a concept meets every caption of
@@ -304,10 +304,6 @@ class RetrievalTask:
         """Keep the logit scale, where there is one, between 1 and 100, as CLIP does."""
         if isinstance(model.logit_scale, Tensor):
             model.logit_scale.clamp_(0, math.log(100))
-
-    def param_groups(self, model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-        """Decay on matrices alone."""
-        return decay_groups(model, config.weight_decay)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ from models.cli import (
 from models.data.sets import BadDataLog
 from models.data.video import ClipAugment, ClipBatch, ClipPlan, VideoSplits
 from models.layers import MLP, ConvStem, DividedAttention
-from models.training import TrainConfig, Trainer, clear_run, console, decay_groups, load_run, read_history
+from models.training import Task, TrainConfig, Trainer, clear_run, console, load_run, read_history
 
 # --- the model -------------------------------------------------------------------------------------------------------
 
@@ -416,7 +416,7 @@ def to_hugging_face(model: TimeSformer) -> dict[str, Tensor]:
 
 
 @dataclass
-class VideoTask:
+class VideoTask(Task):
     """The classification task of :class:`models.training.Trainer`."""
 
     plan: ClipPlan
@@ -431,13 +431,6 @@ class VideoTask:
         logits = model(batch.videos).float()
         right = (logits.argmax(-1) == batch.labels).float().mean()
         return F.cross_entropy(logits, batch.labels, label_smoothing=self.smoothing), {"accuracy": right.detach()}
-
-    def after_step(self, model: nn.Module) -> None:
-        """Nothing to clamp."""
-
-    def param_groups(self, model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-        """Decay on matrices alone."""
-        return decay_groups(model, config.weight_decay)
 
 
 # --- data ------------------------------------------------------------------------------------------------------------

@@ -16,10 +16,11 @@ import random
 import shutil
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -81,22 +82,6 @@ BEST = "best.safetensors"  # the weights that did best in validation, where a ru
 _UNSHOWN = ("step", "grad_norm", "lr", "seconds")
 
 
-class Task(Protocol):
-    """What a model brings to the loop."""
-
-    def batch(self, index: int) -> Any:
-        """The batch number ``index``: a function of the number alone, so that a resumed run sees the same data."""
-
-    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The loss to minimise and further numbers to log."""
-
-    def after_step(self, model: nn.Module) -> None:
-        """Called after each optimiser step, to clamp parameters, say."""
-
-    def param_groups(self, model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-        """Parameter groups for AdamW; ``lr_scale`` in a group multiplies its learning rate."""
-
-
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: matrices with weight decay; biases, norms, embeddings of position and other vectors without."""
     decayed: list[nn.Parameter] = []
@@ -106,6 +91,25 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
             vector = parameter.dim() < 2 or "embedding" in name
             (plain if vector else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+class Task(ABC):
+    """What a model brings to the loop."""
+
+    @abstractmethod
+    def batch(self, index: int) -> Any:
+        """The batch number ``index``: a function of the number alone, so that a resumed run sees the same data."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """The loss to minimise and further numbers to log."""
+
+    def after_step(self, model: nn.Module) -> None:  # noqa: B027
+        """Called after each optimiser step, to clamp parameters, say."""
+
+    def param_groups(self, model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+        """Parameter groups for AdamW: decay on matrices alone; ``lr_scale`` in a group multiplies its learning rate."""
+        return decay_groups(model, config.weight_decay)
 
 
 def learning_rate(config: TrainConfig, step: int, progress: float) -> float:

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from cpu_variants import needs_library
 
-from mmkernels import _backends
 from mmkernels.beam_search import ops
 from mmkernels.beam_search.reference import (
     BOUND,
@@ -17,7 +17,6 @@ from mmkernels.beam_search.reference import (
     beam_search_advance,
 )
 
-needs_library = pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason="no compiled library")
 INF = torch.inf
 
 

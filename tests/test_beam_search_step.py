@@ -1,22 +1,16 @@
 """beam_search_step: the order, the numbers, and the same bits from every implementation and in every batch."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from beam_search_cases import CASES, Case, assert_same, check_case
+from cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
 
 import mmkernels
 from mmkernels import _backends
 from mmkernels.beam_search.reference import log_softmax
 from mmkernels.testing import assert_within_budget
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IMPLS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(bool(_backends.unavailable("cpu")), reason="none"))]
-needs_library = pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason="no compiled library")
 step = mmkernels.beam_search_step
 
 
@@ -27,24 +21,10 @@ def test_cpu_gives_the_bits_of_the_reference(case, dtype):
     check_case(case, dtype, "cpu")
 
 
-@pytest.mark.parametrize("variant", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @needs_library
 def test_every_instruction_set(variant):
-    """The variants that this machine would not choose, in a process of their own."""
-    code = (
-        "import torch, beam_search_cases as c\n"
-        "for case in c.CASES:\n"
-        "    for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
-        "        c.check_case(case, dtype, 'cpu')\n"
-        "print(torch.ops.mmkernels.cpu_variant())"
-    )
-    environment = {**os.environ, "MMKERNELS_CPU": variant, "PYTHONPATH": os.pathsep.join(
-        [str(Path(__file__).parent), str(Path(__file__).parents[1])])}  # fmt: skip
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    if "this machine has no" in result.stderr:
-        pytest.skip(f"this machine has no {variant}")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == variant
+    check_cases_in_variant(variant, "beam_search_cases")
 
 
 @pytest.mark.parametrize("V", [2, 17, 1000, 50257])

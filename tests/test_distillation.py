@@ -1,22 +1,16 @@
 """info_nce with a teacher on the CPU: numbers, gradients, memory, compilation and the refusal of bad input."""
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
 from distillation_cases import CASES, Case, assert_results, check_case, run
 
 import mmkernels
-from mmkernels import _backends
+from mmkernels.contrastive import distillation_ops
 from mmkernels.testing import assert_within_budget, features, peak_allocated
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-needs_library = pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason="no compiled library")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -35,28 +29,10 @@ def test_reference_is_the_eager_code(case):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
-@pytest.mark.parametrize("variant", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @needs_library
 def test_every_instruction_set(variant):
-    """The variants that this machine would not choose, in a process of their own."""
-    code = (
-        "import torch, distillation_cases as c\n"
-        f"for case in c.CASES[{'::3' if variant == 'portable' else ':'}]:\n"
-        "    for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
-        "        c.check_case(case, dtype, 'cpu')\n"
-        "print(torch.ops.mmkernels.cpu_variant())"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "MMKERNELS_CPU": variant, "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if "this machine has no" in result.stderr:
-        pytest.skip(f"this machine has no {variant}")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == variant
+    check_cases_in_variant(variant, "distillation_cases", "CASES[::3]" if variant == "portable" else "CASES")
 
 
 @pytest.mark.parametrize("impl", [pytest.param("cpu", marks=needs_library), "reference"])
@@ -195,6 +171,34 @@ def test_nan_in_nan_out(where, value):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@needs_library
+def test_products_kept_or_made_again_give_the_same_bits(case, dtype, monkeypatch):
+    def results(keep):
+        monkeypatch.setattr(distillation_ops, "keeps_products", lambda *_: keep)
+        return run(case.inputs(dtype), case.scale, case.teacher_scale, case.symmetric, "cpu")
+
+    for a, b in zip(results(True), results(False), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_library
+def test_products_are_kept_where_they_are_small():
+    """The student's and the teacher's no larger than 64 MiB."""
+
+    def kept(n, m):
+        queries, keys = features(n, 128, seed=1).requires_grad_(), features(m, 128, seed=2)
+        teacher = {"teacher_queries": queries.detach(), "teacher_keys": keys, "teacher_scale": 20.0}
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.nbytes) or x, lambda x: x):
+            mmkernels.info_nce(queries, keys, 10.0, impl="cpu", symmetric=False, **teacher)
+        return 8 * n * m in held
+
+    assert kept(2048, 4096)  # 64 MiB
+    assert not kept(2048, 4097)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @needs_library
 def test_memory_stays_below_the_inputs(dtype):
     inputs = Case(16384, 16384, 256, 256).inputs(dtype)
@@ -217,11 +221,13 @@ def test_opcheck():
     for dtype, symmetric in itertools.product([torch.float32, torch.bfloat16], [True, False]):
         queries, keys, *teacher = Case(70, 70 if symmetric else 80, 33, 20).inputs(dtype)
         common = (queries, keys, torch.tensor(5.0), *teacher, torch.tensor(7.0))
-        torch.library.opcheck(torch.ops.mmkernels.distillation_cpu_forward, (*common, symmetric))
-        distilled, _, *statistics = torch.ops.mmkernels.distillation_cpu_forward(*common, symmetric)
+        for keep in (True, False):
+            torch.library.opcheck(torch.ops.mmkernels.distillation_cpu_forward, (*common, symmetric, keep))
+        keep = dtype == torch.float32
+        distilled, _, *kept = torch.ops.mmkernels.distillation_cpu_forward(*common, symmetric, keep)
         for mask in ([True, True, True], [False, True, False]):
             grads = torch.ones_like(distilled), torch.zeros_like(distilled)
-            arguments = (*grads, *common, *statistics, symmetric, mask)
+            arguments = (*grads, *common, *kept, symmetric, mask)
             torch.library.opcheck(torch.ops.mmkernels.distillation_cpu_backward, arguments)
 
 

@@ -2,13 +2,10 @@
 
 import dataclasses
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
 from divided_attention_cases import (
     CASES,
     SEED,
@@ -23,14 +20,10 @@ from divided_attention_cases import (
 from torch.utils.flop_counter import FlopCounterMode
 
 import mmkernels
-from mmkernels import _backends
 from mmkernels.divided_attention import reference
 from mmkernels.divided_attention.layout import AXES, CLS_MODES, TOKEN_ORDERS
 from mmkernels.divided_attention.ops import layout_of
 from mmkernels.testing import assert_within_budget, peak_allocated
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-needs_library = pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason="no compiled library")
 
 EVERY_LAYOUT = [Case(20, 5, *choice) for choice in itertools.product(AXES, CLS_MODES, TOKEN_ORDERS)]
 # One case of each schedule and treatment of the class token.
@@ -87,32 +80,10 @@ def test_cpu_matches_float64_at_full_size(case, dtype):
     check_case(case, dtype, "cpu")
 
 
-@pytest.mark.parametrize("variant", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @needs_library
 def test_every_instruction_set(variant):
-    """The variants that this machine would not choose, in a process of their own."""
-    code = (
-        "import torch, divided_attention_cases as c\n"
-        "for case in c.CASES[::3]:\n"
-        "    for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
-        "        c.check_case(case, dtype, 'cpu')\n"
-        "print(torch.ops.mmkernels.cpu_variant())"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={
-            **os.environ,
-            "MMKERNELS_CPU": variant,
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if "this machine has no" in result.stderr:
-        pytest.skip(f"this machine has no {variant}")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == variant
+    check_cases_in_variant(variant, "divided_attention_cases", "CASES[::3]")
 
 
 # ---- Dropout

@@ -4,13 +4,12 @@ import copy
 
 import pytest
 import torch
+from cpu_variants import needs_library
 from torch import Tensor, nn
 
 import mmkernels
-from mmkernels import _backends
 from mmkernels.testing import assert_within_budget
 
-needs_library = pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason="no compiled library")
 WIDTH, HEADS = 48, 3
 
 

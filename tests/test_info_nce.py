@@ -1,22 +1,17 @@
 """info_nce on the CPU: numbers, gradients, memory, compilation and the refusal of bad input."""
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
 from info_nce_cases import CASES, Case, assert_results, check_case, grouped, run, run_eager
 
 import mmkernels
 from mmkernels import _backends
+from mmkernels.contrastive import ops
 from mmkernels.testing import assert_within_budget, features, peak_allocated
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-needs_library = pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason="no compiled library")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -39,28 +34,10 @@ def test_reference_is_the_eager_code(case):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("variant", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @needs_library
 def test_every_instruction_set(variant):
-    """The variants that this machine would not choose, in a process of their own."""
-    code = (
-        "import torch, info_nce_cases as c\n"
-        f"for case in c.CASES[{'::3' if variant == 'portable' else ':'}]:\n"
-        "    for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
-        "        c.check_case(case, dtype, 'cpu')\n"
-        "print(torch.ops.mmkernels.cpu_variant())"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "MMKERNELS_CPU": variant, "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if "this machine has no" in result.stderr:
-        pytest.skip(f"this machine has no {variant}")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == variant
+    check_cases_in_variant(variant, "info_nce_cases", "CASES[::3]" if variant == "portable" else "CASES")
 
 
 @pytest.mark.parametrize(
@@ -292,16 +269,53 @@ def test_65536_pairs_in_the_memory_of_their_inputs_at_any_number_of_threads():
     assert memory_beyond_inputs_and_gradients(queries, keys, threads=64) <= queries.nbytes + keys.nbytes
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@needs_library
+def test_products_kept_or_made_again_give_the_same_bits(case, dtype, monkeypatch):
+    queries, keys = case.inputs(dtype)
+
+    def results(keep):
+        monkeypatch.setattr(ops, "keeps_products", lambda *_: keep)
+        return run(queries, keys, case.scale, "cpu", **case.options_in(dtype))
+
+    kept, again = (results(keep) for keep in (True, False))
+    for a, b in zip(kept, again, strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_library
+def test_products_are_kept_where_they_are_small():
+    """No larger than 64 MiB, of features that are not narrow, and only if a gradient can be asked for."""
+
+    def kept(n, m, d=128, learns=True, **options):
+        queries, keys = features(n, d, seed=1).requires_grad_(learns), features(m, d, seed=2)
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.nbytes) or x, lambda x: x):
+            mmkernels.info_nce(queries, keys, 10.0, impl="cpu", **options)
+        return 4 * n * m in held
+
+    assert kept(4096, 4096)  # 64 MiB
+    assert not kept(4096, 4097)
+    assert not kept(300, 400, d=127)
+    assert not kept(300, 400, learns=False)
+    queue = features(13, 128, seed=3)
+    assert not kept(4096, 4096, key_queue=queue)
+    with torch.no_grad():
+        assert not kept(300, 400)
+
+
 @needs_library
 def test_opcheck():
     for dtype, symmetric in itertools.product([torch.float32, torch.bfloat16], [True, False]):
         queries, keys = Case(70, 80, 33).inputs(dtype)
         groups = (torch.arange(70) % 9, torch.arange(75) % 9) if dtype == torch.float32 else (None, None)
         common = (queries, keys, torch.tensor(5.0), torch.arange(70), *groups)
-        torch.library.opcheck(torch.ops.mmkernels.info_nce_cpu_forward, (*common, symmetric, 0.1))
-        losses, row_lse, col_lse = torch.ops.mmkernels.info_nce_cpu_forward(*common, symmetric, 0.1)
+        for keep in (True, False):
+            torch.library.opcheck(torch.ops.mmkernels.info_nce_cpu_forward, (*common, symmetric, 0.1, keep))
+        losses, *kept = torch.ops.mmkernels.info_nce_cpu_forward(*common, symmetric, 0.1, dtype == torch.float32)
         for mask, num_grad_keys in (([True, True, True], 80), ([False, True, False], 75)):
-            arguments = (torch.ones_like(losses), *common, row_lse, col_lse, symmetric, 0.1, num_grad_keys, mask)
+            arguments = (torch.ones_like(losses), *common, *kept, symmetric, 0.1, num_grad_keys, mask)
             torch.library.opcheck(torch.ops.mmkernels.info_nce_cpu_backward, arguments)
 
 

@@ -1,23 +1,17 @@
 """linear_cross_entropy on the CPU: numbers, gradients, memory, compilation and the refusal of bad input."""
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
 from linear_cross_entropy_cases import CASES, Case, assert_results, check_case, run, run_eager
 
 import mmkernels
 from mmkernels import _backends
 from mmkernels.linear_cross_entropy import ops
 from mmkernels.testing import assert_within_budget, features, peak_allocated
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-needs_library = pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason="no compiled library")
 
 
 def in_double(hidden, weight, bias, targets):
@@ -49,28 +43,11 @@ def test_reference_is_the_eager_code(case):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("variant", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @needs_library
 def test_every_instruction_set(variant):
-    """The variants that this machine would not choose, in a process of their own."""
-    code = (
-        "import torch, linear_cross_entropy_cases as c\n"
-        f"for case in c.CASES[{'::3' if variant == 'portable' else ':'}]:\n"
-        "    for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
-        "        c.check_case(case, dtype, 'cpu')\n"
-        "print(torch.ops.mmkernels.cpu_variant())"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "MMKERNELS_CPU": variant, "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if "this machine has no" in result.stderr:
-        pytest.skip(f"this machine has no {variant}")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == variant
+    cases = "CASES[::3]" if variant == "portable" else "CASES"
+    check_cases_in_variant(variant, "linear_cross_entropy_cases", cases)
 
 
 @pytest.mark.parametrize(

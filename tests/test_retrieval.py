@@ -1,12 +1,8 @@
 """retrieval_ranks and retrieval_topk on the CPU: numbers, ties, memory, compilation and the refusal of bad input."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
 from retrieval_cases import CASES, TILE, Case, check_case, check_order, whole_numbers
 
 import mmkernels
@@ -14,8 +10,6 @@ from mmkernels import _backends
 from mmkernels.retrieval import reference
 from mmkernels.testing import assert_within_budget, features, peak_allocated
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-needs_library = pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason="no compiled library")
 IMPLS = [pytest.param("cpu", marks=needs_library), "reference"]
 
 
@@ -40,28 +34,11 @@ def test_reference(case, dtype):
     check_case(case, dtype, "reference")
 
 
-@pytest.mark.parametrize("variant", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @needs_library
 def test_every_instruction_set(variant):
-    """The variants that this machine would not choose, in a process of their own."""
-    code = (
-        "import torch, retrieval_cases as c\n"
-        f"for case in c.CASES[{'::4' if variant == 'portable' else '::2'}]:\n"
-        "    for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
-        "        c.check_case(case, dtype, 'cpu')\n"
-        "print(torch.ops.mmkernels.cpu_variant())"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "MMKERNELS_CPU": variant, "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if "this machine has no" in result.stderr:
-        pytest.skip(f"this machine has no {variant}")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == variant
+    cases = "CASES[::4]" if variant == "portable" else "CASES[::2]"
+    check_cases_in_variant(variant, "retrieval_cases", cases)
 
 
 @pytest.mark.parametrize("d", [8, 256, 257, 600])

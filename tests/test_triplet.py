@@ -1,21 +1,13 @@
 """triplet on the CPU: numbers, gradients, memory, compilation and the refusal of bad input."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
-from triplet_cases import MININGS, Case, assert_results, by_hand, cases, check_case, run
+from cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
+from triplet_cases import IN_ONE_PASS, MININGS, Case, assert_results, by_hand, cases, check_case, run
 
 import mmkernels
-from mmkernels import _backends
 from mmkernels.testing import assert_within_budget, features, peak_allocated
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-needs_library = pytest.mark.skipif(_backends.unavailable("cpu", "triplet") is not None, reason="no compiled library")
 
 
 @pytest.mark.parametrize("case", [case for case in cases() if case.n * case.m < 20_000], ids=str)
@@ -83,35 +75,18 @@ def test_cpu_matches_float64(case, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("case", [case for case in cases() if case.options["mining"] == "all"][::3], ids=str)
+@pytest.mark.parametrize("case", IN_ONE_PASS, ids=str)
 @needs_library
 def test_losses_and_gradients_in_one_pass(case, reduction, dtype):
     check_case(case, dtype, "cpu", reduction)
 
 
-@pytest.mark.parametrize("variant", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @needs_library
 def test_every_instruction_set(variant):
-    """The variants that this machine would not choose, in a process of their own."""
-    code = (
-        "import torch, triplet_cases as c\n"
-        f"for case in c.cases()[{'::5' if variant == 'portable' else '::2'}]:\n"
-        "    for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
-        "        for reduction in ('none', 'mean') if case.options['mining'] == 'all' else ('none',):\n"
-        "            c.check_case(case, dtype, 'cpu', reduction)\n"
-        "print(torch.ops.mmkernels.cpu_variant())"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "MMKERNELS_CPU": variant, "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if "this machine has no" in result.stderr:
-        pytest.skip(f"this machine has no {variant}")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == variant
+    cases = "cases()[::5]" if variant == "portable" else "cases()[::2]"
+    check_cases_in_variant(variant, "triplet_cases", cases)
+    check_cases_in_variant(variant, "triplet_cases", "IN_ONE_PASS", "'cpu', 'mean'")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -70,6 +70,10 @@ def cases(sizes: list[Case] = SIZES) -> list[Case]:
     ]
 
 
+# Of these a mean or a sum has its gradients from the pass that adds up the losses.
+IN_ONE_PASS = [case for case in cases() if case.options["mining"] == "all"][::3]
+
+
 def run(queries: Tensor, keys: Tensor, impl: str, reduction: str = "none", **options: Any) -> tuple[Tensor, ...]:
     """Losses and the gradients to queries and keys, under weights from 0.5 to 1.5: a scalar's is 0.5."""
     queries, keys = queries.detach().requires_grad_(), keys.detach().requires_grad_()

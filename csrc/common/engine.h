@@ -16,6 +16,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <thread>
 #include <type_traits>
 
@@ -308,6 +309,24 @@ void backward_panels(const Logits& x, const Gradients& grads, const Tiling& t, W
   }
 }
 
+// A tile of products to where all of them are kept for the backward pass, [keys, queries]; null: they are not.
+inline void keep_tile(const Logits& x, const float* tile, int64_t row0, int64_t rows, int64_t col0, int64_t cols,
+                      float* kept) {
+  for (int64_t c = 0; c < cols && kept != nullptr; ++c)
+    std::memcpy(kept + (col0 + c) * x.queries.rows + row0, tile + c * kTileStride, rows * sizeof(float));
+}
+
+// And back, with zeros in the lanes past the last row, as the product itself leaves them; false if none are kept.
+inline bool recall_tile(const Logits& x, const float* kept, int64_t row0, int64_t rows, int64_t col0, int64_t cols,
+                        float* tile) {
+  for (int64_t c = 0; c < cols && kept != nullptr; ++c) {
+    float* to = tile + c * kTileStride;
+    std::memcpy(to, kept + (col0 + c) * x.queries.rows + row0, rows * sizeof(float));
+    std::fill(to + rows, to + round_up(rows, Vec::kLanes), 0.f);
+  }
+  return kept != nullptr;
+}
+
 // The products of a second pair of sets of rows, tile by tile beside the engine's own: an epilogue that needs them
 // holds one, in scratch behind the engine's.
 template <class Product>
@@ -318,15 +337,17 @@ struct Companion {
   const Logits& x;
   const Buffers<Product> b;
   const int64_t col_capacity;
-  int64_t rows = 0;
+  int64_t row0 = 0, rows = 0;
 
-  void begin_panel(int64_t row0, int64_t count) {
+  void begin_panel(int64_t first_row, int64_t count) {
+    row0 = first_row;
     rows = count;
     pack_columns<Product>(x.queries, row0, rows, x.size, b.query_columns);
   }
 
   // Of the panel and a chunk of keys, as the engine's tile; valid until the next call.
-  float* products(int64_t col0, int64_t cols) const {
+  float* products(int64_t col0, int64_t cols, const float* kept = nullptr) const {
+    if (recall_tile(x, kept, row0, rows, col0, cols, b.tile)) return b.tile;
     const RowsLeft keys = key_words<Product>(x.keys, col0, cols, x.size, col_capacity, b.key_rows);
     Ahead nothing;
     product_of_features(b, keys, rows, cols, nothing);

@@ -91,9 +91,11 @@ void check_inputs(const Tensor& queries, const Tensor& keys, const Tensor& scale
   check_scalar("scale", scale);
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& queries_in, const Tensor& keys_in, const Tensor& scale,
-                                           const optional<Tensor>& targets_in, const optional<Tensor>& query_groups,
-                                           const optional<Tensor>& key_groups, bool symmetric, double label_smoothing) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& queries_in, const Tensor& keys_in, const Tensor& scale,
+                                                   const optional<Tensor>& targets_in,
+                                                   const optional<Tensor>& query_groups,
+                                                   const optional<Tensor>& key_groups, bool symmetric,
+                                                   double label_smoothing, bool keep_products) {
   check_inputs(queries_in, keys_in, scale);
   const Tensor queries = with_contiguous_rows(queries_in), keys = with_contiguous_rows(keys_in);
   const int64_t n = queries.size(0), m = keys.size(0);
@@ -105,6 +107,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& queries_in, const Tenso
   const Tensor rows = at::empty({3, n}, floats), cols = at::empty({3, symmetric ? m : 0}, floats);
   const Tensor row_positives = at::empty({n}, doubles),
                col_positives = at::empty({symmetric && several ? m : 0}, doubles);
+  const Tensor products = empty_result({keep_products ? m : 0, n}, floats);
   float *row = rows.mutable_data_ptr<float>(), *col = cols.mutable_data_ptr<float>();
   InfoNceForward p{};
   p.logits = {features_of(queries), features_of(keys), queries.size(1), scale.item<float>()};
@@ -120,6 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& queries_in, const Tenso
   p.col_max = col;
   p.col_sum = col + m;
   p.col_total = col + 2 * m;
+  if (keep_products) p.products = products.mutable_data_ptr<float>();
   run(contrastive_kernels_here().info_nce_forward, p,
       contrastive_kernels_here().tiling(p.logits, false, at::get_num_threads()), floats);
 
@@ -155,14 +159,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& queries_in, const Tenso
     for (int64_t j = begin; j < end; ++j)
       split(p.col_max[j] + std::log(static_cast<double>(p.col_sum[j])), lse_of_col[j], lse_of_col[m + j]);
   });
-  return {losses, row_lse, col_lse};
+  return {losses, row_lse, col_lse, products};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_losses, const Tensor& queries_in, const Tensor& keys_in,
                                             const Tensor& scale, const optional<Tensor>& targets_in,
                                             const optional<Tensor>& query_groups, const optional<Tensor>& key_groups,
-                                            const Tensor& row_lse_in, const Tensor& col_lse_in, bool symmetric,
-                                            double label_smoothing, int64_t num_grad_keys,
+                                            const Tensor& row_lse_in, const Tensor& col_lse_in, const Tensor& products,
+                                            bool symmetric, double label_smoothing, int64_t num_grad_keys,
                                             std::array<bool, 3> output_mask) {
   check_inputs(queries_in, keys_in, scale);
   const Tensor queries = with_contiguous_rows(queries_in), keys = with_contiguous_rows(keys_in);
@@ -211,6 +215,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_losses, const Ten
   }
   p.col_shift = col_weight + m;
   p.col_positive_weight = col_weight + 2 * m;
+  TORCH_CHECK_VALUE(products.numel() == 0 || (products.numel() == m * n && products.is_contiguous()),
+                    "products: expected [M, N] or none, got ", products.sizes());
+  if (products.numel() > 0) p.products = products.const_data_ptr<float>();
 
   const Tiling tiling = contrastive_kernels_here().tiling(p.logits, true, at::get_num_threads());
   std::vector<double> scale_parts(tiling.panels, 0.);

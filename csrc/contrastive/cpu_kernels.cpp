@@ -45,6 +45,7 @@ struct InfoNceStatistics {
   }
 
   void tile(float* s, int64_t col0, int64_t cols) {
+    keep_tile(p.logits, s, row0, rows, col0, cols, p.products);
     scale_and_find_maxima(s, cols);
     if (p.positives.queries != nullptr) {
       std::fill(col_positive, col_positive + cols, 0.);
@@ -156,7 +157,9 @@ struct InfoNceGradient {
     if constexpr (kShift) softmaxes.read(p.row_shift, row_shift);
   }
 
-  static constexpr bool recall(float*, int64_t, int64_t) { return false; }
+  bool recall(float* s, int64_t col0, int64_t cols) const {
+    return recall_tile(p.logits, p.products, row0, rows, col0, cols, s);
+  }
 
   void tile(float* s, int64_t col0, int64_t cols) {
     // Of the positives in the tile, each with its weight in the gradient.

@@ -23,6 +23,7 @@ struct InfoNceForward {
   float *col_max, *col_sum, *col_total;  // [m]
   // The sum of the positives' logits; of the columns where there may be several.
   double *row_positive, *col_positive;
+  float* products;  // [m, n], keys queries^T for the backward pass; null: not kept
 };
 
 struct InfoNceBackward {
@@ -36,6 +37,7 @@ struct InfoNceBackward {
   const float *row_shift, *positive_weight;      // [n]
   SoftmaxWeights col;                            // [m]; null: rows alone
   const float *col_shift, *col_positive_weight;  // [m]
+  const float* products;                         // [m, n] of the forward pass, or null
   Gradients grads;
   double* grad_scale;  // [panels], the parts of d loss / d scale; null: not wanted
 };

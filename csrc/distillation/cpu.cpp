@@ -79,16 +79,21 @@ Tensor log_sum_exps(const float* largest, const float* sum, int64_t count, const
   return lse;
 }
 
-using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Results forward(const Tensor& queries, const Tensor& keys, const Tensor& scale, const Tensor& teacher_queries,
-                const Tensor& teacher_keys, const Tensor& teacher_scale, bool symmetric) {
+                const Tensor& teacher_keys, const Tensor& teacher_scale, bool symmetric, bool keep_products) {
   const Pair pair(queries, keys, scale, teacher_queries, teacher_keys, teacher_scale, symmetric);
   const int64_t n = pair.n, m = symmetric ? pair.m : 0;
   const auto floats = queries.options().dtype(at::kFloat);
   const Tensor rows = at::empty({5, n}, floats), cols = at::empty({5, m}, floats), positives = at::empty({n}, floats);
+  const Tensor products = empty_result({keep_products ? 2 : 0, pair.m, n}, floats);
   DistillationForward p{pair.logits,   pair.teacher,  symmetric,
                         sums_in(rows), sums_in(cols), positives.mutable_data_ptr<float>()};
+  if (keep_products) {
+    p.products = products.mutable_data_ptr<float>();
+    p.teacher_products = p.products + pair.m * n;
+  }
   const DistillationKernels& kernels = distillation_kernels_here();
   run(kernels.forward, p, kernels.tiling(p.logits, p.teacher, false, at::get_num_threads()), floats);
 
@@ -112,7 +117,8 @@ Results forward(const Tensor& queries, const Tensor& keys, const Tensor& scale, 
           log_sum_exps(p.row.largest, p.row.sum, n, floats),
           log_sum_exps(p.col.largest, p.col.sum, m, floats),
           log_sum_exps(p.row.teacher_largest, p.row.teacher_sum, n, floats),
-          log_sum_exps(p.col.teacher_largest, p.col.teacher_sum, m, floats)};
+          log_sum_exps(p.col.teacher_largest, p.col.teacher_sum, m, floats),
+          products};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_distilled, const Tensor& grad_matched,
@@ -120,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_distilled, const 
                                             const Tensor& teacher_queries, const Tensor& teacher_keys,
                                             const Tensor& teacher_scale, const Tensor& row_lse_in,
                                             const Tensor& col_lse_in, const Tensor& teacher_row_lse_in,
-                                            const Tensor& teacher_col_lse_in, bool symmetric,
+                                            const Tensor& teacher_col_lse_in, const Tensor& products, bool symmetric,
                                             std::array<bool, 3> output_mask) {
   const Pair pair(queries, keys, scale, teacher_queries, teacher_keys, teacher_scale, symmetric);
   const int64_t n = pair.n, m = pair.m, size = pair.size;
@@ -158,6 +164,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_distilled, const 
     p.teacher_col = softmax(teacher_col_lse, weight + n);
   }
   p.positive_weight = weight + 2 * n;
+  TORCH_CHECK_VALUE(products.numel() == 0 || (products.numel() == 2 * m * n && products.is_contiguous()),
+                    "products: expected [2, M, N] or none, got ", products.sizes());
+  if (products.numel() > 0) {
+    p.products = products.const_data_ptr<float>();
+    p.teacher_products = p.products + m * n;
+  }
 
   const DistillationKernels& kernels = distillation_kernels_here();
   const Tiling tiling = kernels.tiling(p.logits, p.teacher, true, at::get_num_threads());

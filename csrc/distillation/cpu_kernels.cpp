@@ -80,6 +80,8 @@ struct DistillationStatistics {
 
   void tile(float* s, int64_t col0, int64_t cols) {
     float* t = teacher.products(col0, cols);
+    keep_tile(p.logits, s, row0, rows, col0, cols, p.products);
+    keep_tile(p.teacher, t, row0, rows, col0, cols, p.teacher_products);
     scale_and_find_maxima(s, p.logits.scale, cols, tile_row.largest, col.largest);
     scale_and_find_maxima(t, p.teacher.scale, cols, tile_row.teacher_largest, col.teacher_largest);
     for_each_target(nullptr, row0, rows, col0, cols, s, [&](int64_t r, float& logit) { positive[r] = logit; });
@@ -199,10 +201,12 @@ struct DistillationGradient {
     of_teacher.begin_panel(first_row, count);
   }
 
-  static constexpr bool recall(float*, int64_t, int64_t) { return false; }
+  bool recall(float* s, int64_t col0, int64_t cols) const {
+    return recall_tile(p.logits, p.products, row0, rows, col0, cols, s);
+  }
 
   void tile(float* s, int64_t col0, int64_t cols) {
-    const float* t = teacher.products(col0, cols);
+    const float* t = teacher.products(col0, cols, p.teacher_products);
     const bool one = of_student.begin_tile(col0, cols), teacher_one = of_teacher.begin_tile(col0, cols);
     for_each_target(nullptr, row0, rows, col0, cols, s, [&](int64_t r, float& product) {
       product_of_logits -= static_cast<double>(p.positive_weight[row0 + r]) * product;

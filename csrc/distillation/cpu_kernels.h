@@ -18,16 +18,18 @@ struct DistillationForward {
   Logits logits, teacher;  // of the same numbers of rows
   bool columns;            // gather the sums of the columns too
   DistillationSums row, col;
-  float* positive;  // [n], the student's logit of query i and key i
+  float* positive;                     // [n], the student's logit of query i and key i
+  float *products, *teacher_products;  // [m, n], keys queries^T for the backward pass; null: not kept
 };
 
 struct DistillationBackward {
   Logits logits, teacher;
   // d loss / d logit (i, j) = row.weight[i] p_row(i, j) + col.weight[j] p_col(i, j) - positive_weight[i] [i = j]
   //                           - the same two terms of the teacher, p = e^(logit - lse)
-  SoftmaxWeights row, teacher_row;  // [n]
-  SoftmaxWeights col, teacher_col;  // [m]; null: rows alone
-  const float* positive_weight;     // [n]
+  SoftmaxWeights row, teacher_row;           // [n]
+  SoftmaxWeights col, teacher_col;           // [m]; null: rows alone
+  const float* positive_weight;              // [n]
+  const float *products, *teacher_products;  // [m, n] of the forward pass, or null
   Gradients grads;
   double* grad_scale;  // [panels], the parts of d loss / d scale; null: not wanted
 };

@@ -42,10 +42,9 @@ struct ClassStatistics {
   void begin_panel(int64_t first, int64_t count) { bias.begin(p.bias, first, count); }
 
   void tile(float* s, int64_t col0, int64_t cols) {
+    keep_tile(p.logits, s, bias.class0, bias.classes, col0, cols, p.products);
     for (int64_t c = 0; c < cols; ++c) {
       float* row = s + c * kTileStride;
-      if (p.products != nullptr)
-        std::memcpy(p.products + (col0 + c) * p.logits.queries.rows + bias.class0, row, bias.classes * sizeof(float));
       Vec largest = Vec::set1(kLowest);
       for (int64_t r = 0; r < bias.padded_classes; r += Vec::kLanes) {
         const Vec logits = Vec::load(row + r) + Vec::load(bias.values + r);
@@ -92,11 +91,7 @@ struct ClassGradient {
   }
 
   bool recall(float* s, int64_t col0, int64_t cols) const {
-    if (p.products == nullptr) return false;
-    for (int64_t c = 0; c < cols; ++c)
-      std::memcpy(s + c * kTileStride, p.products + (col0 + c) * p.logits.queries.rows + bias.class0,
-                  bias.classes * sizeof(float));
-    return true;
+    return recall_tile(p.logits, p.products, bias.class0, bias.classes, col0, cols, s);
   }
 
   void tile(float* s, int64_t col0, int64_t cols) {

@@ -52,8 +52,9 @@ def info_nce(
         labels = torch.arange(len(queries), device=queries.device)
         loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T[: len(queries)], labels)) / 2
 
-    by one pass over tiles of the logits; nothing of size N x M is stored, forward or backward. Queries and keys
-    are used as they come: normalise them first for cosine similarities.
+    by one pass over tiles of the logits; nothing of size N x M is stored, forward or backward (on a CPU, where it is no
+    more than 64 MiB, it saves a product). Queries and keys are used as they come: normalise them first for cosine
+    similarities.
 
     Args:
         queries: [N, D], float32, bfloat16, float16 (accumulated in float32) or float64 (reference only).

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._autograd import refuse_second_derivatives
+from mmkernels.contrastive.ops import keeps_products
 
 _library = torch.library.Library("mmkernels", "FRAGMENT")
 
@@ -15,11 +16,16 @@ _INPUTS = "Tensor queries, Tensor keys, Tensor scale, Tensor teacher_queries, Te
 _STATISTICS = "Tensor row_lse, Tensor col_lse, Tensor teacher_row_lse, Tensor teacher_col_lse"
 # distilled [N], the cross-entropies under the teacher, and matched [N], those against the key of the same number (NaN
 # where there is none); row_lse [2, N], col_lse [2, M] ([2, 0] if not symmetric), each the rounded value and what
-# rounding took off; float32
-_FORWARD = f"({_INPUTS}, bool symmetric) -> (Tensor distilled, Tensor matched, {_STATISTICS})"
+# rounding took off; products [2, M, N], keys queries^T of the student and of the teacher if they are to be kept for the
+# backward pass, else [0, M, N]; float32
+_FORWARD = (
+    f"({_INPUTS}, bool symmetric, bool keep_products)"
+    f" -> (Tensor distilled, Tensor matched, {_STATISTICS}, Tensor products)"
+)
 # One gradient for each true entry of output_mask (queries, keys, scale), an empty tensor for each false one.
 _BACKWARD = (
-    f"(Tensor grad_distilled, Tensor grad_matched, {_INPUTS}, {_STATISTICS}, bool symmetric, bool[3] output_mask)"
+    f"(Tensor grad_distilled, Tensor grad_matched, {_INPUTS}, {_STATISTICS}, Tensor products, bool symmetric,"
+    " bool[3] output_mask)"
     " -> (Tensor grad_queries, Tensor grad_keys, Tensor grad_scale)"
 )
 
@@ -32,10 +38,13 @@ def _forward_fake(
     teacher_keys: Tensor,
     teacher_scale: Tensor,
     symmetric: bool,
+    keep_products: bool,
 ) -> tuple[Tensor, ...]:
-    num_queries, num_columns = queries.shape[0], keys.shape[0] if symmetric else 0
+    num_queries, num_keys = queries.shape[0], keys.shape[0]
     losses = (scale.new_empty(num_queries) for _ in range(2))
-    return (*losses, *(scale.new_empty(2, count) for _ in range(2) for count in (num_queries, num_columns)))
+    counts = (num_queries, num_keys if symmetric else 0)
+    statistics = (scale.new_empty(2, count) for _ in range(2) for count in counts)
+    return *losses, *statistics, scale.new_empty(2 if keep_products else 0, num_keys, num_queries)
 
 
 def _backward_fake(
@@ -51,6 +60,7 @@ def _backward_fake(
     col_lse: Tensor,
     teacher_row_lse: Tensor,
     teacher_col_lse: Tensor,
+    products: Tensor,
     symmetric: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,11 +108,12 @@ class _Distillation(torch.autograd.Function):
         teacher_scale: Tensor,
         symmetric: bool,
         backend: str,
+        keep_products: bool,
     ) -> tuple[Tensor, Tensor]:
         forward = getattr(torch.ops.mmkernels, f"distillation_{backend}_forward")
         inputs = (queries, keys, scale, teacher_queries, teacher_keys, teacher_scale)
-        distilled, matched, *statistics = forward(*inputs, symmetric)
-        ctx.save_for_backward(*inputs, *statistics)
+        distilled, matched, *kept = forward(*inputs, symmetric, keep_products)
+        ctx.save_for_backward(*inputs, *kept)
         ctx.symmetric, ctx.backend = symmetric, backend
         return distilled, matched
 
@@ -115,7 +126,7 @@ class _Distillation(torch.autograd.Function):
             grads = backward(grad_distilled, grad_matched, *saved, ctx.symmetric, mask)
         if torch.is_grad_enabled():  # create_graph=True
             grads = refuse_second_derivatives("info_nce", grads, grad_distilled, grad_matched, *saved[:3])
-        return *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), *(None,) * 5
+        return *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), *(None,) * 6
 
 
 def distillation(
@@ -133,5 +144,6 @@ def distillation(
     Differentiable in queries, keys and scale; the teacher gets no gradient.
     """
     inputs = (queries, keys, scale, teacher_queries, teacher_keys, teacher_scale)
-    distilled, matched = _Distillation.apply(*inputs, symmetric, backend)
+    keep = backend == "cpu" and keeps_products(2 * queries.shape[0] * keys.shape[0], queries, keys, scale)
+    distilled, matched = _Distillation.apply(*inputs, symmetric, backend, keep)
     return distilled, matched

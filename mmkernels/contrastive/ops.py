@@ -6,22 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._autograd import refuse_second_derivatives
+from mmkernels._autograd import FREE_BYTES, refuse_second_derivatives, wants_backward
 
 _library = torch.library.Library("mmkernels", "FRAGMENT")
 
 # losses [N]; row_lse [2, N], col_lse [2, M] ([2, 0] if not symmetric), each the rounded value and what rounding took
-# off; float32
+# off; products [M, N], keys queries^T if they are to be kept for the backward pass, else [0, N]; float32
 _FORWARD = (
     "(Tensor queries, Tensor keys, Tensor scale, Tensor? targets, Tensor? query_groups, Tensor? key_groups,"
-    " bool symmetric, float label_smoothing)"
-    " -> (Tensor losses, Tensor row_lse, Tensor col_lse)"
+    " bool symmetric, float label_smoothing, bool keep_products)"
+    " -> (Tensor losses, Tensor row_lse, Tensor col_lse, Tensor products)"
 )
 # One gradient for each true entry of output_mask (queries, the first num_grad_keys keys, scale), an empty tensor for
 # each false one.
 _BACKWARD = (
     "(Tensor grad_losses, Tensor queries, Tensor keys, Tensor scale, Tensor? targets, Tensor? query_groups,"
-    " Tensor? key_groups, Tensor row_lse, Tensor col_lse, bool symmetric, float label_smoothing,"
+    " Tensor? key_groups, Tensor row_lse, Tensor col_lse, Tensor products, bool symmetric, float label_smoothing,"
     " SymInt num_grad_keys, bool[3] output_mask)"
     " -> (Tensor grad_queries, Tensor grad_keys, Tensor grad_scale)"
 )
@@ -36,9 +36,11 @@ def _forward_fake(
     key_groups: Tensor | None,
     symmetric: bool,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    num_queries, num_keys = queries.shape[0], keys.shape[0] if symmetric else 0
-    return scale.new_empty(num_queries), scale.new_empty(2, num_queries), scale.new_empty(2, num_keys)
+    keep_products: bool,
+) -> tuple[Tensor, ...]:
+    num_queries, num_keys = queries.shape[0], keys.shape[0]
+    shapes = ((num_queries,), (2, num_queries), (2, num_keys if symmetric else 0))
+    return *map(scale.new_empty, shapes), scale.new_empty(num_keys if keep_products else 0, num_queries)
 
 
 def _backward_fake(
@@ -51,6 +53,7 @@ def _backward_fake(
     key_groups: Tensor | None,
     row_lse: Tensor,
     col_lse: Tensor,
+    products: Tensor,
     symmetric: bool,
     label_smoothing: float,
     num_grad_keys: int,
@@ -80,7 +83,7 @@ def _triton() -> Any:
 
 for _pass in ("forward", "backward"):
 
-    def _launch(*args: Any, _name: str = f"info_nce_{_pass}") -> tuple[Tensor, Tensor, Tensor]:
+    def _launch(*args: Any, _name: str = f"info_nce_{_pass}") -> tuple[Tensor, ...]:
         return getattr(_triton(), _name)(*args)
 
     # The CPU key serves the interpreter.
@@ -102,12 +105,13 @@ class _InfoNCE(torch.autograd.Function):
         symmetric: bool,
         label_smoothing: float,
         backend: str,
+        keep_products: bool,
     ) -> Tensor:
         forward = getattr(torch.ops.mmkernels, f"info_nce_{backend}_forward")
         all_keys = keys if key_queue is None else torch.cat([keys, key_queue])
         inputs = (queries, all_keys, scale, targets, query_groups, key_groups)
-        losses, row_lse, col_lse = forward(*inputs, symmetric, label_smoothing)
-        ctx.save_for_backward(*inputs, row_lse, col_lse)
+        losses, *kept = forward(*inputs, symmetric, label_smoothing, keep_products)
+        ctx.save_for_backward(*inputs, *kept)
         ctx.num_keys = keys.shape[0]
         ctx.symmetric, ctx.label_smoothing, ctx.backend = symmetric, label_smoothing, backend
         return losses
@@ -129,8 +133,18 @@ class _InfoNCE(torch.autograd.Function):
             grad_keys[: ctx.num_keys] if of_keys else None,
             grad_keys[ctx.num_keys :] if of_queue else None,
             grad_scale if of_scale else None,
-            *(None,) * 6,
+            *(None,) * 7,
         )
+
+
+# Bytes of a row of features: products of narrower ones are made again in less time than they are written and read.
+_LEAST_ROW = 512
+
+
+def keeps_products(count: int, queries: Tensor, *others: Tensor | None) -> bool:
+    """Whether a backward pass can come that need not make so many products again, on a CPU."""
+    wide = queries.shape[1] * queries.itemsize >= _LEAST_ROW
+    return wide and 4 * count <= FREE_BYTES and wants_backward(queries, *others)
 
 
 def info_nce(
@@ -146,6 +160,7 @@ def info_nce(
     backend: str,
 ) -> Tensor:
     """The loss of every query, [N] float32, on the backend named; differentiable."""
-    return _InfoNCE.apply(
-        queries, keys, key_queue, scale, targets, query_groups, key_groups, symmetric, label_smoothing, backend
-    )
+    options = (targets, query_groups, key_groups, symmetric, label_smoothing)
+    num_keys = keys.shape[0] + (0 if key_queue is None else key_queue.shape[0])
+    keep = backend == "cpu" and keeps_products(queries.shape[0] * num_keys, queries, keys, key_queue, scale)
+    return _InfoNCE.apply(queries, keys, key_queue, scale, *options, backend, keep)

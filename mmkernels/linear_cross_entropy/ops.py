@@ -6,9 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._autograd import refuse_second_derivatives
-
-_FREE_BYTES = 64 << 20
+from mmkernels._autograd import FREE_BYTES, refuse_second_derivatives, wants_backward
 
 _library = torch.library.Library("mmkernels", "FRAGMENT")
 
@@ -119,9 +117,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _keeps_products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether a backward pass can come that need not multiply again: the products take no more than the weight and its
     gradient."""
-    small = 4 * hidden.shape[0] * weight.shape[0] <= max(2 * weight.numel() * weight.itemsize, _FREE_BYTES)
-    learns = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    return small and learns and torch.is_grad_enabled()
+    small = 4 * hidden.shape[0] * weight.shape[0] <= max(2 * weight.numel() * weight.itemsize, FREE_BYTES)
+    return small and wants_backward(hidden, weight, bias)
 
 
 def linear_cross_entropy(

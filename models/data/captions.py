@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 
 import tokenizers
 import torch
-from open_clip.tokenizer import SimpleTokenizer
 from tokenizers import normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -29,6 +28,8 @@ class Tokenizer:
             raise ValueError(f"vocab_size must lie between 514 (bytes alone) and 49408 (CLIP's own); got {vocab_size}")
         if context_length < 3:
             raise ValueError(f"context_length must hold start, a token and end: at least 3; got {context_length}")
+        from open_clip.tokenizer import SimpleTokenizer  # seconds of imports, for CLIP alone
+
         self.context_length = context_length
         self.vocab_size = vocab_size
         self._bpe = SimpleTokenizer(context_length=context_length)

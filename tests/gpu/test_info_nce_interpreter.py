@@ -93,8 +93,8 @@ else:
         if grad_losses is None:
             grad_losses = torch.full((), 1.0 / len(queries)).expand(len(queries))
         inputs, options = (queries, keys, scale, targets, query_groups, key_groups), (symmetric, label_smoothing)
-        losses, *lse = triton_kernels.info_nce_forward(*inputs, *options)
-        grads = triton_kernels.info_nce_backward(grad_losses, *inputs, *lse, *options, len(keys), list(mask))
+        losses, *kept = triton_kernels.info_nce_forward(*inputs, *options, False)
+        grads = triton_kernels.info_nce_backward(grad_losses, *inputs, *kept, *options, len(keys), list(mask))
         return [losses, *grads]
 
     def check(

@@ -63,15 +63,20 @@ def info_nce_forward(
     key_groups: Tensor | None,  # [M] or fewer: the keys past its end are of no group
     symmetric: bool,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The losses [N] and the log-sum-exps of the rows [2, N] and of the columns [2, M] ([2, 0] unless symmetric)."""
+    keep_products: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The losses [N] and the log-sum-exps of the rows [2, N] and of the columns [2, M] ([2, 0] unless symmetric); no
+    products are kept."""
+    if keep_products:
+        raise NotImplementedError("keep_products: expected False, the Triton kernels make the products again")
     if targets is not None:
         require_targets("info_nce", targets, keys.shape[0], "keys")
     groups = None
     if query_groups is not None and key_groups is not None:
         groups = number_groups(query_groups, key_groups)
         require_groups(groups, query_groups, key_groups, targets, symmetric)
-    return cross_entropy_forward(queries, keys, scale, None, targets, symmetric, label_smoothing, groups)
+    found = cross_entropy_forward(queries, keys, scale, None, targets, symmetric, label_smoothing, groups)
+    return *found, scale.new_empty(0, len(queries))
 
 
 def cross_entropy_forward(
@@ -139,6 +144,7 @@ def info_nce_backward(
     key_groups: Tensor | None,  # [M] or fewer
     row_lse: Tensor,  # [2, N]
     col_lse: Tensor,  # [2, M]
+    products: Tensor,  # none
     symmetric: bool,
     label_smoothing: float,
     num_grad_keys: int,

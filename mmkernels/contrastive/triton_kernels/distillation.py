@@ -344,9 +344,12 @@ def distillation_forward(
     teacher_keys: Tensor,  # [M, D']
     teacher_scale: Tensor,  # []
     symmetric: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    keep_products: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The losses under the teacher [N] and under the diagonal [N]; of the student and of the teacher the log-sum-exps
-    of the rows [2, N] and of the columns [2, M] ([2, 0] unless symmetric), in base 2."""
+    of the rows [2, N] and of the columns [2, M] ([2, 0] unless symmetric), in base 2; no products are kept."""
+    if keep_products:
+        raise NotImplementedError("keep_products: expected False, the Triton kernels make the products again")
     N, M = queries.shape[0], keys.shape[0]
     _, precision = choose(queries)
     tile = choose_distillation(queries).forward
@@ -374,7 +377,7 @@ def distillation_forward(
             row_lse, col_lse, teacher_row_lse, teacher_col_lse,
             N, M, groups, splits, SYMMETRIC=symmetric, BLOCK=MERGE_BLOCK, **NO_FUSION,
         )  # fmt: skip
-    return distilled, matched, row_lse, col_lse, teacher_row_lse, teacher_col_lse
+    return distilled, matched, row_lse, col_lse, teacher_row_lse, teacher_col_lse, scale.new_empty(0, M, N)
 
 
 class _Logits(NamedTuple):
@@ -425,6 +428,7 @@ def distillation_backward(
     col_lse: Tensor,  # [2, M]
     teacher_row_lse: Tensor,  # [2, N]
     teacher_col_lse: Tensor,  # [2, M]
+    products: Tensor,  # none
     symmetric: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
