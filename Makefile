@@ -67,13 +67,13 @@ train-captioning: env ## Train the captioner on emoji until CIDEr on a held-out 
 
 # Each command goes on where a stopped run was.
 train-retrieval: env ## Train the retrieval model on emoji in four languages, evaluate it, compare the losses (resumable)
-	$(PY) -m models.retrieval train --out runs/retrieval --styles all --validation-style fluent-flat --steps 700 \
-		--mining hardest --mining-warmup 300 --ema 0.995 --evaluate-every 50 --checkpoint-every 25
+	$(PY) -m models.retrieval train --out runs/retrieval --styles all --validation-style fluent-flat --steps 1400 \
+		--mining hardest --mining-warmup 500 --ema 0.998 --evaluate-every 100 --checkpoint-every 50
 	$(PY) -m models.retrieval eval runs/retrieval
 	$(PY) -m models.retrieval search "smiling cat" "lachende Katze" "chat qui sourit" "gato sonriente" \
 		--run runs/retrieval --out runs/retrieval/search.png
 	$(PY) -m models.retrieval compare --out runs/compare --validation-style fluent-flat --batch-size 256 --steps 300 \
-		--mining-warmup 150 --ema 0.99 --evaluate-every 50
+		--mining-warmup 150 --ema 0.99 --keyword-share 0.15 --evaluate-every 50
 
 # A finished run is not repeated, and a stopped one goes on where it was.
 train-av-fusion: env ## Train and compare audio-visual fusions and both modalities alone, five seeds each (resumable)

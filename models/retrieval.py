@@ -317,7 +317,7 @@ class RetrievalData(DataConfig):
     views: int = 1
     texts: int = 2
     variant_divisor: int = 20
-    keyword_share: float = 0.15
+    keyword_share: float = 0.4
     augment: float = 0.5
     languages: tuple[str, ...] = ("en", "de", "fr", "es")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from models.gallery import (
 )
 from models.retrieval import Retriever
 from models.training import console, read_history
+
+TOP = 5  # images of a search by keywords that are looked at
 
 
 def retriever_encoder(model: Retriever, tokens: Subwords) -> Encoder:
@@ -57,6 +61,46 @@ def best_images(encoder: Encoder, gallery: ImageTextSet, queries: Sequence[str],
     return mmkernels.retrieval_topk(encoder.texts(queries), encoder.images(gallery.images), min(top, len(gallery)))
 
 
+def keyword_queries(gallery: ImageTextSet) -> dict[str, dict[str, list[int]]]:
+    """Searches by one keyword and by two, and the rows that have them all: at least TOP, at most a tenth of the rows.
+
+    Of the pairs of keywords a thousand, evenly from all in alphabetical order.
+    """
+    having: dict[str, set[int]] = defaultdict(set)
+    for row, c in enumerate(gallery.concept_ids.tolist()):
+        for keyword in gallery.concepts[c].keywords:
+            having[keyword].add(row)
+    pairs = {
+        f"{one} {other}": having[one] & having[other]
+        for c in gallery.concept_ids.tolist()
+        for one, other in itertools.combinations(sorted(gallery.concepts[c].keywords), 2)
+    }
+    found = {}
+    for name, queries in (("one keyword", having), ("two keywords", pairs)):
+        asked = [query for query, rows in sorted(queries.items()) if TOP <= len(rows) <= len(gallery) // 10]
+        found[name] = {query: sorted(queries[query]) for query in asked[:: max(1, len(asked) // 1000)]}
+    return found
+
+
+def search_precision(encoder: Encoder, gallery: ImageTextSet) -> dict[str, Any]:
+    """How many of the first images that a search by keywords finds have these: of the first, of the first TOP."""
+    report = {}
+    for name, queries in keyword_queries(gallery).items():
+        if not queries:
+            continue
+        _, rows = best_images(encoder, gallery, list(queries), TOP)
+        hits = torch.tensor(
+            [[row in own for row in best] for best, own in zip(rows.tolist(), queries.values(), strict=True)]
+        )
+        report[name] = {
+            "queries": len(queries),
+            "first": float(hits[:, 0].double().mean()),
+            "top": float(hits.double().mean()),
+            "chance": sum(map(len, queries.values())) / len(queries) / len(gallery),
+        }
+    return report
+
+
 def evaluate(encoder: Encoder, splits: Splits, sets: Mapping[str, ImageTextSet]) -> dict[str, Any]:
     """The report: for every set its galleries, and its base gallery in each language, as plain numbers."""
     baselines = Baselines(splits.train)
@@ -67,6 +111,7 @@ def evaluate(encoder: Encoder, splits: Splits, sets: Mapping[str, ImageTextSet])
         report["sets"][name] = {
             "retrieval": evaluate_galleries(data, splits.gallery_limit, images, texts, baselines),
             "languages": spoken_retrieval(encoder, data.gallery(limit=splits.gallery_limit, variants=False)),
+            "search": search_precision(encoder, data.gallery(variants=False)),
         }
     return report
 
@@ -86,6 +131,19 @@ def print_languages(report: Mapping[str, Any], console: Console) -> None:
             row = (name if i == 0 else "", language or "all", str(found["size"]), *both)
             table.add_row(*row, end_section=language == last)
     console.print(table)
+
+
+def print_search(report: Mapping[str, Any], console: Console) -> None:
+    """Print how searches by keywords do, if there are any."""
+    table = Table(title="Search by English keywords in all base images")
+    for column in ("set", "query", "queries", "the first has them", f"of the first {TOP}", "chance"):
+        table.add_column(column, justify="left" if column in ("set", "query") else "right")
+    for name, entry in report["sets"].items():
+        for i, (query, found) in enumerate(entry["search"].items()):
+            shares = (f"{found[key]:.3f}" for key in ("first", "top", "chance"))
+            table.add_row(name if i == 0 else "", query, str(found["queries"]), *shares)
+    if table.row_count:
+        console.print(table)
 
 
 def print_comparison(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
@@ -118,6 +176,7 @@ def evaluate_run(encoder: Encoder, splits: Splits, out: Path, *, validation: boo
     save_report(report, out / "report.json")
     print_retrieval(report, console)
     print_languages(report, console)
+    print_search(report, console)
     for note in report["notes"]:
         console.print(f"[dim]{note}")
     draw_gallery(encoder, next(iter(sets.values())), splits.gallery_limit, out)

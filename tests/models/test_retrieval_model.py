@@ -14,7 +14,13 @@ from models.data.synthetic import load_synthetic
 from models.gallery import Encoder, evaluate_galleries, pick_sets, retrieval
 from models.metrics import PixelBaseline, Retrieval, as_dict, ranks_of_scores
 from models.retrieval import PRESETS, TEXT_ENCODERS, LossConfig, RetrievalData, RetrievalTask, Retriever, learn_tokens
-from models.retrieval_eval import best_images, retriever_encoder, spoken_retrieval
+from models.retrieval_eval import (
+    best_images,
+    keyword_queries,
+    retriever_encoder,
+    search_precision,
+    spoken_retrieval,
+)
 
 NANO = PRESETS["nano"]
 LOSSES = [LossConfig(mining=mining) for mining in ("all", "hardest", "semi_hard")]  # type: ignore[arg-type]
@@ -231,6 +237,32 @@ def test_search_finds_what_a_text_names() -> None:
     assert rows[:, 0].tolist() == [3, 5]
     assert scores[:, 0].tolist() == [1, 1]
     assert best_images(encoder, data, ["3"], 99)[0].shape == (1, 6), "no more than there are"
+
+
+def test_searches_by_keywords_count_the_images_that_have_them_all() -> None:
+    rows_of = {"low": range(6), "mid": range(1, 7), "many": range(30)}
+    concepts = [Concept(str(i), str(i), tuple(k for k, rows in rows_of.items() if i in rows)) for i in range(60)]
+    images = torch.zeros(60, 4, 8, 8, dtype=torch.uint8)
+    data = ImageTextSet(images, torch.arange(60), torch.zeros(60), concepts, ["grey"])
+    queries = keyword_queries(data)
+    assert queries["one keyword"] == {"low": list(range(6)), "mid": list(range(1, 7))}, "a tenth of the rows at most"
+    pairs = {"low many": list(range(6)), "low mid": list(range(1, 6)), "many mid": list(range(1, 7))}
+    assert queries["two keywords"] == pairs
+
+    class FirstFive:
+        """Finds images 0 to 4 whatever is asked for."""
+
+        def images(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.eye(len(images))
+
+        def texts(self, texts: list[str]) -> torch.Tensor:
+            return (torch.arange(60) < 5).float().expand(len(texts), 60)
+
+    found = search_precision(FirstFive(), data)  # type: ignore[arg-type]
+    assert found["one keyword"] == pytest.approx({"queries": 2, "first": 0.5, "top": 0.9, "chance": 0.1})
+    assert found["two keywords"] == pytest.approx({"queries": 3, "first": 1 / 3, "top": 2.6 / 3, "chance": 17 / 180})
+    nameless = replace(data, concepts=[replace(c, keywords=()) for c in concepts])
+    assert search_precision(FirstFive(), nameless) == {}  # type: ignore[arg-type]
 
 
 def test_pixel_baseline_of_a_set_is_beside_the_model(spoken: Splits, tokens: Subwords) -> None:
