@@ -420,7 +420,7 @@ DataSource = Annotated[
 PresetOption = Annotated[Preset, typer.Option(help="Model size.")]
 StepsOption = Annotated[int, typer.Option(min=1)]
 BatchOption = Annotated[int, typer.Option(min=2, help="Examples in a batch.")]
-RateOption = Annotated[float, typer.Option(min=0)]
+RateOption = Annotated[float | None, typer.Option(min=0, help="Learning rate; default: the fusion's own.")]
 WarmupOption = Annotated[int, typer.Option(min=0)]
 DecayOption = Annotated[float, typer.Option(min=0)]
 AverageOption = Annotated[float, typer.Option(min=0, max=1, help="Decay of the weight average; 0: none.")]
@@ -431,7 +431,16 @@ SigmaOption = Annotated[tuple[float, float], typer.Option(help="Range of the dev
 HiddenOption = Annotated[tuple[float, float], typer.Option(help="Range of the share of an image that is hidden.")]
 CpuOption = Annotated[bool, typer.Option("--cpu", help="Use the CPU even where there is a GPU.")]
 
-STEPS, BATCH, RATE, WARMUP, DECAY, AVERAGE, DROPOUT = 300, 128, 5e-3, 30, 0.05, 0.99, 0.2
+STEPS, BATCH, WARMUP, DECAY, AVERAGE, DROPOUT = 300, 128, 30, 0.05, 0.99, 0.2
+# Learning rates, each the best of its fusion on the validation set of the digits.
+RATES: dict[Fusion, float] = {
+    "image": 0.04,
+    "audio": 0.04,
+    "early": 0.04,
+    "late": 0.027,
+    "weighted": 0.04,
+    "attention": 0.008,
+}
 
 
 @app.command()
@@ -444,7 +453,7 @@ def train(
     minutes: Annotated[float | None, typer.Option(help="End in this time, the decay of the rate fitted to it.")] = None,
     batch_size: BatchOption = BATCH,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches of an optimiser step.")] = 1,
-    lr: RateOption = RATE,
+    lr: RateOption = None,
     warmup: WarmupOption = WARMUP,
     weight_decay: DecayOption = DECAY,
     clip: Annotated[float, typer.Option(min=0, help="Largest norm of the gradient.")] = 1.0,
@@ -467,7 +476,7 @@ def train(
         PairDataConfig(data, Noise(snr, sigma, hidden), batch_size, dropout, seed),
         TrainConfig(
             steps=steps,
-            lr=lr,
+            lr=RATES[fusion.value] if lr is None else lr,
             warmup=warmup,
             weight_decay=weight_decay,
             clip=clip,
@@ -568,7 +577,7 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each fusion.")] = 5,
     steps: StepsOption = STEPS,
     batch_size: BatchOption = BATCH,
-    lr: RateOption = RATE,
+    lr: RateOption = None,
     warmup: WarmupOption = WARMUP,
     weight_decay: DecayOption = DECAY,
     ema: AverageOption = AVERAGE,
@@ -596,13 +605,13 @@ def compare(
         PairDataConfig(data, Noise(snr, sigma, hidden), batch_size, dropout),
         TrainConfig(
             steps=steps,
-            lr=lr,
             warmup=warmup,
             weight_decay=weight_decay,
             precision=pick_precision(precision.value),
             ema=ema,
         ),
         out,
+        rates=RATES if lr is None else dict.fromkeys(FUSIONS, lr),
         seeds=seeds,
         smoothing=smoothing,
         validation=validation,

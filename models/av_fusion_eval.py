@@ -19,6 +19,7 @@ from models import plots
 from models.av_fusion import (
     FUSIONS,
     AVFusion,
+    Fusion,
     FusionConfig,
     PairDataConfig,
     count_parameters,
@@ -299,6 +300,7 @@ def compare_runs(
     train: TrainConfig,
     out: Path,
     *,
+    rates: Mapping[Fusion, float],
     seeds: int,
     smoothing: float = 0.0,
     validation: bool = False,
@@ -309,6 +311,8 @@ def compare_runs(
     cpu: bool = False,
 ) -> dict[str, Any]:
     """Train and evaluate every fusion for every seed, on the same batches and the same test examples; print the tables.
+
+    Each fusion has its own of the learning ``rates``.
 
     Beside them stands what needs no training of its own: the decisions of the two models of one modality, averaged and
     multiplied. The product is Bayes' rule: image and sound of a class, and their noises, are independent here.
@@ -325,7 +329,7 @@ def compare_runs(
         for fusion in FUSIONS:
             folder = out / f"{fusion}-{seed}"
             config = replace(model, fusion=fusion)
-            own_data, own_train = replace(data, seed=seed), replace(train, seed=seed)
+            own_data, own_train = replace(data, seed=seed), replace(train, seed=seed, lr=rates[fusion])
             settings = {
                 "model": asdict(config),
                 "data": asdict(own_data),

@@ -229,3 +229,22 @@ def test_errors_are_one_clear_line(
     printed = capsys.readouterr().out
     assert message in printed.replace("\n", " ")
     assert "Traceback" not in printed
+
+
+def test_each_fusion_has_its_own_learning_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from models import av_fusion_eval
+
+    seen: dict[str, float] = {}
+    monkeypatch.setattr(
+        av_fusion, "train_run", lambda model, _, train, *__, **___: seen.update({model.fusion: train.lr})
+    )
+    for fusion in av_fusion.FUSIONS:
+        assert main(["train", "--fusion", fusion, "--out", str(tmp_path)]) == 0
+    assert seen == av_fusion.RATES
+    assert main(["train", "--fusion", "early", "--lr", "0.1", "--out", str(tmp_path)]) == 0
+    assert seen["early"] == 0.1
+    rates: list[dict[str, float]] = []
+    monkeypatch.setattr(av_fusion_eval, "compare_runs", lambda *_, **options: rates.append(options["rates"]))
+    for options in ([], ["--lr", "0.1"]):
+        assert main(["compare", "--out", str(tmp_path), *options]) == 0
+    assert rates == [av_fusion.RATES, dict.fromkeys(av_fusion.FUSIONS, 0.1)]
