@@ -35,7 +35,7 @@ class PairsReport(NamedTuple):
         gradients = sum(leaf.nbytes for leaf in leaves)
         steps = {name: lambda loss=loss: torch.autograd.grad(loss(*leaves), leaves) for name, loss in losses.items()}
         peaks = [cpu_peak(dtype) or 0.0 for _ in range(3)]
-        times = interleaved(steps, seconds=seconds, least=1 if n > 8192 else 5)
+        times = interleaved(steps, seconds=seconds, least=1 if n > 8192 else 3 if n == 8192 else 5)
         peaks += [cpu_peak(dtype) or 0.0 for _ in range(3)]
         return [
             {

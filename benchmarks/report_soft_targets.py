@@ -53,7 +53,7 @@ def measure(targets: str, dtype: torch.dtype, n: int, with_peers: bool, *, secon
         name: lambda loss=loss: torch.autograd.grad(loss(*leaves, *given), leaves) for name, loss in losses.items()
     }
     peaks = [cpu_peak(dtype) or 0.0 for _ in range(3)]
-    times = interleaved(steps, seconds=seconds, least=1 if n > 8192 else 5)
+    times = interleaved(steps, seconds=seconds, least=1 if n > 8192 else 3 if n == 8192 else 5)
     peaks += [cpu_peak(dtype) or 0.0 for _ in range(3)]
     return [
         {
