@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
 from distillation_cases import CASES, Case, assert_results, check_case, run
+from output_masks import output_masks
 
 import mmkernels
 from mmkernels.contrastive import distillation_ops
+from mmkernels.contrastive.api import distillation_losses
 from mmkernels.testing import assert_within_budget, features, peak_allocated
 
 
@@ -61,6 +63,10 @@ def one_sided(rows: float) -> tuple[torch.Tensor, ...]:
         pytest.param(one_sided(1e4), one_sided(1e4), id="columns far apart"),
         pytest.param(one_sided(1e4)[::-1], one_sided(1e4)[::-1], id="rows far apart"),
         pytest.param(one_sided(1e4), one_sided(-1e4), id="a student that is sure of the opposite"),
+        pytest.param(one_sided(1e4), one_sided(1.0), id="the student's columns far apart"),
+        pytest.param(one_sided(1e4)[::-1], one_sided(1.0)[::-1], id="the student's rows far apart"),
+        pytest.param(one_sided(1.0), one_sided(1e4), id="the teacher's columns far apart"),
+        pytest.param(one_sided(1.0)[::-1], one_sided(1e4)[::-1], id="the teacher's rows far apart"),
         pytest.param((1e4 * torch.eye(40), torch.eye(40)), (torch.eye(40), torch.eye(40)), id="1e4 on the diagonal"),
         pytest.param((torch.full((33, 1), -90.0), torch.ones(33, 1)), one_sided(3.0), id="every logit at -90"),
     ],
@@ -94,7 +100,9 @@ def test_only_the_gradients_that_are_needed(mask):
         leaves = [queries.clone(), keys.clone(), torch.tensor(10.0)]
         for leaf, of_leaf in zip(leaves, needed, strict=True):
             leaf.requires_grad_(of_leaf)
-        mmkernels.info_nce(*leaves, **options).backward()
+        with output_masks() as asked:
+            mmkernels.info_nce(*leaves, **options).backward()
+        assert asked == [list(needed)]
         results.append([leaf.grad for leaf in leaves])
     for needed, full, part in zip(mask, *results, strict=True):
         assert (part is not None) == needed
@@ -115,6 +123,22 @@ def test_weights_and_reductions():
     torch.testing.assert_close(mmkernels.info_nce(queries, keys, 7.0, **options), rows.mean())
     weighted = mmkernels.info_nce(queries, keys, 7.0, weights=weights, **options)
     torch.testing.assert_close(weighted, (rows * weights).sum() / weights.sum())
+
+
+@needs_library
+def test_one_number_arrives_at_all_rows():
+    """At stride 0, as of a sum."""
+    *leaves, teacher_queries, teacher_keys = Case(40, 40, 48, 16).inputs(torch.float32)
+    leaves = [x.requires_grad_() for x in leaves]
+    arriving = [torch.tensor(x).expand(40) for x in (1.0, 2.0)]
+    actual, expected = (
+        torch.autograd.grad(
+            distillation_losses(*leaves, 10.0, teacher_queries, teacher_keys, 20.0, impl=impl), leaves, arriving
+        )
+        for impl in ("cpu", "reference")
+    )
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @needs_library
@@ -249,13 +273,13 @@ def test_compile_whole_graph_with_dynamic_shapes():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@needs_library
-def test_autocast(dtype):
+@pytest.mark.parametrize("impl", [pytest.param("cpu", marks=needs_library), "reference"])
+def test_autocast(impl, dtype):
     inputs = Case(100, 100, 32, 16).inputs(torch.float32)
 
     def loss(queries, keys, teacher_queries, teacher_keys):
         teacher = {"teacher_queries": teacher_queries, "teacher_keys": teacher_keys, "teacher_scale": 20.0}
-        return mmkernels.info_nce(queries, keys, 10.0, impl="cpu", **teacher)
+        return mmkernels.info_nce(queries, keys, 10.0, impl=impl, **teacher)
 
     with torch.autocast("cpu", dtype=dtype):
         under_autocast = loss(*inputs)
@@ -282,6 +306,11 @@ def bad_inputs():
             ValueError,
             (q, q, 1.0),
             teacher | {"teacher_keys": t[:, :4]},
+        ),
+        "teacher_keys: expected D >= 1 as in teacher_queries, 0, got 0": (
+            ValueError,
+            (q, q, 1.0),
+            teacher | {"teacher_queries": t[:, :0], "teacher_keys": t[:, :0]},
         ),
         "teacher_queries: expected the dtype of queries": (
             TypeError,
@@ -310,7 +339,13 @@ def bad_inputs():
             (q, q, 1.0),
             teacher | {"query_groups": torch.arange(4), "key_groups": torch.arange(4)},
         ),
+        "key_groups: expected none beside a teacher": (
+            ValueError,
+            (q, q, 1.0),
+            teacher | {"key_groups": torch.arange(4)},
+        ),
         "key_queue: expected none beside a teacher": (ValueError, (q, q, 1.0), teacher | {"key_queue": k}),
+        "query_queue: expected none beside a teacher": (ValueError, (q, q, 1.0), teacher | {"query_queue": k}),
     }
 
 

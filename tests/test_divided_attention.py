@@ -333,14 +333,16 @@ def test_compile_whole_graph_with_dynamic_shapes():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@needs_library
-def test_autocast(dtype):
+@pytest.mark.parametrize("impl", [pytest.param("cpu", marks=needs_library), "reference"])
+def test_autocast(impl, dtype):
     case = Case(20, 5, "space")
     qkv = case.inputs(torch.float32).requires_grad_()
     with torch.autocast("cpu", dtype=dtype):
-        out = attend(qkv, case)
+        out, lse = attend(qkv, case, impl, return_lse=True)
     assert out.dtype == dtype
-    assert torch.equal(out, attend(qkv.to(dtype), case))
+    assert lse.dtype == torch.float32
+    for a, b in zip((out, lse), attend(qkv.to(dtype), case, impl, return_lse=True), strict=True):
+        assert torch.equal(a, b)
     out.float().sum().backward()
     assert qkv.grad.dtype == torch.float32
 
@@ -425,6 +427,15 @@ def test_maps_times_values_are_the_output(case, mask):
     torch.testing.assert_close((maps @ values).transpose(1, 2).flatten(2), out[:, tokens])
     sums = maps.sum(-1)
     assert torch.all((sums - 1).abs().lt(1e-12) | sums.eq(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_maps_under_autocast(dtype):
+    case, tokens = Case(20, 5, "space"), torch.arange(30)
+    qkv = case.inputs(torch.float32)
+    with torch.autocast("cpu", dtype=dtype):
+        maps = mmkernels.divided_attention_maps(qkv, tokens, **case.options)
+    assert torch.equal(maps, mmkernels.divided_attention_maps(qkv.to(dtype), tokens, **case.options))
 
 
 def test_maps_refuse_bad_tokens():

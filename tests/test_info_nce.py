@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
 from info_nce_cases import CASES, Case, assert_results, check_case, grouped, run, run_eager
+from output_masks import output_masks
 
 import mmkernels
 from mmkernels import _backends
@@ -102,7 +103,9 @@ def test_only_the_gradients_that_are_needed(mask, dtype):
     for leaf, needed in zip(leaves, mask, strict=True):
         leaf.requires_grad_(needed)
     weights = torch.linspace(0.5, 1.5, 300)
-    (mmkernels.info_nce(*leaves, reduction="none", impl="cpu") * weights).sum().backward()
+    with output_masks() as asked:
+        (mmkernels.info_nce(*leaves, reduction="none", impl="cpu") * weights).sum().backward()
+    assert asked == [list(mask)]
     for leaf, needed, full in zip(leaves, mask, everything, strict=True):
         assert (leaf.grad is not None) == needed
         if needed:
@@ -135,6 +138,11 @@ def test_weights_are_those_of_torchs_cross_entropy(impl):
     torch.testing.assert_close(loss, (losses * weights).sum() / weights.sum())
     (grad,) = torch.autograd.grad(loss, weights)
     torch.testing.assert_close(grad, (losses - loss) / weights.sum())
+    # Of any floating dtype; the loss stays float32, and is as exact.
+    for dtype in (torch.bfloat16, torch.float64):
+        loss = mmkernels.info_nce(queries, keys, 7.0, weights=weights.to(dtype), impl=impl)
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, mmkernels.info_nce(queries, keys, 7.0, weights=weights.to(dtype).float()))
 
 
 @needs_library
@@ -143,9 +151,13 @@ def test_groups_of_one_are_targets():
     order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
     groups = {"query_groups": torch.arange(300), "key_groups": torch.empty(300, dtype=torch.int64)}
     groups["key_groups"][order] = torch.arange(300)
+    by_targets = run(queries, keys, 100.0, "cpu", targets=order)
     by_groups = run(queries, keys, 100.0, "cpu", targets=order, **groups)
-    for a, b in zip(by_groups, run(queries, keys, 100.0, "cpu", targets=order), strict=True):
+    for a, b in zip(by_groups, by_targets, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    apart = {name: x.repeat_interleave(2)[::2] for name, x in {"targets": order, **groups}.items()}  # of stride 2
+    for a, b in zip(run(queries, keys, 100.0, "cpu", **apart), by_groups, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -169,6 +181,8 @@ def test_gradients_of_queues_are_made_when_asked_for(dtype, needed):
         assert (grad is not None) == (name in (*needed, "scale"))
         if grad is not None:
             assert_within_budget(grad, eager[name], exact[name], dtype=dtype, terms=10.0, name=name)
+            if needed == ("keys",):  # no row is made for the queue
+                assert grad.untyped_storage().nbytes() == grad.nbytes
 
 
 @needs_library
@@ -260,6 +274,26 @@ def test_memory_stays_below_the_inputs(dtype, threads):
     inputs = queries.nbytes + keys.nbytes
     # Beside small inputs many threads may keep scratch of up to 64 MiB; one stays below the inputs anyway.
     assert memory_beyond_inputs_and_gradients(queries, keys, threads) <= (inputs if threads == 1 else 64 << 20)
+
+
+@pytest.mark.parametrize(
+    "options", [grouped(3000, 3000, 49), {"key_queue": 3000}, {"key_queue": 1, "query_queue": 3000}]
+)
+@needs_library
+def test_groups_and_queues_need_no_matrix(options):
+    """One of 3000 x 3000 would take 9 MB as booleans."""
+    case = Case(3000, 3000, 16, options=options)
+    leaves = [x.requires_grad_() for x in case.inputs(torch.float32)]
+    options = case.options_in(torch.float32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        peak = peak_allocated(
+            lambda: torch.autograd.grad(mmkernels.info_nce(*leaves, 10.0, impl="cpu", **options), leaves)
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert 2 * leaves[0].nbytes < peak <= 4 << 20
 
 
 @pytest.mark.slow
@@ -354,16 +388,15 @@ def test_compile_whole_graph_with_groups_queues_and_weights():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@needs_library
-def test_autocast(dtype):
+@pytest.mark.parametrize("impl", [pytest.param("cpu", marks=needs_library), "reference"])
+def test_autocast(impl, dtype):
     queries, keys = (x.requires_grad_() for x in Case(100, 100, 32).inputs(torch.float32))
     queue = features(30, 32, seed=9)
     with torch.autocast("cpu", dtype=dtype):
-        loss = mmkernels.info_nce(queries, keys, 10.0, key_queue=queue, query_queue=queue, impl="cpu")
+        loss = mmkernels.info_nce(queries, keys, 10.0, key_queue=queue, query_queue=queue, impl=impl)
     assert loss.dtype == torch.float32
-    queue = queue.to(dtype)
-    expected = mmkernels.info_nce(queries.to(dtype), keys.to(dtype), 10.0, key_queue=queue, query_queue=queue)
-    torch.testing.assert_close(loss, expected)
+    queue, halves = queue.to(dtype), (queries.to(dtype), keys.to(dtype))
+    assert torch.equal(loss, mmkernels.info_nce(*halves, 10.0, key_queue=queue, query_queue=queue, impl=impl))
     loss.backward()
     assert queries.grad.dtype == torch.float32
 
@@ -476,6 +509,7 @@ def bad_inputs():
         "key_queue: expected float32, bfloat16": (TypeError, (q, k, 1.0), {"key_queue": k.long()}),
         "key_queue: expected the dtype of queries": (TypeError, (q, k, 1.0), {"key_queue": k.half()}),
         "key_queue: expected D = 8": (ValueError, (q, k, 1.0), {"key_queue": k[:, :5]}),
+        "query_queue: expected the dtype of queries": (TypeError, (q, k, 1.0), {"query_queue": k.half()}),
         "query_queue: expected 2 dimensions": (ValueError, (q, k, 1.0), {"query_queue": k[0]}),
         "query_queue: expected device cpu": (ValueError, (q, k, 1.0), {"query_queue": k.to("meta")}),
         "query_queue: expected None with symmetric=False": (

@@ -331,14 +331,14 @@ def test_compile_whole_graph_with_dynamic_shapes():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@needs_library
-def test_autocast(dtype):
+@pytest.mark.parametrize("impl", [pytest.param("cpu", marks=needs_library), "reference"])
+def test_autocast(impl, dtype):
     *leaves, targets = Case(100, 150, 32).inputs(torch.float32)
     hidden, weight, bias = (x.requires_grad_() for x in leaves)
     with torch.autocast("cpu", dtype=dtype):
-        loss = mmkernels.linear_cross_entropy(hidden, weight, targets, bias=bias, impl="cpu")
+        loss = mmkernels.linear_cross_entropy(hidden, weight, targets, bias=bias, impl=impl)
     assert loss.dtype == torch.float32
-    expected = mmkernels.linear_cross_entropy(hidden.to(dtype), weight.to(dtype), targets, bias=bias, impl="cpu")
+    expected = mmkernels.linear_cross_entropy(hidden.to(dtype), weight.to(dtype), targets, bias=bias, impl=impl)
     assert torch.equal(loss, expected)
     loss.backward()
     assert {hidden.grad.dtype, weight.grad.dtype, bias.grad.dtype} == {torch.float32}

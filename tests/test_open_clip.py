@@ -79,6 +79,9 @@ def test_same_constructor_and_call(loss):
         ours = inspect.signature(getattr(getattr(mmkernels, loss), name)).parameters
         theirs = inspect.signature(getattr(getattr(open_clip, loss), name)).parameters
         assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in theirs.values()]
+    ours, theirs = vars(getattr(mmkernels, loss)()), vars(getattr(open_clip, loss)())
+    for name in ours.keys() & theirs.keys() - vars(torch.nn.Module()).keys():
+        assert ours[name] == theirs[name], name
 
 
 @pytest.mark.parametrize("loss", ["ClipLoss", "DistillClipLoss", "SigLipLoss"])
@@ -104,7 +107,15 @@ def test_nan_bias_shows():
     assert mmkernels.ClipLoss()(images, images, 5.0, logit_bias=torch.tensor(float("nan"))).isnan()
 
 
-@pytest.mark.parametrize("loss", [mmkernels.ClipLoss(), mmkernels.SigLipLoss()], ids=lambda loss: type(loss).__name__)
-def test_shapes_are_checked(loss):
+@pytest.mark.parametrize(
+    ("loss", "others"),
+    [
+        (mmkernels.ClipLoss(), (0.0,)),
+        (mmkernels.DistillClipLoss(), (torch.zeros(4, 3), torch.zeros(5, 3), 1.0)),
+        (mmkernels.SigLipLoss(), (0.0,)),
+    ],
+    ids=lambda x: "" if isinstance(x, tuple) else type(x).__name__,
+)
+def test_shapes_are_checked(loss, others):
     with pytest.raises(ValueError, match="text_features: expected the shape of image_features"):
-        loss(torch.zeros(4, 8), torch.zeros(5, 8), 1.0, 0.0)
+        loss(torch.zeros(4, 8), torch.zeros(5, 8), 1.0, *others)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
-from retrieval_cases import CASES, TILE, Case, check_case, check_order, whole_numbers
+from retrieval_cases import CASES, TILE, Case, check_case, check_order, in_order, whole_numbers
 
 import mmkernels
 from mmkernels import _backends
@@ -68,7 +68,7 @@ def test_strides_are_honoured(dtype):
         (wide[::2], wide[1::2]),
         (wide[:1].expand(300, 200), wide),  # stride 0
     ]:
-        targets = torch.arange(2 * len(queries))[::2] % len(keys)
+        targets = (torch.arange(2 * len(queries)) % len(keys))[::2]
         copies = queries.contiguous(), keys.contiguous()
         for a, b in zip(
             (
@@ -89,10 +89,11 @@ def test_same_bits_whatever_the_number_of_threads(n, threads):
     results = []
     for count in (1, 2, 3, 7):
         threads(count)
-        for k in (5, 900):
-            found = mmkernels.retrieval_topk(queries, distinct[place], k, impl="cpu")
-            ranks = mmkernels.retrieval_ranks(queries, distinct[place], targets, impl="cpu")
-            results.append((found[0][:, :5], found[1][:, :5], ranks))
+        # Of a share of the keys there are fewer than 4001.
+        lengths = (5, 4001 if n < 10 else 900)
+        found = [mmkernels.retrieval_topk(queries, distinct[place], k, impl="cpu") for k in lengths]
+        assert all(torch.equal(few, many[:, :5]) for few, many in zip(*found, strict=True))
+        results.append((*found[1], mmkernels.retrieval_ranks(queries, distinct[place], targets, impl="cpu")))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -125,6 +126,24 @@ def test_memory_is_of_the_order_of_the_results(dtype, count, threads):
         assert 8192 * k * 12 < peak <= 8192 * k * 12 + allowed
     few = queries[:2], keys
     assert peak_allocated(lambda: mmkernels.retrieval_topk(*few, 10, impl="cpu")) <= allowed
+
+
+@needs_library
+def test_lists_too_long_for_a_whole_panel(threads):
+    """The panels are lower: 8 MiB of lists a thread."""
+    threads(1)
+    queries, keys, scores = whole_numbers(100, 20_000, 3, torch.float32)
+    found = []
+    peak = peak_allocated(lambda: found.extend(mmkernels.retrieval_topk(queries, keys, 20_000, impl="cpu")))
+    assert all(torch.equal(a, b) for a, b in zip(found, in_order(scores), strict=True))
+    assert peak <= 100 * 20_000 * 12 + (9 << 20)
+
+
+@needs_library
+def test_many_threads_for_few_queries_share_64_mib(threads):
+    queries, keys = torch.zeros(2, 1024).half(), torch.zeros(64 * TILE, 1024).half()
+    threads(64)  # a tile for each, of 1.6 MiB
+    assert peak_allocated(lambda: mmkernels.retrieval_topk(queries, keys, 10, impl="cpu")) <= 64 << 20
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
@@ -192,11 +211,12 @@ def test_nothing_carries_a_gradient():
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck(impl):
-    queries, distinct, place, targets = Case(40, 70, 33).inputs(torch.float32)
     ops = torch.ops.mmkernels
-    for given in (targets, None):
-        torch.library.opcheck(getattr(ops, f"retrieval_ranks_{impl}"), (queries, distinct[place], given))
-    torch.library.opcheck(getattr(ops, f"retrieval_topk_{impl}"), (queries, distinct[place], 5))
+    for dtype in (torch.float32, torch.float64) if impl == "reference" else (torch.float32,):
+        queries, distinct, place, targets = Case(40, 70, 33).inputs(dtype)
+        for given in (targets, None):
+            torch.library.opcheck(getattr(ops, f"retrieval_ranks_{impl}"), (queries, distinct[place], given))
+        torch.library.opcheck(getattr(ops, f"retrieval_topk_{impl}"), (queries, distinct[place], 5))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -214,14 +234,19 @@ def test_compile_whole_graph_with_dynamic_shapes(impl):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype):
-    queries, keys = features(20, 32), features(30, 32, seed=1)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast(impl, dtype):
+    queries, keys = features(100, 32), features(400, 32, seed=1)  # so many that ranks in float32 differ
+
+    def search(queries, keys):
+        return mmkernels.retrieval_ranks(queries, keys, impl=impl), *mmkernels.retrieval_topk(
+            queries, keys, 4, impl=impl
+        )
+
     with torch.autocast("cpu", dtype=dtype):
-        ranks, best = mmkernels.retrieval_ranks(queries, keys), mmkernels.retrieval_topk(queries, keys, 4)
-    queries, keys = queries.to(dtype), keys.to(dtype)
-    assert best[0].dtype == torch.float32
-    assert torch.equal(ranks, mmkernels.retrieval_ranks(queries, keys))
-    assert torch.equal(best[0], mmkernels.retrieval_topk(queries, keys, 4)[0])
+        found = search(queries, keys)
+    assert found[1].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(found, search(queries.to(dtype), keys.to(dtype)), strict=True))
 
 
 def bad_inputs():

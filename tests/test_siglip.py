@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
+from output_masks import output_masks
 from siglip_cases import CASES, REDUCTIONS, Case, assert_results, check_case, oracles, row_weights, run, run_eager
 
 import mmkernels
@@ -71,6 +72,15 @@ def test_the_digits_of_one_pair(logit, match):
     assert abs(grad.double() - slope) <= 4e-7 * slope.abs()
 
 
+@needs_library
+def test_small_losses_beside_a_large_one():
+    """20000 pairs of 1e-6 each, none of which a float32 sum that has come to 1000 would notice."""
+    keys = torch.full((20001, 1), -13.8)
+    keys[0] = -1000.0  # the match
+    inputs = (torch.ones(1, 1), keys, 1.0, 0.0)
+    assert_results(run(*inputs, "cpu"), *oracles(*inputs), *inputs)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @needs_library
 def test_strides_are_honoured(dtype):
@@ -100,10 +110,12 @@ def test_only_the_gradients_that_are_needed(mask, reduction):
         leaves = [queries, keys, torch.tensor(scale), torch.tensor(bias)]
         for leaf, needed in zip(leaves, mask, strict=True):
             leaf.requires_grad_(needed)
-        loss = mmkernels.siglip(*leaves, reduction=reduction, impl="cpu")
-        assert torch.equal(loss, everything[0])
-        weights = row_weights(300) if reduction == "none" else torch.tensor(0.75)
-        (loss * weights).sum().backward()
+        with output_masks() as asked:
+            loss = mmkernels.siglip(*leaves, reduction=reduction, impl="cpu")
+            assert torch.equal(loss, everything[0])
+            weights = row_weights(300) if reduction == "none" else torch.tensor(0.75)
+            (loss * weights).sum().backward()
+        assert asked == [list(mask)]
         for leaf, needed, full in zip(leaves, mask, everything[1:], strict=True):
             assert (leaf.grad is not None) == needed
             if needed:
@@ -141,7 +153,11 @@ def test_gradients_are_made_in_the_forward_pass_only_where_they_can_be_asked_for
             mmkernels.siglip(queries, keys, 1.0, impl="cpu", reduction=reduction)
         assert calls == ["losses"] * 3
         calls.clear()
-        loss = mmkernels.siglip(queries.requires_grad_(), keys, 1.0, impl="cpu")
+        with torch.no_grad():
+            mmkernels.siglip(queries.requires_grad_(), keys, 1.0, impl="cpu")
+        assert calls == ["losses"]
+        calls.clear()
+        loss = mmkernels.siglip(queries, keys, 1.0, impl="cpu")
         assert calls == ["gradients"]
         loss.backward()
         assert calls == ["gradients"]
@@ -224,6 +240,18 @@ def test_nan_in_nan_out(where, value):
             assert torch.equal(actual[1].isfinite().all(1), torch.arange(300) != 7)
             if reduction == "none":
                 assert torch.equal(actual[0].isfinite(), torch.arange(300) != 7)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@needs_library
+def test_a_pair_at_minus_infinity_costs_nothing(reduction):
+    """A key that is infinitely far from every query, at an odd number of them: the bias keeps its gradient."""
+    queries, keys, scale, bias = Case(301, 310, 40).inputs(torch.float32)
+    queries[:, 3], keys[305, 3] = 1.0, -torch.inf
+    actual, exact = (run(queries, keys, scale, bias, impl, reduction) for impl in ("cpu", "reference"))
+    for index in (0, 4):
+        assert exact[index].isfinite().all()
+        torch.testing.assert_close(actual[index], exact[index], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("far", [1e-4, 1.0, 3000.0])
@@ -312,14 +340,14 @@ def test_compile_whole_graph_with_dynamic_shapes(reduction):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@needs_library
-def test_autocast(dtype):
+@pytest.mark.parametrize("impl", [pytest.param("cpu", marks=needs_library), "reference"])
+def test_autocast(impl, dtype):
     queries, keys, scale, bias = Case(100, 100, 32).inputs(torch.float32)
     queries, keys = queries.requires_grad_(), keys.requires_grad_()
     with torch.autocast("cpu", dtype=dtype):
-        loss = mmkernels.siglip(queries, keys, scale, bias, impl="cpu")
+        loss = mmkernels.siglip(queries, keys, scale, bias, impl=impl)
     assert loss.dtype == torch.float32
-    assert torch.equal(loss, mmkernels.siglip(queries.to(dtype), keys.to(dtype), scale, bias))
+    assert torch.equal(loss, mmkernels.siglip(queries.to(dtype), keys.to(dtype), scale, bias, impl=impl))
     loss.backward()
     assert queries.grad.dtype == torch.float32
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
+from output_masks import output_masks
 from triplet_cases import IN_ONE_PASS, MININGS, Case, assert_results, by_hand, cases, check_case, run
 
 import mmkernels
@@ -158,13 +159,23 @@ def test_only_the_gradients_that_are_needed(mask, reduction, mining):
     leaves = [queries, keys]
     for leaf, needed in zip(leaves, mask, strict=True):
         leaf.requires_grad_(needed)
-    losses = mmkernels.triplet(*leaves, mining=mining, reduction=reduction, impl="cpu")
-    assert torch.equal(losses, expected)
-    (losses * torch.linspace(0.5, 1.5, losses.numel()).view_as(losses)).sum().backward()
+    with output_masks() as asked:
+        losses = mmkernels.triplet(*leaves, mining=mining, reduction=reduction, impl="cpu")
+        assert torch.equal(losses, expected)
+        (losses * torch.linspace(0.5, 1.5, losses.numel()).view_as(losses)).sum().backward()
+    assert asked == [list(mask)]
     for leaf, needed, full in zip(leaves, mask, everything, strict=True):
         assert (leaf.grad is not None) == needed
         if needed:
             assert torch.equal(leaf.grad, full)
+
+
+@needs_library
+def test_no_gradients_are_made_where_none_can_be_asked_for():
+    leaves = [x.requires_grad_() for x in Case(30, 30, 16).inputs(torch.float32)]
+    with output_masks() as asked, torch.no_grad():
+        mmkernels.triplet(*leaves, impl="cpu")
+    assert asked == []
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -238,10 +249,12 @@ def test_nan_in_nan_out(mining, value, where, symmetric):
     actual, eager = run(queries, keys, "cpu", **options), run(queries, keys, "reference", **options)
     lost = ~actual[0].isfinite()
     assert (~eager[0].isfinite() <= lost).all()
+    assert (eager[0].isnan() <= actual[0].isnan()).all()
     assert actual[1][lost].isnan().all()
     assert actual[2][:300][lost].isnan().all()
     if value != value:
         assert lost[7]
+        assert eager[0][7].isnan()
         assert symmetric is False or where == "keys" or lost.all()  # it is every key's worst negative
         assert where == "queries" or lost.all()  # and every query's
     if mining == "all":
@@ -319,12 +332,13 @@ def test_reductions_are_torchs(mining):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype):
-    queries, keys = (x.requires_grad_() for x in Case(100, 100, 32).inputs(torch.float32))
+@pytest.mark.parametrize("impl", [pytest.param("cpu", marks=needs_library), "reference"])
+def test_autocast(impl, dtype):
+    queries, keys = (features(100, 32, seed=seed).requires_grad_() for seed in (0, 1))
     with torch.autocast("cpu", dtype=dtype):
-        loss = mmkernels.triplet(queries, keys)
+        loss = mmkernels.triplet(queries, keys, impl=impl)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, mmkernels.triplet(queries.to(dtype), keys.to(dtype)))
+    assert torch.equal(loss, mmkernels.triplet(queries.to(dtype), keys.to(dtype), impl=impl))
     loss.backward()
     assert queries.grad.dtype == torch.float32
 

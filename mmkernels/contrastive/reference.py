@@ -29,7 +29,8 @@ def info_nce(
         targets = own
     else:
         check_targets(targets, num_keys, "keys")
-    logits = scale * queries.to(scale.dtype) @ all_keys.to(scale.dtype).T  # [N, M + Q]
+    with torch.autocast(queries.device.type, enabled=False):  # which would multiply in half precision
+        logits = scale * queries.to(scale.dtype) @ all_keys.to(scale.dtype).T  # [N, M + Q]
     row_targets, column_targets = targets, own
     if query_groups is not None and key_groups is not None:
         if not torch.compiler.is_compiling():  # a value cannot be looked at while tracing
@@ -57,9 +58,10 @@ def distillation(
 ) -> tuple[Tensor, Tensor]:  # [N], [N]
     """The losses of every query under the teacher's softmax and, where there is one, against the key of its number
     (else NaN)."""
-    logits = scale * queries.to(scale.dtype) @ keys.to(scale.dtype).T  # [N, M]
-    with torch.no_grad():
-        teacher = teacher_scale * teacher_queries.to(scale.dtype) @ teacher_keys.to(scale.dtype).T
+    with torch.autocast(queries.device.type, enabled=False):  # which would multiply in half precision
+        logits = scale * queries.to(scale.dtype) @ keys.to(scale.dtype).T  # [N, M]
+        with torch.no_grad():
+            teacher = teacher_scale * teacher_queries.to(scale.dtype) @ teacher_keys.to(scale.dtype).T
     matches = min(logits.shape)
     own = torch.arange(matches, device=queries.device)
     distilled = F.cross_entropy(logits, teacher.softmax(1), reduction="none")

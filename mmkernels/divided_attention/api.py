@@ -96,7 +96,8 @@ def divided_attention(
     qkv = _autocast(qkv)
     chosen = _backends.choose("divided_attention", impl, qkv.device.type, qkv.dtype, _limit(qkv, num_heads))
     if chosen == "reference":
-        out, lse = reference.divided_attention(qkv, frame_mask, seed, layout, num_heads, scale, dropout_p)
+        with torch.autocast(qkv.device.type, enabled=False):  # which would multiply in half precision
+            out, lse = reference.divided_attention(qkv, frame_mask, seed, layout, num_heads, scale, dropout_p)
         lse = lse.detach()
     else:
         out, lse = ops.divided_attention(qkv, frame_mask, seed, layout, num_heads, scale, dropout_p, chosen)
@@ -149,7 +150,9 @@ def divided_attention_maps(
         low, high = (int(bound) for bound in tokens.aminmax())
         if low < 0 or high >= layout.num_tokens:
             raise ValueError(f"tokens: expected indices of the {layout.num_tokens} tokens, got {low} to {high}")
-    return reference.attention_maps(_autocast(qkv), tokens, frame_mask, layout, num_heads, scale)
+    qkv = _autocast(qkv)
+    with torch.autocast(qkv.device.type, enabled=False):
+        return reference.attention_maps(qkv, tokens, frame_mask, layout, num_heads, scale)
 
 
 def _autocast(qkv: Tensor) -> Tensor:

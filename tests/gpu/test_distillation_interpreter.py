@@ -29,6 +29,7 @@ else:
 
     import mmkernels
     from mmkernels.contrastive import triton_kernels
+    from mmkernels.contrastive.api import distillation_losses
     from mmkernels.contrastive.triton_kernels import configs, distillation
 
     TILE = configs.DISTILLATION_CONFIGS["interpreter"]["half"].forward.block_m
@@ -63,6 +64,23 @@ else:
         check(Case(45, 70, 48, 32, symmetric=False), dtype)
         check(Case(70, 45, 48, 32, symmetric=False), dtype)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+    def test_one_number_arrives_at_all_rows(dtype):
+        """At stride 0, as of a mean, and perhaps 0 itself: the unit of the gradients in fp16 is taken from it."""
+        inputs = Case(40, 40, 48, 16).inputs(dtype)
+        leaves = [x.requires_grad_() for x in inputs[:2]]
+        for of_distilled, of_matched in ((1.0, 2.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0)):
+            actual, expected = (
+                torch.autograd.grad(
+                    distillation_losses(*leaves, 10.0, *inputs[2:], 20.0, True, impl),
+                    leaves,
+                    [torch.tensor(x).expand(40) for x in (of_distilled, of_matched)],
+                )
+                for impl in ("triton", "reference")
+            )
+            for a, b in zip(actual, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-2 if dtype == torch.float16 else 1e-4)
+
     @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
     def test_several_groups_strips_and_splits(dtype, monkeypatch):
         """More tiles than one program takes: every loop runs more than once, the last time over less."""
@@ -75,6 +93,12 @@ else:
     def test_temperature_of_a_hundredth(near):
         check(Case(50, 50, 64, 64, scale=100.0, teacher_scale=100.0, near=near, teacher_near=0.98))
 
+    def test_equal_logits_of_any_size():
+        """The log-sum-exp less the logit, at -9000: to the digits of what is left."""
+        inputs = torch.full((33, 1), -9000.0), torch.ones(33, 1), torch.ones(33, 1), torch.linspace(-3, 3, 33)[:, None]
+        for losses in run(inputs, 1.0, 1.0, True, "triton")[:2]:
+            torch.testing.assert_close(losses, torch.full((33,), 33.0).log(), rtol=1e-6, atol=0)
+
     def test_tiles_whose_rows_and_columns_lie_far_apart():
         """No constant serves the exponentials of such a tile: the other branch runs, forward and backward."""
         strength = torch.logspace(-1, 2.5, 40)[:, None]
@@ -83,6 +107,15 @@ else:
             factors = [torch.ones(40, 1)] * 4
             factors[place] = strength
             check(case, factors=tuple(factors))
+
+    @pytest.mark.parametrize("far", ["student", "teacher"])
+    def test_tiles_whose_columns_alone_lie_far_apart(far):
+        """Every row reaches the maximum of the tile, and most columns do not come near it."""
+        sides = [torch.ones(40, 1), torch.linspace(-1, 1, 40)[:, None]] * 2
+        place = 1 if far == "student" else 3
+        sides[place] = 1e3 * sides[place]
+        exact = run([x.double() for x in sides], 1.0, 1.0, True, "reference")
+        assert_results(run(sides, 1.0, 1.0, True, "triton"), run(sides, 1.0, 1.0, True, "eager"), exact, sides, 1.0)
 
     def test_a_student_equal_to_its_teacher():
         queries, keys, *_ = Case(40, 40, 32, 32).inputs(torch.float32)

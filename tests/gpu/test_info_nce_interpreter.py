@@ -198,6 +198,8 @@ else:
             assert torch.equal(tiny[1] * 2.0**30, scaled[1])
         assert torch.equal(tiny[3] * 2.0**30, scaled[3])
         assert scaled[3] != 0
+        nothing = run_kernels(queries, keys, torch.tensor(20.0), grad_losses=torch.zeros(40))
+        assert all((grad == 0).all() for grad in nothing[1:])
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])

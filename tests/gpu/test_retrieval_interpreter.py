@@ -60,9 +60,12 @@ else:
         monkeypatch.setattr(triton_kernels, "_PROGRAMS", 4)
         monkeypatch.setattr(triton_kernels, "_MOST_KEPT", 16)
         monkeypatch.setattr(triton_kernels, "_STRIP_BYTES", 1)
-        check_case(Case(2 * TILE + 9, 7 * TILE + 1, 40), dtype, "triton", guarded_rows)
+        check_case(Case(2 * TILE + 9, 6 * TILE + 1, 40), dtype, "triton", guarded_rows)
 
-    def test_whole_numbers_are_exact():
+    @pytest.mark.parametrize("programs", [1, 512])
+    def test_whole_numbers_are_exact(programs, monkeypatch):
+        """One list of all tiles, whose last of equals gives way, or one of each."""
+        monkeypatch.setattr(triton_kernels, "_PROGRAMS", programs)
         queries, keys, scores = whole_numbers(40, 130, 7, torch.float32)
         check_order(queries, keys, scores, torch.arange(40) * 3, "triton", guarded_rows)
 
@@ -77,6 +80,12 @@ else:
         scores = queries @ keys.T
         for target in (40, 102, 107):
             check_order(queries, keys, scores, torch.full((30,), target), "triton", guarded_rows)
+
+    def test_targets_of_any_stride():
+        queries, keys, _ = whole_numbers(40, 130, 7, torch.float32)
+        targets = torch.arange(120)[::3]
+        ranks = mmkernels.retrieval_ranks(queries, keys, targets, impl="triton")
+        assert torch.equal(ranks, mmkernels.retrieval_ranks(queries, keys, targets, impl="reference"))
 
     def test_targets_out_of_range():
         queries, keys, _ = whole_numbers(5, 7, 16, torch.float32)

@@ -69,12 +69,13 @@ else:
     @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
     def test_several_strips_and_splits(dtype, monkeypatch):
         """More tiles than one program takes: every loop runs more than once, the last time over less."""
-        monkeypatch.setattr(triton_kernels, "_PROGRAMS", 3)
-        monkeypatch.setattr(triton_kernels, "_TILES", 2)
+        monkeypatch.setattr(triton_kernels, "_PROGRAMS", 1)
+        monkeypatch.setattr(triton_kernels, "_TILES", 4)
         monkeypatch.setattr(triton_kernels, "_PARTIAL_BYTES", 1)
         monkeypatch.setattr(contrastive, "_STRIP_BYTES", 1)
         monkeypatch.setattr(contrastive, "_STRIP_ROWS", TILE)
-        check(Case(TILE + 9, 3 * TILE + 1, 40), dtype, "mean")
+        for reduction in ("none", "mean"):
+            check(Case(TILE + 9, 4 * TILE + 1, 40), dtype, reduction)
 
     @pytest.mark.parametrize("logit", [-1e4, -60.0, -10.0, 0.5, 60.0, 1e4])
     def test_the_digits_of_one_pair(logit):
@@ -123,6 +124,18 @@ else:
         first = torch.autograd.grad(loss, leaves, retain_graph=True)
         for one, two in zip(first, torch.autograd.grad(loss, leaves), strict=True):
             assert torch.equal(one, two)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+    def test_one_number_arrives_at_all_rows(dtype):
+        """At stride 0, and perhaps 0 itself: the unit of the gradients in fp16 is taken from it."""
+        leaves = [x.requires_grad_() for x in Case(40, 60, 48).inputs(dtype)[:2]]
+        losses = mmkernels.siglip(*leaves, 10.0, -10.0, reduction="none", impl="triton")
+        loss = mmkernels.siglip(*leaves, 10.0, -10.0, reduction="sum", impl="triton")
+        for arriving in (1.0, 0.0):
+            actual = torch.autograd.grad(losses, leaves, torch.tensor(arriving).expand(40), retain_graph=True)
+            expected = torch.autograd.grad(loss, leaves, torch.tensor(arriving), retain_graph=True)
+            for a, b in zip(actual, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=2e-3 if dtype == torch.float16 else 1e-5, atol=1e-5)
 
     def test_without_gradients():
         queries, keys, *numbers = Case(40, 60, 48).inputs(torch.float32)

@@ -79,7 +79,7 @@ else:
         monkeypatch.setattr(triton_kernels, "_MAX_SPLITS", 2)
         monkeypatch.setattr(contrastive, "_STRIP_BYTES", 1)
         monkeypatch.setattr(contrastive, "_STRIP_ROWS", TILE)
-        check(Case(4 * TILE + 9, 5 * TILE + 1, 40, {"mining": mining}), dtype, reduction)
+        check(Case(4 * TILE + 9, 6 * TILE + 1, 40, {"mining": mining}), dtype, reduction)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
     def test_a_negative_like_the_positive_is_an_exact_tie(dtype):
@@ -93,6 +93,13 @@ else:
         hardest = mmkernels.triplet(queries, copies, margin=0.25, mining="hardest", **none)
         assert (hardest >= 0.25).all()
         assert (hardest == 0.25).float().mean() > 0.5
+
+    @pytest.mark.parametrize(("mining", "negatives"), [("all", 44), ("hardest", 1), ("semi_hard", 0)])
+    def test_equal_similarities_of_any_size(mining, negatives):
+        """Each costs the margin, of which no digit is lost beside them."""
+        rows = torch.full((45, 8), 16.0)
+        losses = mmkernels.triplet(rows, rows, mining=mining, reduction="none", impl="triton")
+        torch.testing.assert_close(losses, torch.full((45,), 0.2 * negatives), rtol=1e-6, atol=0)
 
     @pytest.mark.parametrize("symmetric", [True, False])
     @pytest.mark.parametrize("where", ["queries", "keys"])
@@ -125,6 +132,9 @@ else:
         for leaf, needed, full in zip(leaves, mask, everything, strict=True):
             assert (leaf.grad is not None) == needed
             assert not needed or torch.equal(leaf.grad, full)
+        if mining == "all":
+            sums = torch.ops.mmkernels.triplet_triton_hinge_gradients(*leaves, None, 0.2, True, list(mask))[1:]
+            assert [grad.numel() > 0 for grad in sums] == list(mask)
 
     @pytest.mark.parametrize("mining", ["all", "hardest"])
     def test_a_second_backward(mining):
@@ -133,6 +143,23 @@ else:
         first = torch.autograd.grad(loss, leaves, retain_graph=True)
         for one, two in zip(first, torch.autograd.grad(loss, leaves), strict=True):
             assert torch.equal(one, two)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+    @pytest.mark.parametrize("mining", ["all", "hardest"])
+    def test_one_number_arrives_at_all_rows(mining, dtype):
+        """At stride 0, and perhaps 0 itself: the unit of the gradients in fp16 is taken from it."""
+        leaves = [x.requires_grad_() for x in Case(40, 60, 48).inputs(dtype)]
+        for arriving in (1.0, 0.0):
+            actual, expected = (
+                torch.autograd.grad(
+                    mmkernels.triplet(*leaves, mining=mining, reduction="none", impl=impl),
+                    leaves,
+                    torch.tensor(arriving).expand(40),
+                )
+                for impl in ("triton", "reference")
+            )
+            for a, b in zip(actual, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=2e-3 if dtype == torch.float16 else 1e-5, atol=1e-5)
 
     def test_a_key_that_is_the_worst_of_all():
         """More entries in a row of the sparse gradient than one step of its product takes."""
