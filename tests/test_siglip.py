@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
-from output_masks import output_masks
+from op_arguments import output_masks
 from siglip_cases import CASES, REDUCTIONS, Case, assert_results, check_case, oracles, row_weights, run, run_eager
 
 import mmkernels

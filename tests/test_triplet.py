@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
-from output_masks import output_masks
+from op_arguments import output_masks
 from triplet_cases import IN_ONE_PASS, MININGS, Case, assert_results, by_hand, cases, check_case, run
 
 import mmkernels

@@ -150,8 +150,11 @@ def test_files_train_and_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_compare_trains_each_once_and_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = f"compare --seeds 2 --steps 2 --examples 60 --sweep 10 {TRAIN} {EASY} --out {tmp_path}".split()
+    own_rates = TRAIN.replace("--lr 0.005 ", "")
+    options = f"compare --seeds 2 --steps 2 --examples 60 --sweep 10 {own_rates} {EASY} --out {tmp_path}".split()
     assert main(options) == 0
+    rates = [read_history(tmp_path / f"{fusion}-1")[0]["lr"] / av_fusion.RATES[fusion] for fusion in FUSIONS]
+    assert rates == pytest.approx([rates[0]] * len(FUSIONS)), "each its own, at the same step of the warm-up"
     report = json.loads((tmp_path / "compare.json").read_text())
     extra = ["both alone, averaged", "both alone, multiplied"]
     assert list(report["runs"]) == [*FUSIONS, *extra]
