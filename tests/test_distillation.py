@@ -263,7 +263,7 @@ def test_compile_whole_graph_with_dynamic_shapes():
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True)
     for n in (33, 130):
-        inputs = Case(n, n, 24, 16).inputs(torch.float32)
+        inputs = Case(n, n, 128, 16).inputs(torch.float32)
         results = []
         for call in (loss, compiled):
             leaves = [x.clone().requires_grad_() for x in inputs[:2]]

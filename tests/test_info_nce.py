@@ -360,7 +360,7 @@ def test_compile_whole_graph_with_dynamic_shapes():
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True)
     for n in (33, 64, 130):
-        eager_inputs = [torch.randn(n, 24, requires_grad=True), torch.randn(n + 5, 24, requires_grad=True)]
+        eager_inputs = [torch.randn(n, 128, requires_grad=True), torch.randn(n + 5, 128, requires_grad=True)]
         eager_inputs.append(torch.tensor(1.5, requires_grad=True))
         inputs = [x.detach().clone().requires_grad_() for x in eager_inputs]
         compiled(*inputs).backward()
