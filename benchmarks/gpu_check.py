@@ -7,16 +7,19 @@ report.json. Speed is reported only if parity holds. Without a GPU it says so an
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import platform
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mmkernels.testing import assert_within_budget
 
 OPS = (
     "info_nce",
@@ -65,6 +68,39 @@ def measure(
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end))
     return {"ms": statistics.median(times), "spread ms": max(times) - min(times), "memory MB": memory / 1e6}
+
+
+@contextlib.contextmanager
+def judged(row: dict[str, Any], results: list[dict[str, Any]]) -> Iterator[None]:
+    """Adds a case to the results with a verdict on what is checked inside, and prints it: a failure is a line of the
+    report, not the end of it."""
+    try:
+        yield
+        row["verdict"] = "ok"
+    except (AssertionError, RuntimeError) as error:
+        row["verdict"] = f"FAILED: {str(error).splitlines()[0]}"
+    results.append(row)
+    print(f"  {row['case']:<50} {row['dtype']:<9} {row['verdict']}", flush=True)
+
+
+def compare(
+    row: dict[str, Any],
+    names: Sequence[str],
+    actual: Sequence[Tensor],
+    again: Sequence[Tensor],
+    rough: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    terms: Sequence[float],
+    *,
+    dtype: torch.dtype | None = None,
+    of: str = "",
+) -> None:
+    """Hold results to the error budget and to the bits of a second run; their relative errors go into the row."""
+    for name, a, e, b, c, term in zip(names, actual, again, rough, exact, terms, strict=True):
+        row[name] = float((a.double() - c).abs().max() / c.abs().max().clamp_min(1e-30))
+        if not torch.equal(a, e):
+            raise AssertionError(f"{name}: two runs differ")
+        assert_within_budget(a, b, c, dtype=dtype, terms=term, name=name + of)
 
 
 def checks(op: str) -> Any:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 import mmkernels
-from benchmarks.gpu_check import DTYPES, measure
+from benchmarks.gpu_check import DTYPES, compare, judged, measure
 from benchmarks.gpu_check_info_nce import gemm_rate
 from benchmarks.peers import distillation_losses
-from mmkernels.testing import assert_within_budget, features
+from mmkernels.testing import features
 
 NOTE = "Memory: the most beyond inputs and gradients. Share of 6 G: six products at the rate of torch's own."
 
@@ -74,7 +74,7 @@ def run(loss: Callable[..., Tensor], student: list[Tensor], teacher: list[Tensor
 
 def check_parity(device: torch.device) -> list[dict[str, Any]]:
     """Every case in every dtype against float64; a failure is a line of the report, not the end of it."""
-    results = []
+    results: list[dict[str, Any]] = []
     for n, m, d, teacher_d, scale, teacher_scale, near in PARITY:
         for dtype in DTYPES:
             pairs = []
@@ -90,7 +90,7 @@ def check_parity(device: torch.device) -> list[dict[str, Any]]:
             terms = (0.0, 2 * scale * largest[1], 2 * scale * largest[0], 2 * n**0.5 * largest[0] * largest[1])
             row: dict[str, Any] = {"case": f"{n}x{m}x{d}, teacher {teacher_d}, scales {scale}, {teacher_scale}"}
             row["dtype"] = str(dtype)[6:]
-            try:
+            with judged(row, results):
                 exact = run(
                     functools.partial(fused, impl="reference"),
                     [x.double() for x in student],
@@ -99,16 +99,7 @@ def check_parity(device: torch.device) -> list[dict[str, Any]]:
                 rough = run(eager, student, teacher)
                 actual, again = (run(functools.partial(fused, impl="triton"), student, teacher) for _ in range(2))
                 names = ("loss", "dq", "dk", "dscale")
-                for name, a, b, c, e, term in zip(names, actual, rough, exact, again, terms, strict=True):
-                    row[name] = float((a.double() - c).abs().max() / c.abs().max().clamp_min(1e-30))
-                    if not torch.equal(a, e):
-                        raise AssertionError(f"{name}: two runs differ")
-                    assert_within_budget(a, b, c, dtype=dtype, terms=term, name=name)
-                row["verdict"] = "ok"
-            except (AssertionError, RuntimeError) as error:
-                row["verdict"] = f"FAILED: {str(error).splitlines()[0]}"
-            results.append(row)
-            print(f"  {row['case']:<50} {row['dtype']:<9} {row['verdict']}", flush=True)
+                compare(row, names, actual, again, rough, exact, terms, dtype=dtype)
     return results
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mmkernels
-from benchmarks.gpu_check import DTYPES, measure
+from benchmarks.gpu_check import DTYPES, judged, measure
 from mmkernels.testing import assert_within_budget, features
 
 NOTE = "Memory: the most beyond inputs and gradients. Share of 4 G: four products at the rate of torch's own."
@@ -67,7 +67,7 @@ def eager_mean(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
 
 def check_parity(device: torch.device) -> list[dict[str, Any]]:
     """Every case in every dtype against float64; a failure is a line of the report, not the end of it."""
-    results = []
+    results: list[dict[str, Any]] = []
     for n, m, d, scale, near, given in PARITY:
         for dtype in DTYPES:
             options = dict(given)
@@ -100,7 +100,7 @@ def check_parity(device: torch.device) -> list[dict[str, Any]]:
             (grad_logits,) = torch.autograd.grad((losses * weights).sum(), logits)
             terms = (grad_logits * dots).abs().sum()
             row: dict[str, Any] = {"case": f"{n}x{m}x{d} scale {scale} {given or ''}", "dtype": str(dtype)[6:]}
-            try:
+            with judged(row, results):
                 actual = run(fused, None, *shared)
                 again = run(fused, None, *shared)
                 for name, a, b, c, e in zip(("loss", "dq", "dk", "dscale"), actual, rough, exact, again, strict=True):
@@ -111,11 +111,6 @@ def check_parity(device: torch.device) -> list[dict[str, Any]]:
                     if not torch.equal(a, e):
                         raise AssertionError(f"{name}: two runs differ")
                     assert_within_budget(a, b, c, dtype=torch.float32 if name == "loss" else dtype, name=name)
-                row["verdict"] = "ok"
-            except (AssertionError, RuntimeError) as error:
-                row["verdict"] = f"FAILED: {str(error).splitlines()[0]}"
-            results.append(row)
-            print(f"  {row['case']:<50} {row['dtype']:<9} {row['verdict']}", flush=True)
     return results
 
 

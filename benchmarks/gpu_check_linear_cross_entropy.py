@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mmkernels
-from benchmarks.gpu_check import DTYPES, measure
+from benchmarks.gpu_check import DTYPES, compare, judged, measure
 from benchmarks.gpu_check_info_nce import gemm_rate
 from benchmarks.peers import classification_losses
-from mmkernels.testing import assert_within_budget, features
+from mmkernels.testing import features
 
 NOTE = "Memory: the most beyond inputs and gradients. Share of 4 G: four products at the rate of torch's own."
 
@@ -51,7 +51,7 @@ def fused(
 
 def check_parity(device: torch.device) -> list[dict[str, Any]]:
     """Every case in every dtype against float64; a failure is a line of the report, not the end of it."""
-    results = []
+    results: list[dict[str, Any]] = []
     for n, v, d, largest, options in PARITY:
         for dtype in DTYPES:
             generator = torch.Generator().manual_seed(n)
@@ -68,19 +68,10 @@ def check_parity(device: torch.device) -> list[dict[str, Any]]:
             rough = run(eager, inputs, targets, **options)
             terms = (0.0, float(weight.abs().max()), float(hidden.abs().max()), 1.0)
             row: dict[str, Any] = {"case": f"{n}x{v}x{d} logits to {largest} {options or ''}", "dtype": str(dtype)[6:]}
-            try:
+            with judged(row, results):
                 actual, again = run(fused, inputs, targets, **options), run(fused, inputs, targets, **options)
                 names = ("loss", "dh", "dw", "dbias")
-                for name, a, b, c, e, term in zip(names, actual, rough, exact, again, terms, strict=True):
-                    row[name] = float((a.double() - c).abs().max() / c.abs().max().clamp_min(1e-30))
-                    if not torch.equal(a, e):
-                        raise AssertionError(f"{name}: two runs differ")
-                    assert_within_budget(a, b, c, dtype=dtype, terms=term, name=name)
-                row["verdict"] = "ok"
-            except (AssertionError, RuntimeError) as error:
-                row["verdict"] = f"FAILED: {str(error).splitlines()[0]}"
-            results.append(row)
-            print(f"  {row['case']:<50} {row['dtype']:<9} {row['verdict']}", flush=True)
+                compare(row, names, actual, again, rough, exact, terms, dtype=dtype)
     return results
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_check import DTYPES, measure
+from benchmarks.gpu_check import DTYPES, judged, measure
 from benchmarks.gpu_check_info_nce import gemm_rate
 from benchmarks.peers_retrieval import rankers, searches
 
@@ -19,17 +19,12 @@ def check_parity(device: torch.device) -> list[dict[str, Any]]:
     """Every case of the tests in every dtype; a failure is a line of the report, not the end of it."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     cases = importlib.import_module("retrieval_cases")
-    results = []
+    results: list[dict[str, Any]] = []
     for case in cases.CASES:
         for dtype in DTYPES:
             row: dict[str, Any] = {"case": str(case), "dtype": str(dtype)[6:]}
-            try:
+            with judged(row, results):
                 cases.check_case(case, dtype, "triton", lambda x: x.to(device))
-                row["verdict"] = "ok"
-            except (AssertionError, RuntimeError) as error:
-                row["verdict"] = f"FAILED: {str(error).splitlines()[0]}"
-            results.append(row)
-            print(f"  {row['case']:<50} {row['dtype']:<9} {row['verdict']}", flush=True)
     return results
 
 

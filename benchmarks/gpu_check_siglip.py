@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mmkernels
-from benchmarks.gpu_check import DTYPES, measure
+from benchmarks.gpu_check import DTYPES, compare, judged, measure
 from benchmarks.gpu_check_info_nce import gemm_rate
 from benchmarks.peers import sigmoid_losses
-from mmkernels.testing import assert_within_budget, features
+from mmkernels.testing import features
 
 NOTE = "Memory: the most beyond inputs and gradients. Share of 4 G: four products at the rate of torch's own."
 
@@ -49,7 +49,7 @@ def run(loss: Callable[..., Tensor], inputs: tuple[Tensor, ...], reduction: str)
 
 def check_parity(device: torch.device) -> list[dict[str, Any]]:
     """Every case in every dtype against float64; a failure is a line of the report, not the end of it."""
-    results = []
+    results: list[dict[str, Any]] = []
     fused = functools.partial(mmkernels.siglip, impl="triton")
     reference = functools.partial(mmkernels.siglip, impl="reference")
     for n, m, d, scale, bias, near in PARITY:
@@ -67,23 +67,14 @@ def check_parity(device: torch.device) -> list[dict[str, Any]]:
                 0.0, one * float(keys.abs().max()), one * float(queries.abs().max()),
                 float((grads * dots.abs()).sum()), float(grads.sum()),
             )  # fmt: skip
-            try:
+            with judged(row, results):
                 for reduction in ("none", "mean"):
                     exact = run(reference, tuple(x.double() for x in inputs), reduction)
                     rough = run(eager, inputs, reduction)
                     actual, again = run(fused, inputs, reduction), run(fused, inputs, reduction)
                     names = ("loss", "dq", "dk", "dscale", "dbias")
-                    for name, a, b, c, e, term in zip(names, actual, rough, exact, again, terms, strict=True):
-                        row[name] = float((a.double() - c).abs().max() / c.abs().max().clamp_min(1e-30))
-                        if not torch.equal(a, e):
-                            raise AssertionError(f"{name}: two runs differ")
-                        size = term / n if reduction == "mean" else term
-                        assert_within_budget(a, b, c, dtype=dtype, terms=size, name=f"{name}, {reduction}")
-                row["verdict"] = "ok"
-            except (AssertionError, RuntimeError) as error:
-                row["verdict"] = f"FAILED: {str(error).splitlines()[0]}"
-            results.append(row)
-            print(f"  {row['case']:<50} {row['dtype']:<9} {row['verdict']}", flush=True)
+                    sizes = [term / n if reduction == "mean" else term for term in terms]
+                    compare(row, names, actual, again, rough, exact, sizes, dtype=dtype, of=f", {reduction}")
     return results
 
 

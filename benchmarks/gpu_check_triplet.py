@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 import mmkernels
-from benchmarks.gpu_check import DTYPES, measure
+from benchmarks.gpu_check import DTYPES, compare, judged, measure
 from benchmarks.gpu_check_info_nce import gemm_rate
 from benchmarks.peers_triplet import triplet_losses
-from mmkernels.testing import assert_within_budget, features
+from mmkernels.testing import features
 
 NOTE = (
     "Memory: the most beyond inputs and gradients. Share of the schedule: three products for all negatives, one for "
@@ -50,7 +50,7 @@ def run(loss: Callable[..., Tensor], rows: list[Tensor], reduction: str) -> list
 
 def check_parity(device: torch.device) -> list[dict[str, Any]]:
     """Every case in every dtype against float64; a failure is a line of the report, not the end of it."""
-    results = []
+    results: list[dict[str, Any]] = []
     for n, m, d, symmetric in PARITY:
         for mining in PRODUCTS:
             options = {"mining": mining, "symmetric": symmetric}
@@ -60,7 +60,7 @@ def check_parity(device: torch.device) -> list[dict[str, Any]]:
                 row: dict[str, Any] = {"case": f"{n}x{m}x{d} {mining}, symmetric={symmetric}", "dtype": str(dtype)[6:]}
                 rows = inputs(n, m, d, dtype, device)
                 in_double = [x.double() for x in rows]
-                try:
+                with judged(row, results):
                     for reduction in ("none", "mean"):
                         exact, rough = run(reference, in_double, reduction), run(reference, rows, reduction)
                         actual, again = run(fused, rows, reduction), run(fused, rows, reduction)
@@ -72,18 +72,7 @@ def check_parity(device: torch.device) -> list[dict[str, Any]]:
                             float((grads @ in_double[1].abs()).max()),
                             float((grads.T @ in_double[0].abs()).max()),
                         )
-                        for name, a, b, c, e, term in zip(
-                            ("loss", "dq", "dk"), actual, rough, exact, again, terms, strict=True
-                        ):
-                            row[name] = float((a.double() - c).abs().max() / c.abs().max().clamp_min(1e-30))
-                            if not torch.equal(a, e):
-                                raise AssertionError(f"{name}: two runs differ")
-                            assert_within_budget(a, b, c, terms=term, name=f"{name}, {reduction}")
-                    row["verdict"] = "ok"
-                except (AssertionError, RuntimeError) as error:
-                    row["verdict"] = f"FAILED: {str(error).splitlines()[0]}"
-                results.append(row)
-                print(f"  {row['case']:<50} {row['dtype']:<9} {row['verdict']}", flush=True)
+                        compare(row, ("loss", "dq", "dk"), actual, again, rough, exact, terms, of=f", {reduction}")
     return results
 
 
