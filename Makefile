@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
-FORMATTED := $(SOURCES) $(wildcard tests/gpu/*.h tests/gpu/*.cpp)
+FORMATTED := $(SOURCES) $(wildcard tests/*.h tests/*/*.cpp)
 
 .DEFAULT_GOAL := help
 .PHONY: demo train-clip train-timesformer train-captioning train-retrieval train-av-fusion help env test test-slow lint format bench \
@@ -86,7 +86,7 @@ gpu-check: env ## Parity, speed and memory on this machine's GPU; says so if the
 	$(PY) -m benchmarks.gpu_check
 
 docs: env ## Check that the code blocks and links of README.md and docs/ hold
-	$(PY) -m pytest tests/test_docs.py
+	$(PY) -m pytest tests/docs
 
 clean: ## Remove what was built
 	rm -rf build mmkernels/_C*.so *.egg-info $(STAMP)

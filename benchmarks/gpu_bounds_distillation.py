@@ -8,9 +8,9 @@ from typing import Any
 from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
 from benchmarks.gpu_bounds_info_nce import argument as plain_argument
 from benchmarks.gpu_bounds_info_nce import case
-from mmkernels.contrastive import triton_kernels
-from mmkernels.contrastive.triton_kernels import distillation
-from mmkernels.contrastive.triton_kernels.configs import DISTILLATION_CONFIGS
+from mmkernels._tiles.configs import DISTILLATION_CONFIGS
+from mmkernels.distillation import triton_kernels as distillation
+from mmkernels.info_nce import triton_kernels
 
 GROWING = {"SYMMETRIC"}
 _MULTIPLES_OF_16 = {"TEACHER_D", "stride_tq", "stride_tk"}

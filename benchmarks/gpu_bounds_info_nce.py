@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
-from mmkernels._triton import Tile
-from mmkernels.contrastive import triton_kernels
-from mmkernels.contrastive.triton_kernels import cross_entropy
-from mmkernels.contrastive.triton_kernels.configs import CONFIGS, Config
+from mmkernels._tiles.configs import CONFIGS, Config
+from mmkernels._tiles.triton import Tile
+from mmkernels.info_nce import triton_kernels
+from mmkernels.info_nce.triton_kernels import cross_entropy
 
 # Arguments that are strides or sizes of padded rows: multiples of 16, which the launcher sees to.
 _MULTIPLES_OF_16 = {"D", "stride_q", "stride_k", "stride_x", "stride_y", "stride_strip"}

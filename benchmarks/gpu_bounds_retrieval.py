@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
 from benchmarks.gpu_bounds_info_nce import case
-from mmkernels.contrastive.triton_kernels.configs import tile_of
+from mmkernels._tiles.configs import tile_of
 from mmkernels.retrieval import triton_kernels
 
 # Constants that only ever add to a kernel: the compile check takes the heaviest form.

@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
 from benchmarks.gpu_bounds_info_nce import argument as argument_of_info_nce
 from benchmarks.gpu_bounds_info_nce import case
-from mmkernels.contrastive.triton_kernels.configs import CONFIGS, tile_of
+from mmkernels._tiles.configs import CONFIGS, tile_of
 from mmkernels.siglip import triton_kernels
 
 GROWING: set[str] = set()  # a form that does less may well take more registers

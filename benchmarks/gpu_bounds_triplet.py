@@ -6,9 +6,9 @@ from typing import Any
 
 from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
 from benchmarks.gpu_bounds_info_nce import case
-from mmkernels.contrastive import triton_kernels
-from mmkernels.contrastive.triton_kernels import cross_entropy
-from mmkernels.contrastive.triton_kernels.configs import CONFIGS, tile_of
+from mmkernels._tiles.configs import CONFIGS, tile_of
+from mmkernels.info_nce import triton_kernels
+from mmkernels.info_nce.triton_kernels import cross_entropy
 from mmkernels.triplet.triton_kernels import kernels
 
 GROWING = {"SYMMETRIC", "SEMI_HARD", "GRADIENT"}

@@ -138,10 +138,8 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown op {', '.join(sorted(unknown))}: expected {', '.join(OPS)}")
     if not torch.cuda.is_available():
-        print(
-            "There is no GPU that torch can see here, so there is nothing to check. On a machine with one, run the same"
-        )
-        print("command. The kernels' parity in the interpreter and their compile check: pytest tests/gpu")
+        print("There is no GPU that torch can see here, so there is nothing to check. Run this where there is one.")
+        print("The kernels' parity in the interpreter and their compile check: pytest tests -k 'triton or compile'")
         return
     device = torch.device("cuda", torch.cuda.current_device())
     import triton

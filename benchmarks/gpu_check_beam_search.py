@@ -1,8 +1,6 @@
 """Check the step of beam search on a GPU: the reference's bits on all cases of the tests, and what users run today."""
 
 import importlib
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +23,7 @@ def implementations() -> list[Any]:
 
 def check_parity(device: torch.device) -> list[dict[str, Any]]:
     """Every case of the tests in every dtype, twice, and from a CUDA graph; a failure is a line of the report."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    cases = importlib.import_module("beam_search_cases")
+    cases = importlib.import_module("tests.beam_search.cases")
     results = []
     for case in cases.CASES:
         for dtype in DTYPES:

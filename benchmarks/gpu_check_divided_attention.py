@@ -1,8 +1,6 @@
 """Check divided attention's Triton kernels on a GPU: against float64 on all cases of the tests, and its peers."""
 
 import importlib
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +22,7 @@ def check_parity(device: torch.device) -> list[dict[str, Any]]:
 
     The oracle and eager run on the CPU.
     """
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    cases = importlib.import_module("divided_attention_cases")
+    cases = importlib.import_module("tests.divided_attention.cases")
 
     def run(qkv: Tensor, case: Any) -> tuple[Tensor, ...]:
         leaf = qkv.to(device).requires_grad_()

@@ -1,8 +1,6 @@
 """Check retrieval's Triton kernels on a GPU: all cases of the tests, and what users run today."""
 
 import importlib
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +15,7 @@ NOTE = "Memory: the most beyond inputs. Share of G: one product at the rate of t
 
 def check_parity(device: torch.device) -> list[dict[str, Any]]:
     """Every case of the tests in every dtype; a failure is a line of the report, not the end of it."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    cases = importlib.import_module("retrieval_cases")
+    cases = importlib.import_module("tests.retrieval.cases")
     results: list[dict[str, Any]] = []
     for case in cases.CASES:
         for dtype in DTYPES:

@@ -1,8 +1,8 @@
 """Fused kernels for multimodal models, behind plain PyTorch calls."""
 
 from mmkernels.beam_search import beam_search, beam_search_step
-from mmkernels.contrastive import info_nce
 from mmkernels.divided_attention import divided_attention, divided_attention_maps
+from mmkernels.info_nce import info_nce
 from mmkernels.integrations.open_clip import ClipLoss, DistillClipLoss, SigLipLoss
 from mmkernels.linear_cross_entropy import linear_cross_entropy
 from mmkernels.retrieval import retrieval_ranks, retrieval_topk

@@ -18,10 +18,9 @@ needs_library = pytest.mark.skipif(_backends.unavailable("cpu") is not None, rea
 
 def run_in_variant(variant: str, code: str) -> None:
     """Run code in a process of its own whose kernels are those of one instruction set."""
-    tests = Path(__file__).parent
     result = subprocess.run(
         [sys.executable, "-c", f"{code}\nimport torch\nprint(torch.ops.mmkernels.cpu_variant())"],
-        env={**os.environ, "MMKERNELS_CPU": variant, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])},
+        env={**os.environ, "MMKERNELS_CPU": variant, "PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,
         check=False,

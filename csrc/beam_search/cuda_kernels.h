@@ -1,5 +1,5 @@
 // The device code of the step of beam search. Compiled by nvcc into kernels (cuda.cu), and by the tests into a program
-// that runs it on a CPU, thread by thread (tests/gpu/emulator.h).
+// that runs it on a CPU, thread by thread (tests/emulator.h).
 //
 // scan: a block reads its part of a row once, into shared memory; finds its largest entry and, with the other parts' of
 // its cluster, its share of the softmax's sum; and takes its best entries out one by one. Their number bounds the work,

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels._triton import family_of, on_device, ordered
+from mmkernels._tiles.triton import family_of, on_device, ordered
 from mmkernels.beam_search import reference
 
 LOG2E = tl.constexpr(reference.LOG2E)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._targets import require_targets
-from mmkernels.contrastive.triton_kernels import cross_entropy_backward, cross_entropy_forward
+from mmkernels.info_nce.triton_kernels import cross_entropy_backward, cross_entropy_forward
 
 _NO_TARGET = -1
 

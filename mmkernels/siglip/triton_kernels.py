@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels._triton import LOG2E, on_device, round_up
-from mmkernels.contrastive.triton_kernels import FP16_PEAK, aligned, launch_options, strip_products
-from mmkernels.contrastive.triton_kernels.configs import choose, choose_tile
-from mmkernels.contrastive.triton_kernels.engine import halves, program_tile, similarities
+from mmkernels._tiles.configs import choose, choose_tile
+from mmkernels._tiles.engine import halves, program_tile, similarities
+from mmkernels._tiles.triton import LOG2E, on_device, round_up
+from mmkernels.info_nce.triton_kernels import FP16_PEAK, aligned, launch_options, strip_products
 
 _PROGRAMS = 1024  # that the tiles of a launch are spread over, if there are as many
 _TILES = 4  # that a program takes at most: longer sums in float32 would lose digits

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from mmkernels._triton import LOG2E, on_device, round_up
+from mmkernels._tiles.triton import LOG2E, on_device, round_up
 from mmkernels.divided_attention.layout import Layout
 from mmkernels.divided_attention.ops import layout_of
 from mmkernels.divided_attention.triton_kernels import engine

@@ -12,7 +12,7 @@ Probabilities are divided by their sum once more: what a log-sum-exp lost when i
 import triton
 import triton.language as tl
 
-from mmkernels._triton import LOG2E, LOWEST, dot
+from mmkernels._tiles.triton import LOG2E, LOWEST, dot
 from mmkernels.divided_attention.triton_kernels.engine import (
     AVERAGED,
     GLOBAL,

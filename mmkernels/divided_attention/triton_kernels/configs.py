@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmkernels._triton import Tile, family_of
+from mmkernels._tiles.triton import Tile, family_of
 
 
 class Config(NamedTuple):

@@ -18,7 +18,7 @@ the geometry of a call as plain numbers, so that one compiled form serves all ax
 import triton
 import triton.language as tl
 
-from mmkernels._triton import LN2, LOWEST
+from mmkernels._tiles.triton import LN2, LOWEST
 
 AVERAGED = tl.constexpr(1)
 GLOBAL = tl.constexpr(2)

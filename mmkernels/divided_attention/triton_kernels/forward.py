@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from mmkernels._triton import LN2, LOWEST, dot
+from mmkernels._tiles.triton import LN2, LOWEST, dot
 from mmkernels.divided_attention.triton_kernels.engine import (
     GLOBAL,
     RUNTIME,

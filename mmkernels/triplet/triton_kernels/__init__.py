@@ -24,8 +24,9 @@ import torch
 import triton
 from torch import Tensor
 
-from mmkernels._triton import on_device, round_up
-from mmkernels.contrastive.triton_kernels import (
+from mmkernels._tiles.configs import choose, choose_tile
+from mmkernels._tiles.triton import on_device, round_up
+from mmkernels.info_nce.triton_kernels import (
     FP16_PEAK,
     MERGE_BLOCK,
     MERGE_FEATURES,
@@ -36,7 +37,6 @@ from mmkernels.contrastive.triton_kernels import (
     launch_options,
     strip_products,
 )
-from mmkernels.contrastive.triton_kernels.configs import choose, choose_tile
 from mmkernels.triplet.triton_kernels.kernels import (
     finish_gradients_kernel,
     finish_worst_kernel,

@@ -5,8 +5,8 @@
 import triton
 import triton.language as tl
 
-from mmkernels._triton import dot
-from mmkernels.contrastive.triton_kernels.engine import halves, program_tile, similarities
+from mmkernels._tiles.engine import halves, program_tile, similarities
+from mmkernels._tiles.triton import dot
 
 _INFINITY = tl.constexpr(float("inf"))
 _LAST = tl.constexpr(2**31 - 1)

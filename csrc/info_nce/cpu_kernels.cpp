@@ -1,0 +1,236 @@
+// InfoNCE as an epilogue of the tile engine. Compiled once for each instruction set (MMK_VARIANT).
+#include "cpu_kernels.h"
+
+#include <algorithm>
+
+#include "../common/engine.h"
+#include "../common/softmax.h"
+
+namespace mmkernels {
+inline namespace MMK_VARIANT {
+namespace {
+
+// Calls visit(row, column, element of the tile) for every pair of a positive in the tile.
+template <class Visit>
+void for_each_positive(const Positives& positives, int64_t row0, int64_t rows, int64_t col0, int64_t cols, float* tile,
+                       const Visit& visit) {
+  for (int64_t c = 0; c < cols; ++c) {
+    const int64_t* const after = positives.queries + positives.after[col0 + c];
+    const int64_t* at = std::lower_bound(positives.queries + positives.first[col0 + c], after, row0);
+    for (; at != after && *at < row0 + rows; ++at) visit(*at - row0, c, tile[c * kTileStride + *at - row0]);
+  }
+}
+
+// Running statistics of rows and columns: loss = lse - positive, lse = max + log(sum).
+template <bool kColumns, bool kTotals>
+struct InfoNceStatistics {
+  explicit InfoNceStatistics(const InfoNceForward& p) : p(p) {}
+
+  const InfoNceForward& p;
+  int64_t row0 = 0, rows = 0, padded_rows = 0;
+  float row_max[kMaxRows], row_sum[kMaxRows], row_total[kMaxRows];
+  double row_positive[kMaxRows], col_positive[kMaxCols];  // exact enough for the sum of thousands
+  float tile_row_max[kMaxRows];                           // of the tile at hand
+  ColumnStatistics col;
+
+  void begin_panel(int64_t first_row, int64_t count) {
+    row0 = first_row;
+    rows = count;
+    padded_rows = round_up(count, Vec::kLanes);
+    for (int64_t r = 0; r < padded_rows; ++r) {
+      row_max[r] = kNegativeInfinity;
+      row_sum[r] = row_total[r] = 0.f;
+      row_positive[r] = p.positives.queries != nullptr ? 0. : __builtin_nan("");
+    }
+  }
+
+  void tile(float* s, int64_t col0, int64_t cols) {
+    keep_tile(p.logits, s, row0, rows, col0, cols, p.products);
+    scale_and_find_maxima(s, cols);
+    if (p.positives.queries != nullptr) {
+      std::fill(col_positive, col_positive + cols, 0.);
+      for_each_positive(p.positives, row0, rows, col0, cols, s, [&](int64_t r, int64_t c, float logit) {
+        row_positive[r] += logit;
+        col_positive[c] += logit;
+      });
+    } else {
+      for_each_target(p.targets, row0, rows, col0, cols, s, [&](int64_t r, float& logit) { row_positive[r] = logit; });
+    }
+    float center;
+    if (lie_near(tile_row_max, rows, col.largest, kColumns ? cols : 0, center)) {
+      add_exponentials<true>(s, cols, center);
+    } else {
+      add_exponentials<false>(s, cols, center);
+    }
+  }
+
+  void scale_and_find_maxima(float* s, int64_t cols) {
+    const Vec scale = Vec::set1(p.logits.scale), last_edge = edge_of(rows);
+    for (int64_t r = 0; r < padded_rows; ++r) tile_row_max[r] = kNegativeInfinity;
+    for (int64_t c = 0; c < cols; ++c) {
+      float* row = s + c * kTileStride;
+      Vec highest = Vec::set1(kNegativeInfinity), total = Vec::set1(0.f);
+      for (int64_t r = 0; r < padded_rows; r += Vec::kLanes) {
+        Vec logits = Vec::load(row + r) * scale;
+        if constexpr (kTotals) {
+          (Vec::load(row_total + r) + logits).store(row_total + r);
+          total = total + logits;  // lanes past the last row hold zero
+        }
+        if (r + Vec::kLanes == padded_rows) logits = logits + last_edge;
+        logits.store(row + r);
+        max(Vec::load(tile_row_max + r), logits).store(tile_row_max + r);
+        highest = max(highest, logits);
+      }
+      col.largest[c] = highest.largest();
+      if constexpr (kTotals) col.total[c] = total.sum();
+    }
+  }
+
+  // Adds e^(s - reference) to the sums: one reference for all, or one a row and one a column.
+  template <bool kOne>
+  void add_exponentials(const float* s, int64_t cols, float center) {
+    float sums[kMaxRows];
+    for (int64_t r = 0; r < padded_rows; ++r) sums[r] = 0.f;
+    for (int64_t c = 0; c < cols; ++c) {
+      const float* row = s + c * kTileStride;
+      const Vec reference = Vec::set1(kOne ? center : col.largest[c]);
+      Vec total = Vec::set1(0.f);
+      for (int64_t r = 0; r < padded_rows; r += Vec::kLanes) {
+        const Vec logits = Vec::load(row + r);
+        if constexpr (kOne) {
+          const Vec e = exp(logits - reference);
+          (Vec::load(sums + r) + e).store(sums + r);
+          total = total + e;
+        } else {
+          (Vec::load(sums + r) + exp(logits - Vec::load(tile_row_max + r))).store(sums + r);
+          if constexpr (kColumns) total = total + exp(logits - reference);
+        }
+      }
+      if constexpr (kColumns) {
+        col.sum[c] = total.sum();
+        col.reference[c] = kOne ? center : col.largest[c];
+      }
+    }
+    for (int64_t r = 0; r < padded_rows; r += Vec::kLanes) {
+      Vec largest = Vec::load(row_max + r), sum = Vec::load(row_sum + r);
+      const Vec in_tile = Vec::load(tile_row_max + r);
+      join(largest, sum, in_tile, Vec::load(sums + r), kOne ? Vec::set1(center) : in_tile);
+      largest.store(row_max + r);
+      sum.store(row_sum + r);
+    }
+  }
+
+  void update_columns(int64_t col0, int64_t cols) {
+    if constexpr (kColumns) {
+      col.join_to<kTotals>(col0, cols, row0 == 0, p.col_max, p.col_sum, p.col_total);
+      for (int64_t c = 0; p.positives.queries != nullptr && c < cols; ++c)
+        p.col_positive[col0 + c] = (row0 == 0 ? 0. : p.col_positive[col0 + c]) + col_positive[c];
+    }
+  }
+
+  void end_panel(int64_t) {
+    const auto write = [&](const auto* from, auto* to) { std::memcpy(to + row0, from, rows * sizeof(*from)); };
+    write(row_max, p.row_max);
+    write(row_sum, p.row_sum);
+    write(row_positive, p.row_positive);
+    if constexpr (kTotals) write(row_total, p.row_total);
+  }
+};
+
+// Turns a tile of products into d loss / d logits: softmax over rows and columns by one exponential where it can.
+template <bool kColumns, bool kShift>
+struct InfoNceGradient {
+  explicit InfoNceGradient(const InfoNceBackward& p) : p(p), softmaxes(p.logits, p.row, p.col) {}
+
+  const InfoNceBackward& p;
+  TileOfSoftmaxes<kColumns> softmaxes;
+  int64_t row0 = 0, rows = 0, padded_rows = 0;
+  float row_shift[kMaxRows];
+  double product_of_logits = 0.;  // <d loss / d logits, logits / scale> of the panel
+
+  void begin_panel(int64_t first_row, int64_t count) {
+    row0 = first_row;
+    rows = count;
+    padded_rows = round_up(count, Vec::kLanes);
+    product_of_logits = 0.;
+    softmaxes.begin_panel(first_row, count);
+    if constexpr (kShift) softmaxes.read(p.row_shift, row_shift);
+  }
+
+  bool recall(float* s, int64_t col0, int64_t cols) const {
+    return recall_tile(p.logits, p.products, row0, rows, col0, cols, s);
+  }
+
+  void tile(float* s, int64_t col0, int64_t cols) {
+    // Of the positives in the tile, each with its weight in the gradient.
+    const auto visit_positives = [&](const auto& visit) {
+      if (p.positives.queries == nullptr) {
+        for_each_target(p.targets, row0, rows, col0, cols, s,
+                        [&](int64_t r, float& element) { visit(p.positive_weight[row0 + r], element); });
+      } else {
+        for_each_positive(p.positives, row0, rows, col0, cols, s, [&](int64_t r, int64_t c, float& element) {
+          const float of_column = kColumns ? p.col_positive_weight[col0 + c] : 0.f;
+          visit(p.positive_weight[row0 + r] + of_column, element);
+        });
+      }
+    };
+    visit_positives([&](float weight, float& product) { product_of_logits -= static_cast<double>(weight) * product; });
+    if (softmaxes.begin_tile(col0, cols)) {
+      softmaxes.find_factors(col0, cols);
+      differentiate<true>(s, col0, cols);
+    } else {
+      differentiate<false>(s, col0, cols);
+    }
+    visit_positives([](float weight, float& grad) { grad -= weight; });
+  }
+
+  void end_panel(int64_t panel) {
+    if (p.grad_scale != nullptr) p.grad_scale[panel] = product_of_logits;
+  }
+
+  template <bool kOne>
+  void differentiate(float* s, int64_t col0, int64_t cols) {
+    using Column = typename TileOfSoftmaxes<kColumns>::template Column<kOne>;
+    const Vec last_edge = edge_of(rows);
+    for (int64_t c = 0; c < cols; ++c) {
+      float* row = s + c * kTileStride;
+      const Column column(softmaxes, col0, c);
+      const Vec shift = Vec::set1(kColumns && kShift ? p.col_shift[col0 + c] : 0.f);
+      Vec sum = Vec::set1(0.f);
+      for (int64_t r = 0; r < padded_rows; r += Vec::kLanes) {
+        const Vec product = Vec::load(row + r);
+        Vec g = column.of(product, r, last_edge);
+        if constexpr (kShift) g = g - (Vec::load(row_shift + r) + shift);
+        sum = fma(g, product, sum);
+        g.store(row + r);
+      }
+      product_of_logits += sum.sum();
+    }
+  }
+};
+
+void info_nce_forward(const InfoNceForward& p, const Tiling& t, Wavefront& wave, float* scratch) {
+  with_product(p.logits.queries.dtype, [&](auto product) {
+    with_flags(p.columns, p.totals, [&](auto columns, auto totals) {
+      InfoNceStatistics<columns(), totals()> epilogue(p);
+      forward_panels<decltype(product)>(p.logits, t, wave, scratch, epilogue);
+    });
+  });
+}
+
+void info_nce_backward(const InfoNceBackward& p, const Tiling& t, Wavefront& wave, float* scratch) {
+  with_product(p.logits.queries.dtype, [&](auto product) {
+    with_flags(p.col.lse != nullptr, p.row_shift != nullptr, [&](auto columns, auto shift) {
+      InfoNceGradient<columns(), shift()> epilogue(p);
+      backward_panels<decltype(product)>(p.logits, p.grads, t, wave, scratch, epilogue);
+    });
+  });
+}
+
+}  // namespace
+
+extern const InfoNceKernels info_nce_kernels;
+const InfoNceKernels info_nce_kernels{MMK_STRING(MMK_VARIANT), tiling_of, info_nce_forward, info_nce_backward};
+
+}  // namespace MMK_VARIANT
+}  // namespace mmkernels

@@ -1,0 +1,128 @@
+"""Which tiles each GPU and dtype takes: a table, every line of which the compile check covers."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmkernels._tiles.triton import Tile, family_of
+
+
+class Config(NamedTuple):
+    """The tiles of the three kernels with a dot product."""
+
+    forward: Tile
+    grad_logits: Tile
+    product: Tile
+    lower: Tile | None = None  # of grad_logits with groups, where its own tile would spill
+
+    def of_grad_logits(self, groups: bool) -> Tile:
+        return self.lower if groups and self.lower is not None else self.grad_logits
+
+
+# Chosen from the compile check: the largest tiles without a spill. By precision: "half" is bf16 and fp16.
+CONFIGS: dict[str, dict[str, Config]] = {
+    # Shared memory stays below 99 KB, which the chips of 8.6, 8.9 and 12.0 have, too.
+    "sm_80": {
+        "half": Config(
+            Tile(128, 128, 32, 8, 4), Tile(128, 128, 32, 8, 4), Tile(128, 256, 32, 8, 4), Tile(64, 128, 32, 8, 4)
+        ),
+        "tf32x3": Config(Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3)),
+        "ieee": Config(Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 4, 2), Tile(64, 64, 32, 8, 2)),
+    },
+    "sm_90": {
+        "half": Config(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4)),
+        "tf32x3": Config(Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3)),
+        "ieee": Config(Tile(64, 64, 16, 4, 2), Tile(64, 64, 16, 4, 2), Tile(64, 64, 32, 8, 2)),
+    },
+    "sm_100": {
+        "half": Config(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4)),
+        "tf32x3": Config(Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3)),
+        "ieee": Config(Tile(64, 64, 16, 4, 2), Tile(64, 64, 16, 4, 2), Tile(64, 64, 32, 8, 2)),
+    },
+    # The matrix cores of gfx942 multiply fp32 as IEEE asks.
+    "gfx942": {
+        "half": Config(Tile(128, 128, 64, 8, 2), Tile(128, 128, 64, 8, 2), Tile(128, 128, 64, 8, 2)),
+        "ieee": Config(Tile(128, 128, 32, 8, 2), Tile(128, 128, 32, 8, 2), Tile(128, 128, 32, 8, 2)),
+    },
+    # Small, so that few rows reach every edge.
+    "interpreter": {
+        "half": Config(Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1)),
+        "ieee": Config(Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1)),
+    },
+}
+
+
+class DistillationConfig(NamedTuple):
+    """The tiles of the kernels that make two products for each tile of logits."""
+
+    forward: Tile
+    grad_logits: Tile
+
+
+DISTILLATION_CONFIGS: dict[str, dict[str, DistillationConfig]] = {
+    "sm_80": {
+        "half": DistillationConfig(Tile(128, 64, 32, 8, 4), Tile(128, 64, 32, 8, 4)),
+        "tf32x3": DistillationConfig(Tile(64, 64, 16, 8, 3), Tile(64, 64, 32, 8, 3)),
+        "ieee": DistillationConfig(Tile(64, 64, 16, 4, 2), Tile(64, 64, 16, 8, 2)),
+    },
+    "sm_90": {
+        "half": DistillationConfig(Tile(128, 64, 64, 8, 4), Tile(128, 64, 64, 8, 4)),
+        "tf32x3": DistillationConfig(Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
+        "ieee": DistillationConfig(Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2)),
+    },
+    "sm_100": {
+        "half": DistillationConfig(Tile(128, 64, 64, 8, 4), Tile(128, 64, 64, 8, 4)),
+        "tf32x3": DistillationConfig(Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+        "ieee": DistillationConfig(Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2)),
+    },
+    "gfx942": {
+        "half": DistillationConfig(Tile(128, 64, 64, 8, 2), Tile(128, 64, 64, 8, 2)),
+        "ieee": DistillationConfig(Tile(128, 64, 32, 8, 2), Tile(128, 64, 32, 8, 2)),
+    },
+    "interpreter": {
+        "half": DistillationConfig(Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1)),
+        "ieee": DistillationConfig(Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1)),
+    },
+}
+
+
+# One tile for all kernels over pairs of an op that has other epilogues, where the one of forward would spill.
+_OWN_TILES: dict[str, dict[tuple[str, str], Tile]] = {
+    "siglip": {
+        ("sm_80", "ieee"): Tile(64, 64, 16, 4, 2),
+        ("sm_100", "ieee"): Tile(64, 64, 16, 8, 2),
+        ("sm_100", "tf32x3"): Tile(64, 64, 32, 8, 3),
+    },
+    "triplet": {("sm_80", "tf32x3"): Tile(64, 64, 32, 8, 3), ("sm_100", "ieee"): Tile(32, 64, 16, 8, 1)},
+    "retrieval": {("sm_100", "ieee"): Tile(64, 64, 16, 8, 2)},
+}
+
+
+def tile_of(op: str, family: str, precision: str) -> Tile:
+    """The tile of an op of `_OWN_TILES`; precision: half, tf32x3 or ieee."""
+    return _OWN_TILES[op].get((family, precision), CONFIGS[family][precision].forward)
+
+
+def choose_tile(op: str, features: Tensor) -> tuple[Tile, str]:
+    """The tile of such an op for the device and dtype, and how float32 is multiplied."""
+    _, precision = choose(features)
+    half = features.dtype != torch.float32
+    return tile_of(op, family_of(features.device), "half" if half else precision), precision
+
+
+def choose(features: Tensor) -> tuple[Config, str]:
+    """The tiles for the device and dtype, and how float32 is multiplied."""
+    family = family_of(features.device)
+    if features.dtype != torch.float32:
+        return CONFIGS[family]["half"], "ieee"
+    # Never TF32 itself: who allows it for torch's own products gets three of them, almost as exact as float32.
+    asked = "tf32x3" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    precision = asked if asked in CONFIGS[family] else "ieee"
+    return CONFIGS[family][precision], precision
+
+
+def choose_distillation(features: Tensor) -> DistillationConfig:
+    """The tiles of distillation for the device and dtype; the product over strips and the precision are `choose`'s."""
+    family, (_, precision) = family_of(features.device), choose(features)
+    return DISTILLATION_CONFIGS[family]["half" if features.dtype != torch.float32 else precision]

@@ -1,0 +1,139 @@
+"""What every loss over tiles of similarities needs: the walk, the tile, softmax statistics and their gradient.
+
+Logits are in base 2 here: 2^x is one instruction. A loss adds its own epilogue to `similarities`.
+"""
+
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False
+
+import triton
+import triton.language as tl
+
+from mmkernels._tiles.triton import LOG2E, LOWEST, dot
+
+# A tile whose rows and columns all sum to over 2^-32 of its largest exponential needs one exponential an entry: then
+# s - peak rounds away no more than the logits were rounded by.
+LEAST_SUM = tl.constexpr(2.0**-32)
+# A tile whose log-sum-exps lie within 2^32 needs one exponential an entry in the backward pass, for the same reason.
+_BACKWARD_SPREAD = tl.constexpr(32.0)
+_BAND = tl.constexpr(8)
+
+
+@triton.jit
+def program_tile(program, num_rows, num_cols):
+    """The place of a program in a grid [num_rows, num_cols], walked in bands of rows: neighbours share the L2 cache."""
+    in_band = program % (_BAND * num_cols)
+    first = program // (_BAND * num_cols) * _BAND
+    height = tl.minimum(num_rows - first, _BAND)
+    return first + in_band % height, in_band // height
+
+
+@triton.jit
+def similarities(
+    x, y, rows, cols, num_x, num_y, D, stride_x, stride_y,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """<x_row, y_col> in float32, [BM, BN]. Rows and columns past the end repeat the last: the caller masks them."""
+    k = tl.arange(0, BLOCK_K)
+    x_rows = tl.minimum(rows, num_x - 1).to(tl.int64) * stride_x
+    y_rows = tl.minimum(cols, num_y - 1).to(tl.int64) * stride_y
+    x_ptrs = x + x_rows[:, None] + k[None, :]  # [BM, BK]
+    y_ptrs = y + y_rows[None, :] + k[:, None]  # [BK, BN]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, D, BLOCK_K):
+        inside = k < D - start
+        x_tile = tl.load(x_ptrs, mask=inside[None, :], other=0.0)
+        y_tile = tl.load(y_ptrs, mask=inside[:, None], other=0.0)
+        acc = dot(x_tile, y_tile, acc, PRECISION)
+        x_ptrs += BLOCK_K
+        y_ptrs += BLOCK_K
+    return acc
+
+
+@triton.jit
+def with_bias(s, bias, cols, num_y, BIAS: tl.constexpr):
+    """The logits in base 2 with the bias of their columns, if there is one; past the last column, with the last's."""
+    if BIAS:
+        # A mask in its place would take the registers that some tiles have not left.
+        s += (tl.load(bias + tl.minimum(cols, num_y - 1)) * LOG2E)[None, :]
+    return s
+
+
+@triton.jit
+def halves(tile):
+    """The left and the right half of the columns of a tile."""
+    M: tl.constexpr = tile.shape[0]
+    N: tl.constexpr = tile.shape[1]
+    return tl.split(tl.permute(tl.reshape(tile, (M, 2, N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def merge(m, z, m_other, z_other):
+    """The statistics (maximum m, sum z of 2^(s - m)) of two parts of a row together."""
+    top = tl.maximum(m, m_other)
+    return top, z * tl.exp2(m - top) + z_other * tl.exp2(m_other - top)
+
+
+@triton.jit
+def _scaled(peak, total):
+    """(peak, total) with the power of two of the total moved into the peak: a logit near the true maximum."""
+    exponent = total.to(tl.int32, bitcast=True) >> 23
+    # The bits of 2^-power; times a NaN that is a NaN, too.
+    factor = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    return peak + (exponent - 127).to(tl.float32), total * factor
+
+
+@triton.jit
+def tile_statistics(s, row_ok, col_ok, COLUMNS: tl.constexpr):
+    """(m, z), z = sum of 2^(s - m), of every row and column of a tile; masked entries of s are -inf."""
+    if COLUMNS:
+        peak = tl.maximum(tl.max(tl.max(s, 1), 0), LOWEST)
+        e = tl.exp2(s - peak)
+        row_z = tl.sum(e, 1)  # [BM]
+        col_z = tl.sum(e, 0)  # [BN]
+        least = tl.minimum(tl.min(tl.where(row_ok, row_z, 1.0), 0), tl.min(tl.where(col_ok, col_z, 1.0), 0))
+        # One exponential serves rows and columns where all of them reach near the maximum of the tile. A NaN makes the
+        # comparison false or stays in its own row and column.
+        if least > LEAST_SUM:
+            row_m, row_z = _scaled(peak, row_z)
+            col_m, col_z = _scaled(peak, col_z)
+        else:
+            row_m = tl.maximum(tl.max(s, 1), LOWEST)
+            row_z = tl.sum(tl.exp2(s - row_m[:, None]), 1)
+            col_m = tl.maximum(tl.max(s, 0), LOWEST)
+            col_z = tl.sum(tl.exp2(s - col_m[None, :]), 0)
+    else:
+        row_m = tl.maximum(tl.max(s, 1), LOWEST)
+        row_z = tl.sum(tl.exp2(s - row_m[:, None]), 1)
+        col_m = row_m
+        col_z = row_z
+    return row_m, row_z, col_m, col_z
+
+
+@triton.jit
+def softmax_grad(s, lse, rest, weight):
+    """u_i 2^(s - lse_i), [BM, BN]; lse + rest is the log-sum-exp: rounded at 100 it leaves probabilities 4e-6 off."""
+    return weight[:, None] * tl.exp2((s - lse[:, None]) - rest[:, None])
+
+
+@triton.jit
+def softmax_grad_both(
+    s, row_lse, row_rest, col_lse, col_rest, row_weight, col_weight, row_ok, col_ok, exact,
+):  # fmt: skip
+    """u_i 2^(s - lse_i) + w_j 2^(s - lse_j), [BM, BN]; `exact` > 0 asks for what can be compared with u_i and w_j."""
+    highest = tl.maximum(
+        tl.max(tl.where(row_ok, row_lse, float("-inf")), 0), tl.max(tl.where(col_ok, col_lse, float("-inf")), 0)
+    )
+    lowest = tl.minimum(
+        tl.min(tl.where(row_ok, row_lse, float("inf")), 0), tl.min(tl.where(col_ok, col_lse, float("inf")), 0)
+    )
+    if (highest - lowest < _BACKWARD_SPREAD) & (exact == 0):
+        # 2^(s - c) (u_i 2^(c - lse_i) + w_j 2^(c - lse_j)): one exponential serves both softmaxes. c is an integer: to
+        # subtract it rounds little.
+        c = tl.floor((highest + lowest) * 0.5)
+        row_factor = row_weight * tl.exp2((c - row_lse) - row_rest)
+        col_factor = col_weight * tl.exp2((c - col_lse) - col_rest)
+        p = tl.exp2(s - c) * (row_factor[:, None] + col_factor[None, :])
+    else:
+        p = row_weight[:, None] * tl.exp2((s - row_lse[:, None]) - row_rest[:, None])
+        p += col_weight[None, :] * tl.exp2((s - col_lse[None, :]) - col_rest[None, :])
+    return p

@@ -1,5 +1,0 @@
-"""Contrastive losses from one tile engine: no matrix of logits is ever stored."""
-
-from mmkernels.contrastive.api import info_nce
-
-__all__ = ["info_nce"]

@@ -1,0 +1,149 @@
+"""The registered ops of distillation, info_nce with a teacher: one pair a backend, their fake kernels, and the
+autograd.Function around them."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels._autograd import refuse_second_derivatives
+from mmkernels.info_nce.ops import keeps_products
+
+_library = torch.library.Library("mmkernels", "FRAGMENT")
+
+_INPUTS = "Tensor queries, Tensor keys, Tensor scale, Tensor teacher_queries, Tensor teacher_keys, Tensor teacher_scale"
+_STATISTICS = "Tensor row_lse, Tensor col_lse, Tensor teacher_row_lse, Tensor teacher_col_lse"
+# distilled [N], the cross-entropies under the teacher, and matched [N], those against the key of the same number (NaN
+# where there is none); row_lse [2, N], col_lse [2, M] ([2, 0] if not symmetric), each the rounded value and what
+# rounding took off; products [2, M, N], keys queries^T of the student and of the teacher if they are to be kept for the
+# backward pass, else [0, M, N]; float32
+_FORWARD = (
+    f"({_INPUTS}, bool symmetric, bool keep_products)"
+    f" -> (Tensor distilled, Tensor matched, {_STATISTICS}, Tensor products)"
+)
+# One gradient for each true entry of output_mask (queries, keys, scale), an empty tensor for each false one.
+_BACKWARD = (
+    f"(Tensor grad_distilled, Tensor grad_matched, {_INPUTS}, {_STATISTICS}, Tensor products, bool symmetric,"
+    " bool[3] output_mask)"
+    " -> (Tensor grad_queries, Tensor grad_keys, Tensor grad_scale)"
+)
+
+
+def _forward_fake(
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    teacher_queries: Tensor,
+    teacher_keys: Tensor,
+    teacher_scale: Tensor,
+    symmetric: bool,
+    keep_products: bool,
+) -> tuple[Tensor, ...]:
+    num_queries, num_keys = queries.shape[0], keys.shape[0]
+    losses = (scale.new_empty(num_queries) for _ in range(2))
+    counts = (num_queries, num_keys if symmetric else 0)
+    statistics = (scale.new_empty(2, count) for _ in range(2) for count in counts)
+    return *losses, *statistics, scale.new_empty(2 if keep_products else 0, num_keys, num_queries)
+
+
+def _backward_fake(
+    grad_distilled: Tensor,
+    grad_matched: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    teacher_queries: Tensor,
+    teacher_keys: Tensor,
+    teacher_scale: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    teacher_row_lse: Tensor,
+    teacher_col_lse: Tensor,
+    products: Tensor,
+    symmetric: bool,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        queries.new_empty(queries.shape if output_mask[0] else 0),
+        keys.new_empty(keys.shape if output_mask[1] else 0),
+        scale.new_empty(() if output_mask[2] else 0),
+    )
+
+
+for _backend in ("cpu", "triton"):
+    _library.define(f"distillation_{_backend}_forward{_FORWARD}", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(f"distillation_{_backend}_backward{_BACKWARD}", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"mmkernels::distillation_{_backend}_forward", _forward_fake, lib=_library)
+    torch.library.register_fake(f"mmkernels::distillation_{_backend}_backward", _backward_fake, lib=_library)
+
+
+@functools.cache
+def _triton() -> Any:
+    """Triton is imported by the first call that runs it: importing mmkernels imports torch alone."""
+    from mmkernels.distillation import triton_kernels as distillation
+
+    return distillation
+
+
+for _pass in ("forward", "backward"):
+
+    def _launch(*args: Any, _name: str = f"distillation_{_pass}") -> tuple[Tensor, ...]:
+        return getattr(_triton(), _name)(*args)
+
+    # The CPU key serves the interpreter.
+    for _key in ("CUDA", "CPU"):
+        _library.impl(f"distillation_triton_{_pass}", _launch, _key)
+
+
+class _Distillation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        keys: Tensor,
+        scale: Tensor,
+        teacher_queries: Tensor,
+        teacher_keys: Tensor,
+        teacher_scale: Tensor,
+        symmetric: bool,
+        backend: str,
+        keep_products: bool,
+    ) -> tuple[Tensor, Tensor]:
+        forward = getattr(torch.ops.mmkernels, f"distillation_{backend}_forward")
+        inputs = (queries, keys, scale, teacher_queries, teacher_keys, teacher_scale)
+        distilled, matched, *kept = forward(*inputs, symmetric, keep_products)
+        ctx.save_for_backward(*inputs, *kept)
+        ctx.symmetric, ctx.backend = symmetric, backend
+        return distilled, matched
+
+    @staticmethod
+    def backward(ctx: Any, grad_distilled: Tensor, grad_matched: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        mask = list(ctx.needs_input_grad[:3])
+        backward = getattr(torch.ops.mmkernels, f"distillation_{ctx.backend}_backward")
+        with torch.no_grad():
+            grads = backward(grad_distilled, grad_matched, *saved, ctx.symmetric, mask)
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = refuse_second_derivatives("info_nce", grads, grad_distilled, grad_matched, *saved[:3])
+        return *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), *(None,) * 6
+
+
+def distillation(
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    teacher_queries: Tensor,
+    teacher_keys: Tensor,
+    teacher_scale: Tensor,
+    symmetric: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The losses of every query under the teacher and against its own key, [N] float32 each, on the backend named.
+
+    Differentiable in queries, keys and scale; the teacher gets no gradient.
+    """
+    inputs = (queries, keys, scale, teacher_queries, teacher_keys, teacher_scale)
+    keep = backend == "cpu" and keeps_products(2 * queries.shape[0] * keys.shape[0], queries, keys, scale)
+    distilled, matched = _Distillation.apply(*inputs, symmetric, backend, keep)
+    return distilled, matched

@@ -1,0 +1,303 @@
+"""The public call: docstring, validation, autocast, choice of implementation."""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmkernels import _backends
+from mmkernels._checks import (
+    as_scalar,
+    check_device,
+    check_indices,
+    check_label_smoothing,
+    check_matrix,
+    check_number,
+    check_pairs,
+    check_reduction,
+    check_target_tensor,
+    in_one_dtype,
+)
+from mmkernels._targets import require_targets
+from mmkernels.distillation import ops as distillation_ops
+from mmkernels.info_nce import ops, reference
+from mmkernels.info_nce.groups import number_groups, require_groups
+
+
+def info_nce(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    targets: Tensor | None = None,
+    symmetric: bool = True,
+    label_smoothing: float = 0.0,
+    query_groups: Tensor | None = None,
+    key_groups: Tensor | None = None,
+    key_queue: Tensor | None = None,
+    query_queue: Tensor | None = None,
+    weights: Tensor | None = None,
+    teacher_queries: Tensor | None = None,
+    teacher_keys: Tensor | None = None,
+    teacher_scale: Tensor | float | None = None,
+    reduction: Literal["none", "mean", "sum"] = "mean",
+    process_group: Any = None,
+    impl: Literal["auto", "triton", "cpu", "reference"] = "auto",
+) -> Tensor:
+    """Contrastive cross-entropy of every query against all keys, and of every matched key against all queries.
+
+    Replaces::
+
+        logits = logit_scale * queries @ keys.T                    # [N, M], stored for the backward pass
+        labels = torch.arange(len(queries), device=queries.device)
+        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T[: len(queries)], labels)) / 2
+
+    by one pass over tiles of the logits; nothing of size N x M is stored, forward or backward (on a CPU, where it is no
+    more than 64 MiB, it saves a product). Queries and keys are used as they come: normalise them first for cosine
+    similarities.
+
+    Args:
+        queries: [N, D], float32, bfloat16, float16 (accumulated in float32) or float64 (reference only).
+        keys: [M, D], dtype and device of `queries`. M may exceed N: the extra keys are extra negatives.
+        logit_scale: inverse temperature; a float or a tensor of one element, which then receives a gradient.
+        targets: [N], int64, the key that matches each query; None means key i for query i (needs N <= M).
+        symmetric: average with the cross-entropy of the matched keys over the queries (columns of the logits).
+            False keeps the rows alone.
+        label_smoothing: in [0, 1], the share of the target that is spread evenly over all classes.
+        query_groups: [N], int64. With `key_groups`, keys of a query's group are all its positives: its target is
+            uniform over them, and that of a matched key (the one of `targets`) over the queries of the key's group.
+        key_groups: [M], int64; see `query_groups`. Every query needs a key of its group, and every matched key a
+            query of its own.
+        key_queue: [Q, D], further keys that are negatives alone, of no group: a memory queue. A gradient flows to it
+            if it requires one; if not, none is computed.
+        query_queue: [R, D], further queries that are negatives alone, for the matched keys: each key is compared with
+            [queries; query_queue] as each query is with [keys; key_queue]. No queue is compared with the other.
+        weights: [N], floating-point, of each query's loss: "mean" divides by their sum, "sum" and "none" multiply.
+        teacher_queries: [N, D'], dtype and device of `queries`. With `teacher_keys` and `teacher_scale` the target of
+            row i is softmax_j(teacher_scale * <teacher_queries_i, teacher_keys_j>), and that of column j the softmax
+            of the same logits over the queries. All rows and columns count: a symmetric loss needs N = M. The teacher
+            gets no gradient, and stands in place of `targets`, `label_smoothing`, groups and queues.
+        teacher_keys: [M, D']; see `teacher_queries`.
+        teacher_scale: a float or a tensor of one element; see `teacher_queries`.
+        reduction: "mean" or "sum" over the N queries, or "none" for one loss a query, [N].
+        process_group: features of other ranks as further negatives; not implemented yet.
+        impl: "auto" picks the best implementation that can run; a name runs that one or raises.
+
+    Returns:
+        The loss: a scalar, or [N] for reduction="none"; float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: wrong shapes, devices or values; targets out of range; a query or matched key without a positive
+            (on a GPU the last two are assertions of the device).
+        NotImplementedError: `process_group`.
+        RuntimeError: the `impl` asked for cannot run here; the text lists every implementation with its reason.
+
+    Gradients flow to `queries`, `keys`, `logit_scale`, the queues and `weights`; each is computed only if it is
+    needed. The gradient is itself not differentiable (impl="reference" is). Results are the same bits from run to run.
+    NaN in, NaN out.
+    Under autocast the features are cast to its dtype; sums and statistics stay float32.
+
+    Source: van den Oord et al. 2018, eq. 4 (arXiv:1807.03748); symmetric form: Radford et al. 2021, figure 3
+    (arXiv:2103.00020); groups: Khosla et al. 2020, eq. 2 (arXiv:2004.11362); queues: He et al. 2019
+    (arXiv:1911.05722); a teacher's softmax as the target: Hinton et al. 2015 (arXiv:1503.02531).
+    """
+    check_pairs(queries, keys)
+    check_number("logit_scale", logit_scale, queries.device)
+    check_label_smoothing(label_smoothing)
+    check_reduction(reduction)
+    _check_weights(queries, weights)
+    if process_group is not None:
+        raise NotImplementedError("process_group: features of other ranks are not implemented yet; pass None")
+    teacher = {"teacher_queries": teacher_queries, "teacher_keys": teacher_keys, "teacher_scale": teacher_scale}
+    if any(argument is not None for argument in teacher.values()):
+        options = {"targets": targets, "query_groups": query_groups, "key_groups": key_groups}
+        options |= {"key_queue": key_queue, "query_queue": query_queue}
+        given = [name for name, option in options.items() if option is not None]
+        for name in [*given, "label_smoothing"] if label_smoothing > 0 else given:
+            raise ValueError(f"{name}: expected none beside a teacher, which gives the whole target; leave it out")
+        if teacher_queries is None or teacher_keys is None or teacher_scale is None:
+            missing = next(name for name, argument in teacher.items() if argument is None)
+            raise ValueError(f"{missing}: expected a value, as a teacher needs {', '.join(teacher)}, got None")
+        losses, _ = distillation_losses(
+            queries, keys, logit_scale, teacher_queries, teacher_keys, teacher_scale, symmetric, impl
+        )
+    else:
+        check_target_tensor(queries, keys, targets)
+        _check_groups(queries, keys, query_groups, key_groups)
+        _check_queues(queries, key_queue, query_queue, symmetric)
+        losses = _losses(
+            queries, keys, key_queue, query_queue, logit_scale, targets, query_groups, key_groups, symmetric,
+            label_smoothing, impl,
+        )  # fmt: skip
+
+    if weights is not None:
+        weights = weights.to(losses.dtype)
+        losses = losses * weights
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    return losses.mean() if weights is None else losses.sum() / weights.sum()
+
+
+def _losses(
+    queries: Tensor,
+    keys: Tensor,
+    key_queue: Tensor | None,
+    query_queue: Tensor | None,
+    logit_scale: Tensor | float,
+    targets: Tensor | None,
+    query_groups: Tensor | None,
+    key_groups: Tensor | None,
+    symmetric: bool,
+    label_smoothing: float,
+    impl: str,
+) -> Tensor:
+    """The loss of every query, [N]."""
+    given = queries
+    queries, keys = in_one_dtype("queries", given, "keys", keys)
+    if key_queue is not None:
+        _, key_queue = in_one_dtype("queries", given, "key_queue", key_queue)
+    if query_queue is not None:
+        _, query_queue = in_one_dtype("queries", given, "query_queue", query_queue)
+    chosen = _backends.choose("info_nce", impl, queries.device.type, queries.dtype)
+    scale = as_scalar(logit_scale, queries)
+
+    def losses_of(
+        queries: Tensor,
+        keys: Tensor,
+        queue: Tensor | None,
+        targets: Tensor | None,
+        query_groups: Tensor | None,
+        key_groups: Tensor | None,
+        symmetric: bool,
+    ) -> Tensor:
+        arguments = (queries, keys, queue, scale, targets, query_groups, key_groups, symmetric, label_smoothing)
+        return reference.info_nce(*arguments) if chosen == "reference" else ops.info_nce(*arguments, chosen)
+
+    if key_queue is not None or query_queue is not None:
+        _require_matches(keys, targets, query_groups, key_groups, symmetric)
+    if query_queue is None:
+        return losses_of(queries, keys, key_queue, targets, query_groups, key_groups, symmetric)
+    # Two one-sided losses: the logits of one queue with the other are not made.
+    rows = losses_of(queries, keys, key_queue, targets, query_groups, key_groups, False)
+    # embedding: rows by index, whose gradient is the same bits from run to run on a GPU, too.
+    matched = keys[: queries.shape[0]] if targets is None else F.embedding(targets, keys)
+    matched_groups = key_groups
+    if key_groups is not None:
+        matched_groups = key_groups[: queries.shape[0]] if targets is None else key_groups[targets]
+    columns = losses_of(matched, queries, query_queue, None, matched_groups, query_groups, False)
+    return (rows + columns) / 2
+
+
+def distillation_losses(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor | float,
+    teacher_queries: Tensor,
+    teacher_keys: Tensor,
+    teacher_scale: Tensor | float,
+    symmetric: bool = True,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Of every query the loss under the teacher and that of info_nce without one, [N] each, from the same tiles."""
+    check_pairs(queries, keys)
+    check_number("logit_scale", logit_scale, queries.device)
+    _check_teacher(queries, keys, teacher_queries, teacher_keys, teacher_scale, symmetric)
+    given = queries
+    queries, keys = in_one_dtype("queries", given, "keys", keys)
+    _, teacher_queries = in_one_dtype("queries", given, "teacher_queries", teacher_queries.detach())
+    _, teacher_keys = in_one_dtype("queries", given, "teacher_keys", teacher_keys.detach())
+    chosen = _backends.choose("info_nce", impl, queries.device.type, queries.dtype)
+    scale, teacher_scale = as_scalar(logit_scale, queries), as_scalar(teacher_scale, queries).detach()
+    arguments = (queries, keys, scale, teacher_queries, teacher_keys, teacher_scale, symmetric)
+    if chosen == "reference":
+        return reference.distillation(*arguments)
+    return distillation_ops.distillation(*arguments, chosen)
+
+
+def _check_teacher(
+    queries: Tensor,
+    keys: Tensor,
+    teacher_queries: Tensor,
+    teacher_keys: Tensor,
+    teacher_scale: Tensor | float,
+    symmetric: bool,
+) -> None:
+    for name, features, of, rows in (
+        ("teacher_queries", teacher_queries, "queries", queries.shape[0]),
+        ("teacher_keys", teacher_keys, "keys", keys.shape[0]),
+    ):
+        check_matrix(name, features)
+        if features.shape[0] != rows:
+            raise ValueError(f"{name}: expected {rows} rows, one for each of the {of}, got {features.shape[0]}")
+        check_device(name, features, "queries", queries)
+    if teacher_queries.shape[1] != teacher_keys.shape[1] or teacher_keys.shape[1] == 0:
+        raise ValueError(
+            f"teacher_keys: expected D >= 1 as in teacher_queries, {teacher_queries.shape[1]}, "
+            f"got {teacher_keys.shape[1]}"
+        )
+    check_number("teacher_scale", teacher_scale, queries.device)
+    if symmetric and queries.shape[0] != keys.shape[0]:
+        raise ValueError(
+            f"keys: expected {queries.shape[0]} rows, one for each query, with a teacher and symmetric=True, "
+            f"got {keys.shape[0]}; pass symmetric=False for the rows alone"
+        )
+
+
+def _check_groups(queries: Tensor, keys: Tensor, query_groups: Tensor | None, key_groups: Tensor | None) -> None:
+    for name, groups, other, features in (
+        ("query_groups", query_groups, key_groups, queries),
+        ("key_groups", key_groups, query_groups, keys),
+    ):
+        if groups is not None:
+            check_indices(name, groups, features.shape[0])
+            check_device(name, groups, "queries", queries)
+        elif other is not None:
+            raise ValueError(f"{name}: expected int64 ids, as both sides need them, got None; pass {name}")
+
+
+def _check_queues(queries: Tensor, key_queue: Tensor | None, query_queue: Tensor | None, symmetric: bool) -> None:
+    for name, queue in (("key_queue", key_queue), ("query_queue", query_queue)):
+        if queue is None:
+            continue
+        check_matrix(name, queue)
+        if queue.shape[1] != queries.shape[1]:
+            raise ValueError(f"{name}: expected D = {queries.shape[1]} as in queries, got {queue.shape[1]}")
+        check_device(name, queue, "queries", queries)
+    if query_queue is not None and not symmetric:
+        raise ValueError(
+            "query_queue: expected None with symmetric=False, got a tensor; its rows are negatives of the keys, "
+            "whose losses symmetric=True adds"
+        )
+
+
+def _check_weights(queries: Tensor, weights: Tensor | None) -> None:
+    if weights is None:
+        return
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights: expected a floating-point tensor, got {type(weights).__name__}")
+    if not weights.is_floating_point():
+        raise TypeError(f"weights: expected a floating-point tensor, got {weights.dtype}; use weights.float()")
+    if weights.shape != queries.shape[:1]:
+        raise ValueError(f"weights: expected shape ({queries.shape[0]},), got {tuple(weights.shape)}")
+    check_device("weights", weights, "queries", queries)
+
+
+def _require_matches(
+    keys: Tensor,
+    targets: Tensor | None,
+    query_groups: Tensor | None,
+    key_groups: Tensor | None,
+    symmetric: bool,
+) -> None:
+    """What the implementations check of values, for arguments that they do not see as the caller gave them."""
+    if torch.compiler.is_compiling():
+        return  # a value cannot be looked at while tracing
+    if targets is not None:
+        require_targets("info_nce", targets, keys.shape[0], "keys")
+    if query_groups is not None and key_groups is not None:
+        numbered = number_groups(query_groups, key_groups)
+        require_groups(numbered, query_groups, key_groups, targets, symmetric)

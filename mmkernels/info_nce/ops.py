@@ -1,0 +1,166 @@
+"""The registered ops, one pair a backend, their fake kernels, and the autograd.Function around them."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels._autograd import FREE_BYTES, refuse_second_derivatives, wants_backward
+
+_library = torch.library.Library("mmkernels", "FRAGMENT")
+
+# losses [N]; row_lse [2, N], col_lse [2, M] ([2, 0] if not symmetric), each the rounded value and what rounding took
+# off; products [M, N], keys queries^T if they are to be kept for the backward pass, else [0, N]; float32
+_FORWARD = (
+    "(Tensor queries, Tensor keys, Tensor scale, Tensor? targets, Tensor? query_groups, Tensor? key_groups,"
+    " bool symmetric, float label_smoothing, bool keep_products)"
+    " -> (Tensor losses, Tensor row_lse, Tensor col_lse, Tensor products)"
+)
+# One gradient for each true entry of output_mask (queries, the first num_grad_keys keys, scale), an empty tensor for
+# each false one.
+_BACKWARD = (
+    "(Tensor grad_losses, Tensor queries, Tensor keys, Tensor scale, Tensor? targets, Tensor? query_groups,"
+    " Tensor? key_groups, Tensor row_lse, Tensor col_lse, Tensor products, bool symmetric, float label_smoothing,"
+    " SymInt num_grad_keys, bool[3] output_mask)"
+    " -> (Tensor grad_queries, Tensor grad_keys, Tensor grad_scale)"
+)
+
+
+def _forward_fake(
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    targets: Tensor | None,
+    query_groups: Tensor | None,
+    key_groups: Tensor | None,
+    symmetric: bool,
+    label_smoothing: float,
+    keep_products: bool,
+) -> tuple[Tensor, ...]:
+    num_queries, num_keys = queries.shape[0], keys.shape[0]
+    shapes = ((num_queries,), (2, num_queries), (2, num_keys if symmetric else 0))
+    return *map(scale.new_empty, shapes), scale.new_empty(num_keys if keep_products else 0, num_queries)
+
+
+def _backward_fake(
+    grad_losses: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    targets: Tensor | None,
+    query_groups: Tensor | None,
+    key_groups: Tensor | None,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    products: Tensor,
+    symmetric: bool,
+    label_smoothing: float,
+    num_grad_keys: int,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        queries.new_empty(queries.shape if output_mask[0] else 0),
+        keys.new_empty((num_grad_keys, keys.shape[1]) if output_mask[1] else 0),
+        scale.new_empty(() if output_mask[2] else 0),
+    )
+
+
+for _backend in ("cpu", "triton"):
+    _library.define(f"info_nce_{_backend}_forward{_FORWARD}", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(f"info_nce_{_backend}_backward{_BACKWARD}", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"mmkernels::info_nce_{_backend}_forward", _forward_fake, lib=_library)
+    torch.library.register_fake(f"mmkernels::info_nce_{_backend}_backward", _backward_fake, lib=_library)
+
+
+@functools.cache
+def _triton() -> Any:
+    """Triton is imported by the first call that runs it: importing mmkernels imports torch alone."""
+    from mmkernels.info_nce import triton_kernels
+
+    return triton_kernels
+
+
+for _pass in ("forward", "backward"):
+
+    def _launch(*args: Any, _name: str = f"info_nce_{_pass}") -> tuple[Tensor, ...]:
+        return getattr(_triton(), _name)(*args)
+
+    # The CPU key serves the interpreter.
+    for _key in ("CUDA", "CPU"):
+        _library.impl(f"info_nce_triton_{_pass}", _launch, _key)
+
+
+class _InfoNCE(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        keys: Tensor,
+        key_queue: Tensor | None,
+        scale: Tensor,
+        targets: Tensor | None,
+        query_groups: Tensor | None,
+        key_groups: Tensor | None,
+        symmetric: bool,
+        label_smoothing: float,
+        backend: str,
+        keep_products: bool,
+    ) -> Tensor:
+        forward = getattr(torch.ops.mmkernels, f"info_nce_{backend}_forward")
+        all_keys = keys if key_queue is None else torch.cat([keys, key_queue])
+        inputs = (queries, all_keys, scale, targets, query_groups, key_groups)
+        losses, *kept = forward(*inputs, symmetric, label_smoothing, keep_products)
+        ctx.save_for_backward(*inputs, *kept)
+        ctx.num_keys = keys.shape[0]
+        ctx.symmetric, ctx.label_smoothing, ctx.backend = symmetric, label_smoothing, backend
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        of_queries, of_keys, of_queue, of_scale = ctx.needs_input_grad[:4]
+        num_grad_keys = saved[1].shape[0] if of_queue else ctx.num_keys
+        mask = [of_queries, of_keys or of_queue, of_scale]
+        backward = getattr(torch.ops.mmkernels, f"info_nce_{ctx.backend}_backward")
+        with torch.no_grad():
+            grads = backward(grad_losses, *saved, ctx.symmetric, ctx.label_smoothing, num_grad_keys, mask)
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = refuse_second_derivatives("info_nce", grads, grad_losses, *saved[:3])
+        grad_queries, grad_keys, grad_scale = grads
+        return (
+            grad_queries if of_queries else None,
+            grad_keys[: ctx.num_keys] if of_keys else None,
+            grad_keys[ctx.num_keys :] if of_queue else None,
+            grad_scale if of_scale else None,
+            *(None,) * 7,
+        )
+
+
+# Bytes of a row of features: products of narrower ones are made again in less time than they are written and read.
+_LEAST_ROW = 512
+
+
+def keeps_products(count: int, queries: Tensor, *others: Tensor | None) -> bool:
+    """Whether a backward pass can come that need not make so many products again, on a CPU."""
+    wide = queries.shape[1] * queries.itemsize >= _LEAST_ROW
+    return wide and 4 * count <= FREE_BYTES and wants_backward(queries, *others)
+
+
+def info_nce(
+    queries: Tensor,
+    keys: Tensor,
+    key_queue: Tensor | None,
+    scale: Tensor,
+    targets: Tensor | None,
+    query_groups: Tensor | None,
+    key_groups: Tensor | None,
+    symmetric: bool,
+    label_smoothing: float,
+    backend: str,
+) -> Tensor:
+    """The loss of every query, [N] float32, on the backend named; differentiable."""
+    options = (targets, query_groups, key_groups, symmetric, label_smoothing)
+    num_keys = keys.shape[0] + (0 if key_queue is None else key_queue.shape[0])
+    keep = backend == "cpu" and keeps_products(queries.shape[0] * num_keys, queries, keys, key_queue, scale)
+    return _InfoNCE.apply(queries, keys, key_queue, scale, *options, backend, keep)

@@ -1,0 +1,431 @@
+"""The kernels of cross-entropies over tiles of logits: InfoNCE, and linear cross-entropy as its rows with a bias."""
+
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False
+
+import triton
+import triton.language as tl
+
+from mmkernels._tiles.engine import (
+    halves,
+    merge,
+    program_tile,
+    similarities,
+    softmax_grad,
+    softmax_grad_both,
+    tile_statistics,
+    with_bias,
+)
+from mmkernels._tiles.triton import LN2, LOG2E, LOWEST, dot
+
+
+@triton.jit
+def _add_to_statistics(
+    s, bias, m, z, p, rows, target, key_groups, positives, col_out, col_plane, col_start, N, M, num_grouped, first,
+    SYMMETRIC: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The rows' (m, z) with the columns col_start and following; the columns' in memory, anew if `first`.
+
+    With GROUPS the sums p of the positives' logits, too; `target` is then the rows' groups.
+    """
+    cols = col_start + tl.arange(0, WIDTH)
+    row_ok = rows < N
+    col_ok = cols < M
+    s = with_bias(s, bias, cols, M, BIAS)
+    s = tl.where(row_ok[:, None] & col_ok[None, :], s, float("-inf"))
+    if GROUPS:
+        of_group = tl.where(_same_group(target, key_groups, cols, num_grouped), s, 0.0)
+        p += tl.sum(of_group, 1)
+        if SYMMETRIC:
+            # One of a pair, for what is said of pairs below.
+            col_p = tl.sum(of_group, 0)
+            one = tl.arange(0, 2)[None, :] == 0
+            at_p = col_out + 2 * col_plane + cols[:, None] + tl.arange(0, 2)[None, :]  # [BN, 2]
+            old_p = tl.load(at_p, mask=(cols < tl.where(first, 0, M))[:, None] & one, other=0.0)
+            tl.store(at_p, tl.join(col_p, col_p) + old_p, mask=col_ok[:, None] & one)
+    else:
+        here = (target >= col_start) & (target < col_start + WIDTH)
+        if tl.max(here.to(tl.int32), 0) > 0:
+            positive = tl.sum(tl.where(cols[None, :] == target[:, None], s, 0.0), 1)
+            tl.store(positives + rows, positive, mask=here)
+
+    row_m, row_z, tile_m, tile_z = tile_statistics(s, row_ok, col_ok, SYMMETRIC)
+    m, z = merge(m, z, row_m, row_z)
+    if SYMMETRIC:
+        old = cols < tl.where(first, 0, M)
+        # Both statistics in one tile, so that they are spread over the threads: each alone would be held by all.
+        pair = tl.arange(0, 2)
+        at = col_out + cols[:, None] + pair[None, :] * col_plane  # [BN, 2]
+        none = tl.where(pair == 0, LOWEST, 0.0)
+        col_m, col_z = tl.split(tl.load(at, mask=old[:, None], other=none[None, :]))
+        col_m, col_z = merge(col_m, col_z, tile_m, tile_z)
+        tl.store(at, tl.join(col_m, col_z), mask=col_ok[:, None])
+    return m, z, p
+
+
+@triton.jit
+def _add_half(
+    s, bias, m, z, p, rows, target, key_groups, positives, col_out, col_plane, col_start, N, M, num_grouped, first,
+    SYMMETRIC: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """_add_to_statistics; with GROUPS, which take more registers, in two steps."""
+    if GROUPS:
+        STEP: tl.constexpr = WIDTH // 2
+        left, right = halves(s)
+        m, z, p = _add_to_statistics(
+            left, bias, m, z, p, rows, target, key_groups, positives, col_out, col_plane, col_start,
+            N, M, num_grouped, first, SYMMETRIC, BIAS, GROUPS, STEP,
+        )  # fmt: skip
+        m, z, p = _add_to_statistics(
+            right, bias, m, z, p, rows, target, key_groups, positives, col_out, col_plane, col_start + STEP,
+            N, M, num_grouped, first, SYMMETRIC, BIAS, GROUPS, STEP,
+        )  # fmt: skip
+    else:
+        m, z, p = _add_to_statistics(
+            s, bias, m, z, p, rows, target, key_groups, positives, col_out, col_plane, col_start,
+            N, M, num_grouped, first, SYMMETRIC, BIAS, GROUPS, WIDTH,
+        )  # fmt: skip
+    return m, z, p
+
+
+@triton.jit
+def _same_group(row_group, key_groups, cols, num_grouped):
+    """Which entries of a tile are of one group, [BM, BN]; keys from num_grouped on are of none."""
+    col_group = tl.load(key_groups + cols, mask=cols < num_grouped, other=-2)
+    return row_group[:, None] == col_group[None, :]
+
+
+@triton.jit(
+    do_not_specialize=["N", "M", "num_grouped", "tiles_per_group", "tiles_per_split", "num_groups", "num_splits"]
+)
+def forward_kernel(
+    queries, keys, scale, bias, targets, key_groups, positives, row_partials, col_partials,
+    N, M, num_grouped, D, stride_q, stride_k, tiles_per_group, tiles_per_split, num_groups, num_splits,
+    SYMMETRIC: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Statistics of a group of rows against a split of the columns.
+
+    row_partials [2, num_splits, N] and col_partials [2, num_groups, M] take (m, z), z = sum of 2^(s - m); positives [N]
+    takes s[i, targets[i]], from the very tile that the statistics saw; a target of -1 is none. The columns' statistics
+    grow in col_partials itself: this program alone owns its part of them.
+
+    With GROUPS the positives of a row are the columns of its group, `targets` [N] against key_groups [num_grouped], and
+    both partials have a third plane in place of positives: the sum of the positives' logits.
+    """
+    group, split = program_tile(tl.program_id(0), num_groups, num_splits)
+    scale2 = tl.load(scale) * LOG2E
+    row_plane = tl.cast(num_splits, tl.int64) * N
+    col_plane = tl.cast(num_groups, tl.int64) * M
+    row_out = row_partials + split.to(tl.int64) * N
+    col_out = col_partials + group.to(tl.int64) * M
+
+    first_row = group * tiles_per_group * BLOCK_M
+    first_col = split * tiles_per_split * BLOCK_N
+    end_row = tl.minimum(first_row + tiles_per_group * BLOCK_M, N)
+    end_col = tl.minimum(first_col + tiles_per_split * BLOCK_N, M)
+    for row_start in tl.range(first_row, end_row, BLOCK_M, disable_licm=True):
+        rows = row_start + tl.arange(0, BLOCK_M)
+        row_ok = rows < N
+        target = tl.load(targets + rows, mask=row_ok, other=-1).to(tl.int32)  # [BM]
+        m = tl.full((BLOCK_M,), LOWEST, tl.float32)
+        z = tl.zeros((BLOCK_M,), tl.float32)
+        p = tl.zeros((BLOCK_M,), tl.float32)
+        if SYMMETRIC:
+            # What other threads of this program wrote to col_partials for the tiles above is read below.
+            tl.debug_barrier()
+        for col_start in tl.range(first_col, end_col, BLOCK_N, disable_licm=True):
+            tile = similarities(
+                queries, keys, rows, col_start + tl.arange(0, BLOCK_N),
+                N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+            )  # fmt: skip
+            first = row_start == first_row
+            # Half a tile at a time: what the second half takes is not held in registers during the first.
+            HALF: tl.constexpr = BLOCK_N // 2
+            left, right = halves(scale2 * tile)
+            m, z, p = _add_half(
+                left, bias, m, z, p, rows, target, key_groups, positives, col_out, col_plane, col_start,
+                N, M, num_grouped, first, SYMMETRIC, BIAS, GROUPS, HALF,
+            )  # fmt: skip
+            m, z, p = _add_half(
+                right, bias, m, z, p, rows, target, key_groups, positives, col_out, col_plane, col_start + HALF,
+                N, M, num_grouped, first, SYMMETRIC, BIAS, GROUPS, HALF,
+            )  # fmt: skip
+        tl.store(row_out + rows, m, mask=row_ok)
+        tl.store(row_out + row_plane + rows, z, mask=row_ok)
+        if GROUPS:
+            tl.store(row_out + 2 * row_plane + rows, p, mask=row_ok)
+
+
+@triton.jit
+def _merge_partials(partials, plane, length, count, index, ok, BLOCK: tl.constexpr):
+    """m and log2 z of the entries `index` over `count` partial statistics, in float64."""
+    m = tl.full((BLOCK,), LOWEST, tl.float32)
+    z = tl.zeros((BLOCK,), tl.float32)
+    for part in range(count):
+        at = partials + tl.cast(part, tl.int64) * length + index
+        m, z = merge(m, z, tl.load(at, mask=ok, other=LOWEST), tl.load(at + plane, mask=ok, other=0.0))
+    return m.to(tl.float64), tl.log2(z.to(tl.float64))
+
+
+@triton.jit
+def _mean_positive(sums, length, count, index, ok, positives, BLOCK: tl.constexpr):
+    """The mean logit of the positives of the entries `index`, of sums in `count` parts, in float64."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    for part in range(count):
+        total += tl.load(sums + tl.cast(part, tl.int64) * length + index, mask=ok, other=0.0).to(tl.float64)
+    return total / tl.load(positives + index, mask=ok, other=1).to(tl.float64)
+
+
+@triton.jit
+def store_in_two(out, plane, index, value, ok):
+    """The value in float32, and `plane` further on what rounding took."""
+    rounded = value.to(tl.float32)
+    tl.store(out + index, rounded, mask=ok)
+    tl.store(out + plane + index, (value - rounded.to(tl.float64)).to(tl.float32), mask=ok)
+
+
+@triton.jit
+def _product_with(vector, x, rows, ok, stride_x, D, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """<x_row, vector>, [BLOCK]."""
+    k = tl.arange(0, STEP)
+    x_rows = x + rows.to(tl.int64)[:, None] * stride_x
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, D, STEP):
+        inside = start + k < D
+        x_tile = tl.load(x_rows + (start + k)[None, :], mask=ok[:, None] & inside[None, :], other=0.0)
+        total += tl.sum(x_tile.to(tl.float32) * tl.load(vector + start + k, mask=inside, other=0.0)[None, :], 1)
+    return total
+
+
+@triton.jit(do_not_specialize=["N", "M", "num_groups", "num_splits", "label_smoothing"])
+def finish_forward_kernel(
+    row_partials, col_partials, positives, targets, of_query, of_key, losses, row_lse, col_lse,
+    queries, keys, query_sum, key_sum, bias_sum, scale,
+    N, M, D, stride_q, stride_k, num_groups, num_splits, label_smoothing,
+    SYMMETRIC: tl.constexpr, SMOOTHED: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr,
+    STEP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """losses_i = a ((m_i - p_i) + log z_i + eps (p_i - mean_j s_ij)), likewise for column t_i; and the log-sum-exps.
+
+    row_lse [2, N] and col_lse [2, M], in base 2, are the rounded value and what rounding took.
+    In float64, as there is little of it: a loss near zero at large logits keeps its digits.
+    With GROUPS p is the mean over the positives, of_query [N] and of_key [M] in number.
+    mean_j s_ij = (scale <q_i, sum of the keys> + sum of the bias) / M needs no tile of logits.
+    """
+    program = tl.program_id(0)
+    row_blocks = tl.cdiv(N, BLOCK)
+    row_plane = tl.cast(num_splits, tl.int64) * N
+    col_plane = tl.cast(num_groups, tl.int64) * M
+    if program < row_blocks:
+        rows = program * BLOCK + tl.arange(0, BLOCK)
+        ok = rows < N
+        m, log_z = _merge_partials(row_partials, row_plane, N, num_splits, rows, ok, BLOCK)
+        store_in_two(row_lse, N, rows, m + log_z, ok)
+        if GROUPS:
+            positive = _mean_positive(row_partials + 2 * row_plane, N, num_splits, rows, ok, of_query, BLOCK)
+        else:
+            positive = tl.load(positives + rows, mask=ok, other=0.0)
+        loss = (m - positive) + log_z
+        scale2 = tl.load(scale) * LOG2E
+        if SMOOTHED:
+            total = scale2 * _product_with(key_sum, queries, rows, ok, stride_q, D, BLOCK, STEP)
+            if BIAS:
+                total += tl.load(bias_sum) * LOG2E
+            mean = total / M
+            loss += label_smoothing * (positive - mean)
+        if SYMMETRIC:
+            target = tl.load(targets + rows, mask=ok, other=0)
+            legal = ok & (target >= 0) & (target < M)
+            m, log_z = _merge_partials(col_partials, col_plane, M, num_groups, target, legal, BLOCK)
+            if GROUPS:
+                positive = _mean_positive(col_partials + 2 * col_plane, M, num_groups, target, legal, of_key, BLOCK)
+            loss += (m - positive) + log_z
+            if SMOOTHED:
+                mean = scale2 * _product_with(query_sum, keys, target, legal, stride_k, D, BLOCK, STEP) / N
+                loss += label_smoothing * (positive - mean)
+            loss *= 0.5
+        tl.store(losses + rows, (loss * LN2).to(tl.float32), mask=ok)
+    elif SYMMETRIC:
+        cols = (program - row_blocks) * BLOCK + tl.arange(0, BLOCK)
+        ok = cols < M
+        m, log_z = _merge_partials(col_partials, col_plane, M, num_groups, cols, ok, BLOCK)
+        store_in_two(col_lse, M, cols, m + log_z, ok)
+
+
+@triton.jit(do_not_specialize=["N", "M"])
+def column_weights_kernel(targets, row_weights, col_weights, N, M, STEP: tl.constexpr, BLOCK: tl.constexpr):
+    """w_j = sum of row_weights[i] over the queries i whose target is j, in the order of i."""
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    weight = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, N, STEP):
+        rows = start + tl.arange(0, STEP)
+        target = tl.load(targets + rows, mask=rows < N, other=-1).to(tl.int32)
+        value = tl.load(row_weights + rows, mask=rows < N, other=0.0)
+        weight += tl.sum(tl.where(target[:, None] == cols[None, :], value[:, None], 0.0), 0)
+    tl.store(col_weights + cols, weight, mask=cols < M)
+
+
+@triton.jit
+def _store_grad(
+    s, bias, targets, key_groups, row_lse, col_lse, row_weights, col_weights, row_shares, col_shares, strip,
+    first_row, first_col, row_in_strip, col_in_strip, height, width, N, M, num_grouped, stride_row, stride_col,
+    label_smoothing,
+    SYMMETRIC: tl.constexpr, SMOOTHED: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dS of a tile of logits into the strip [height, width] that begins at first_row, first_col of the logits."""
+    in_rows = row_in_strip + tl.arange(0, BLOCK_M)
+    in_cols = col_in_strip + tl.arange(0, BLOCK_N)
+    rows = first_row + in_rows
+    cols = first_col + in_cols
+    row_ok = rows < N
+    col_ok = cols < M
+    s = with_bias(s, bias, cols, M, BIAS)
+
+    weight = tl.load(row_weights + rows, mask=row_ok, other=0.0)
+    lse = tl.load(row_lse + rows, mask=row_ok, other=0.0)
+    rest = tl.load(row_lse + N + rows, mask=row_ok, other=0.0)
+    target = tl.load(targets + rows, mask=row_ok, other=-1).to(tl.int32)
+    if GROUPS:
+        matches: tl.constexpr = 1  # anywhere
+    else:
+        here = (target >= first_col + col_in_strip) & (target < first_col + col_in_strip + BLOCK_N)
+        matches = tl.max(here.to(tl.int32), 0)
+    if SYMMETRIC:
+        other_weight = tl.load(col_weights + cols, mask=col_ok, other=0.0)
+        other_lse = tl.load(col_lse + cols, mask=col_ok, other=0.0)
+        other_rest = tl.load(col_lse + M + cols, mask=col_ok, other=0.0)
+        grad = softmax_grad_both(
+            s, lse, rest, other_lse, other_rest, weight, other_weight, row_ok, col_ok, matches
+        )  # fmt: skip
+    else:
+        grad = softmax_grad(s, lse, rest, weight)
+    if SMOOTHED:
+        grad -= (weight * (label_smoothing / M))[:, None]
+        if SYMMETRIC:
+            grad -= (other_weight * (label_smoothing / N))[None, :]
+    if matches > 0:
+        if GROUPS:
+            share = tl.load(row_shares + rows, mask=row_ok, other=0.0)[:, None]
+            if SYMMETRIC:
+                share += tl.load(col_shares + cols, mask=col_ok, other=0.0)[None, :]
+            grad -= tl.where(_same_group(target, key_groups, cols, num_grouped), share, 0.0)
+        else:
+            directions: tl.constexpr = 2.0 if SYMMETRIC else 1.0
+            of_target = weight * ((1.0 - label_smoothing) * directions)
+            grad -= tl.where(cols[None, :] == target[:, None], of_target[:, None], 0.0)
+
+    # Past the ends of the logits the strip is zero: the product reads it unmasked.
+    grad = tl.where(row_ok[:, None] & col_ok[None, :], grad, 0.0)
+    out = strip + in_rows.to(tl.int64)[:, None] * stride_row + in_cols.to(tl.int64)[None, :] * stride_col
+    tl.store(out, grad.to(strip.dtype.element_ty), mask=(in_rows < height)[:, None] & (in_cols < width)[None, :])
+
+
+@triton.jit(do_not_specialize=["first", "length", "N", "M", "num_grouped", "label_smoothing"])
+def grad_logits_kernel(
+    queries, keys, scale, bias, targets, key_groups, row_lse, col_lse, row_weights, col_weights,
+    row_shares, col_shares, strip,
+    first, length, N, M, num_grouped, D, stride_q, stride_k, stride_strip, label_smoothing,
+    SYMMETRIC: tl.constexpr, OF_KEYS: tl.constexpr, SMOOTHED: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """strip [length, stride_strip] = rows first and following of dS; OF_KEYS: of dS transposed. Zero past its end.
+
+    dS_ij = u_i e^(s_ij - lse_i) + w_j e^(s_ij - lse_j) - 2 (1 - eps) u_i [j = t_i] - eps u_i / M - eps w_j / N
+    u, w: row_weights, col_weights, the gradients of the cross-entropies of rows and columns. Without SYMMETRIC there is
+    no w, and 1 in place of 2. With GROUPS (`targets` are the rows' groups) the third term is -(row_shares_i +
+    col_shares_j) at every pair of one group. All terms meet in float32, and dS is rounded once. The tile of logits is
+    made as in the forward pass for both sides: the very bits that the log-sum-exps were made from.
+    """
+    if OF_KEYS:
+        first_row = 0
+        first_col = first
+        height = stride_strip
+        width = length
+        stride_row = 1
+        stride_col = stride_strip
+    else:
+        first_row = first
+        first_col = 0
+        height = length
+        width = stride_strip
+        stride_row = stride_strip
+        stride_col = 1
+    row_tile, col_tile = program_tile(tl.program_id(0), tl.cdiv(height, BLOCK_M), tl.cdiv(width, BLOCK_N))
+    row_in_strip = row_tile * BLOCK_M
+    col_in_strip = col_tile * BLOCK_N
+    rows = first_row + row_in_strip + tl.arange(0, BLOCK_M)
+    cols = first_col + col_in_strip + tl.arange(0, BLOCK_N)
+    tile = similarities(
+        queries, keys, rows, cols, N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    left, right = halves((tl.load(scale) * LOG2E) * tile)
+    HALF: tl.constexpr = BLOCK_N // 2
+    _store_grad(
+        left, bias, targets, key_groups, row_lse, col_lse, row_weights, col_weights, row_shares, col_shares, strip,
+        first_row, first_col, row_in_strip, col_in_strip, height, width, N, M, num_grouped,
+        stride_row, stride_col, label_smoothing, SYMMETRIC, SMOOTHED, BIAS, GROUPS, BLOCK_M, HALF,
+    )  # fmt: skip
+    _store_grad(
+        right, bias, targets, key_groups, row_lse, col_lse, row_weights, col_weights, row_shares, col_shares, strip,
+        first_row, first_col, row_in_strip, col_in_strip + HALF, height, width, N, M, num_grouped,
+        stride_row, stride_col, label_smoothing, SYMMETRIC, SMOOTHED, BIAS, GROUPS, BLOCK_M, HALF,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_y", "strip_rows", "steps_per_split", "num_splits"])
+def product_kernel(
+    strip, y, partials,
+    num_y, D, stride_y, strip_rows, stride_strip, steps_per_split, num_splits,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """partials [num_splits, strip_rows, D] = dS y over a split of the columns of the strip each, in float32."""
+    split = tl.program_id(0) % num_splits
+    row_tile, feature_tile = program_tile(
+        tl.program_id(0) // num_splits, tl.cdiv(strip_rows, BLOCK_M), tl.cdiv(D, BLOCK_N)
+    )
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    features = feature_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (features < D)[None, :]
+    first = split * steps_per_split * BLOCK_K
+    end = tl.minimum(first + steps_per_split * BLOCK_K, stride_strip)
+    k = first + tl.arange(0, BLOCK_K)
+    strip_ptrs = strip + tl.minimum(rows, strip_rows - 1).to(tl.int64)[:, None] * stride_strip + k[None, :]  # [BM, BK]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(first, end, BLOCK_K):
+        # The strip is zero past num_y; the last row of y stands in for rows that do not exist.
+        y_rows = tl.minimum(start + tl.arange(0, BLOCK_K), num_y - 1).to(tl.int64) * stride_y
+        y_tile = tl.load(y + y_rows[:, None] + features[None, :], mask=inside, other=0.0)  # [BK, BN]
+        acc = dot(tl.load(strip_ptrs), y_tile, acc, PRECISION)
+        strip_ptrs += BLOCK_K
+    out = partials + (split.to(tl.int64) * strip_rows + rows.to(tl.int64)[:, None]) * D + features[None, :]
+    tl.store(out, acc, mask=(rows < strip_rows)[:, None] & inside)
+
+
+@triton.jit(do_not_specialize=["first_x", "num_features", "strip_rows", "num_splits", "first_share"])
+def merge_product_kernel(
+    partials, x, factor, grad, shares,
+    first_x, num_features, D, stride_x, strip_rows, num_splits, first_share,
+    STORE: tl.constexpr, SHARE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """grad[first_x + r] = factor * the sum of the partial products; shares: <x, sum>, part of d loss / d scale.
+
+    s = scale <q, k>, so d loss / d scale = sum_ij dS_ij <q_i, k_j> = <Q, dS K>, with no division by the scale.
+    """
+    row_tile = tl.program_id(0) // tl.cdiv(D, BLOCK_N)
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    features = tl.program_id(0) % tl.cdiv(D, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (rows < strip_rows)[:, None] & (features < num_features)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    at = partials + rows.to(tl.int64)[:, None] * D + features[None, :]
+    plane = tl.cast(strip_rows, tl.int64) * D
+    for _split in range(num_splits):
+        acc += tl.load(at, mask=inside, other=0.0)
+        at += plane
+    x_rows = (first_x + rows).to(tl.int64)[:, None]
+    if SHARE:
+        x_tile = tl.load(x + x_rows * stride_x + features[None, :], mask=inside, other=0.0).to(tl.float32)
+        tl.store(shares + first_share + tl.program_id(0), tl.sum(tl.sum(x_tile * acc, 1), 0))
+    if STORE:
+        out = grad + x_rows * num_features + features[None, :]
+        tl.store(out, (acc * tl.load(factor)).to(grad.dtype.element_ty), mask=inside)

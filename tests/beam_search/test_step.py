@@ -1,0 +1,163 @@
+"""beam_search_step: the order, the numbers, and the same bits from every implementation and in every batch."""
+
+import pytest
+import torch
+
+import mmkernels
+from mmkernels import _backends
+from mmkernels.beam_search.reference import log_softmax
+from mmkernels.testing import assert_within_budget
+from tests.beam_search.cases import CASES, Case, assert_same, check_case
+from tests.cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
+
+IMPLS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(bool(_backends.unavailable("cpu")), reason="none"))]
+step = mmkernels.beam_search_step
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@needs_library
+def test_cpu_gives_the_bits_of_the_reference(case, dtype):
+    check_case(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@needs_library
+def test_every_instruction_set(variant):
+    check_cases_in_variant(variant, "tests.beam_search.cases")
+
+
+@pytest.mark.parametrize("V", [2, 17, 1000, 50257])
+@pytest.mark.parametrize("scale", [0.1, 4.0, 300.0])
+def test_log_softmax_is_as_exact_as_torchs(V, scale):
+    x = torch.randn(5, V, generator=torch.Generator().manual_seed(V)) * scale
+    eager, exact = torch.log_softmax(x, -1), torch.log_softmax(x.double(), -1)
+    assert_within_budget(log_softmax(x), eager, exact)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_scores_and_order_are_those_of_topk(impl):
+    logits, scores, _ = Case(4, 5, 3001).inputs(torch.float32)
+    found = step(logits, scores, impl=impl)
+    totals = (scores[:, :, None] + torch.log_softmax(logits, -1).view(4, 5, -1)).flatten(1)
+    best, at = totals.topk(10)
+    torch.testing.assert_close(found.scores, best, rtol=1e-6, atol=1e-5)
+    assert torch.equal(found.beams * 3001 + found.tokens, at)
+    assert found.valid.all()
+    assert not found.poisoned.any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_ties_go_to_the_lower_beam_then_the_lower_token(impl):
+    found = step(torch.ones(6, 50), torch.zeros(2, 3), impl=impl)
+    assert found.beams.eq(0).all()
+    assert torch.equal(found.tokens, torch.arange(6).expand(2, 6))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_of_equal_scores_the_higher_logit_goes_first(impl):
+    """At a score of -1e6 logits 2^-10 apart round to one score: the index alone would give 0, 1."""
+    logits = torch.arange(50.0)[None] * 2.0**-10
+    found = step(logits, torch.full((1, 1), -1e6), impl=impl)
+    assert found.scores[0, 0] == found.scores[0, 1]
+    assert found.tokens.tolist() == [[49, 48]]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_in_every_batch(impl, dtype):
+    logits, scores, _ = Case(6, 5, 4003).inputs(dtype)
+    whole = step(logits, scores, impl=impl)
+    for items in ([0], [5], [3, 1], [4, 4, 2, 0]):
+        rows = (torch.tensor(items)[:, None] * 5 + torch.arange(5)).flatten()
+        assert_same(step(logits[rows], scores[items], impl=impl), type(whole)(*(x[items] for x in whole)))
+
+
+@needs_library
+def test_same_bits_whatever_the_number_of_threads_and_the_strides():
+    logits, scores, _ = Case(6, 5, 9001).inputs(torch.float32)
+    expected, threads = step(logits, scores, impl="cpu"), torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            assert_same(step(logits, scores, impl="cpu"), expected)
+    finally:
+        torch.set_num_threads(threads)
+    wide = torch.cat([logits, logits], 1)[:, :9001]
+    for other in (wide, logits.T.contiguous().T, logits.repeat_interleave(2, 0)[::2]):
+        assert_same(step(other, scores, impl="cpu"), expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_poisoned_item_leaves_the_others_alone(impl, value):
+    logits, scores, _ = Case(3, 4, 500).inputs(torch.float32)
+    clean = step(logits, scores, impl=impl)
+    logits[5, 77] = value
+    found = step(logits, scores, impl=impl)
+    assert found.poisoned.tolist() == [False, True, False]
+    assert not found.valid[1].any()
+    for a, b in zip(found[:4], clean[:4], strict=True):
+        assert torch.equal(a[[0, 2]], b[[0, 2]])
+    valid = torch.ones(3, 4, dtype=torch.bool)
+    valid[1, 1] = False  # nobody reads it
+    assert not step(logits, scores, valid=valid, impl=impl).poisoned.any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_forbidden_tokens_before_and_after_the_softmax(impl):
+    logits, scores, _ = Case(2, 3, 40).inputs(torch.float32)
+    forbidden = torch.arange(40) % 4 != 1
+    after = step(logits, scores, forbidden=forbidden, impl=impl)
+    before = step(logits, scores, forbidden=forbidden, mask_first=True, impl=impl)
+    allowed = logits.masked_fill(forbidden, -torch.inf)
+    for found, log_probs in (
+        (after, torch.log_softmax(logits, -1).masked_fill(forbidden, -torch.inf)),
+        (before, torch.log_softmax(allowed, -1)),
+    ):
+        best, at = (scores[:, :, None] + log_probs.view(2, 3, 40)).flatten(1).topk(6)
+        torch.testing.assert_close(found.scores, best, rtol=1e-6, atol=1e-5)
+        assert torch.equal(found.beams * 40 + found.tokens, at)
+
+
+def test_float64_runs_in_the_reference():
+    logits, scores, _ = Case(2, 3, 40).inputs(torch.float32)
+    assert step(logits.double(), scores.double()).scores.dtype == torch.float64
+
+
+@needs_library
+def test_opcheck_and_compile():
+    logits, scores, _ = Case(2, 3, 40).inputs(torch.bfloat16)
+    valid, forbidden = torch.ones(2, 3, dtype=torch.bool), torch.zeros(6, 40, dtype=torch.bool)
+    for arguments in ((logits, scores, None, None, 6, True, False), (logits, scores, valid, forbidden, 4, True, True)):
+        torch.library.opcheck(torch.ops.mmkernels.beam_search_step_cpu, arguments)
+    compiled = torch.compile(lambda x, s: step(x, s, impl="cpu"), fullgraph=True, dynamic=True)
+    for V in (40, 333):
+        logits, scores, _ = Case(2, 3, V).inputs(torch.float32)
+        assert_same(compiled(logits, scores), step(logits, scores, impl="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments", "options"),
+    [
+        (TypeError, "logits: expected a tensor", ([1.0], torch.zeros(1, 1)), {}),
+        (TypeError, "logits: expected float32", (torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 1)), {}),
+        (TypeError, "scores: expected torch.float32", (torch.zeros(1, 4), torch.zeros(1, 1).half()), {}),
+        (ValueError, "scores: expected 2 dimensions", (torch.zeros(1, 4), torch.zeros(1)), {}),
+        (ValueError, "logits: expected 6 rows", (torch.zeros(5, 4), torch.zeros(2, 3)), {}),
+        (ValueError, "expected V >= 1", (torch.zeros(6, 0), torch.zeros(2, 3)), {}),
+        (ValueError, "num_candidates: expected", (torch.zeros(6, 4), torch.zeros(2, 3)), {"num_candidates": 0}),
+        (TypeError, "valid: expected a bool", (torch.zeros(6, 4), torch.zeros(2, 3)), {"valid": torch.ones(2, 3)}),
+        (
+            ValueError,
+            "forbidden: expected shape",
+            (torch.zeros(6, 4), torch.zeros(2, 3)),
+            {"forbidden": torch.zeros(5) > 0},
+        ),
+        (ValueError, "scores: expected device", (torch.zeros(6, 4, device="meta"), torch.zeros(2, 3)), {}),
+        (ValueError, "impl: expected", (torch.zeros(6, 4), torch.zeros(2, 3)), {"impl": "gpu"}),
+    ],
+)
+def test_bad_input(error, message, arguments, options):
+    with pytest.raises(error, match=message):
+        step(*arguments, **options)

@@ -1,0 +1,576 @@
+"""info_nce on the CPU: numbers, gradients, memory, compilation and the refusal of bad input."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mmkernels
+from mmkernels import _backends
+from mmkernels.info_nce import ops
+from mmkernels.testing import assert_within_budget, features, peak_allocated
+from tests.cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
+from tests.info_nce.cases import CASES, Case, assert_results, check_case, grouped, run, run_eager
+from tests.op_arguments import last_arguments, output_masks
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@needs_library
+def test_cpu_matches_float64(case, dtype):
+    check_case(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reference_is_the_eager_code(case):
+    queries, keys = case.inputs(torch.float32)
+    options = case.options_in(torch.float32)
+    exact = run(queries.double(), keys.double(), case.scale, "reference", **options)
+    actual = run(queries, keys, case.scale, "reference", **options)
+    assert_results(actual, run_eager(queries, keys, case.scale, **options), exact, queries, keys, case.scale)
+    # The oracle itself, against the lines that it stands for.
+    eager = run_eager(queries.double(), keys.double(), case.scale, **options)
+    for a, b in zip(exact, eager, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@needs_library
+def test_every_instruction_set(variant):
+    check_cases_in_variant(variant, "tests.info_nce.cases", "CASES[::3]" if variant == "portable" else "CASES")
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [
+        pytest.param(torch.ones(65, 8), torch.ones(65, 8), id="all logits equal"),
+        pytest.param(1e4 * torch.eye(40), torch.eye(40), id="logits of 1e4 on the diagonal"),
+        pytest.param(-1e4 * torch.eye(40), torch.eye(40), id="logits of -1e4 on the diagonal"),
+        pytest.param(torch.linspace(-1e4, 1e4, 300)[:, None], torch.ones(300, 1), id="rows far apart"),
+        pytest.param(torch.ones(300, 1), torch.linspace(-1e4, 1e4, 300)[:, None], id="columns far apart"),
+        pytest.param(torch.full((33, 1), -90.0), torch.ones(33, 1), id="every logit at -90"),
+    ],
+)
+@needs_library
+def test_extreme_logits(queries, keys):
+    exact = run(queries.double(), keys.double(), 1.0, "reference")
+    assert_results(run(queries, keys, 1.0, "cpu"), run_eager(queries, keys, 1.0), exact, queries, keys, 1.0)
+
+
+@pytest.mark.parametrize("largest", [99.0, 100.0, 101.0, 117.0])
+@pytest.mark.parametrize("symmetric", [True, False])
+@needs_library
+def test_digits_at_large_logits(largest, symmetric):
+    """Whole logits are exact in float32, so what is left is the softmax's own error.
+
+    A loss of lse - positive, or probabilities from one float32 lse, would be off by up to 4e-6 at logits of 100.
+    """
+    queries, keys = torch.ones(7, 1), largest - torch.arange(7.0)[:, None]
+    exact = run(queries.double(), keys.double(), 1.0, "reference", symmetric=symmetric)
+    losses, grad_queries, grad_keys, grad_scale = run(queries, keys, 1.0, "cpu", symmetric=symmetric)
+    assert (losses.double() - exact[0]).abs().max() < 5e-7
+    assert (grad_queries.double() - exact[1]).abs().max() < 5e-7 * largest
+    assert (grad_keys.double() - exact[2]).abs().max() < 5e-7
+    assert (grad_scale.double() - exact[3]).abs() < 5e-7 * 7 * largest
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_library
+def test_strides_are_honoured(dtype):
+    wide = features(130, 200, dtype)
+    for queries, keys in [
+        (wide[:, :96], wide[:, 100:196]),  # rows further apart than they are long
+        (wide[:, 1:96], wide[:, 101:196]),  # unaligned, odd
+        (wide.T[:96], wide.T[100:196]),  # columns
+        (wide[::2], wide[1::2]),
+        (wide[:1].expand(130, 200), wide),  # stride 0
+    ]:
+        in_place, copied = run(queries, keys, 10.0, "cpu"), run(queries.contiguous(), keys.contiguous(), 10.0, "cpu")
+        for a, b in zip(in_place, copied, strict=True):
+            # Keys are read in place or packed: the same products, but for the order of the sums over D.
+            torch.testing.assert_close(a, b, rtol=1e-2 if dtype != torch.float32 else 1e-4, atol=2e-3)
+
+
+@pytest.mark.parametrize("mask", list(itertools.product([True, False], repeat=3))[:-1], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@needs_library
+def test_only_the_gradients_that_are_needed(mask, dtype):
+    case = Case(300, 310, 70)
+    queries, keys = case.inputs(dtype)
+    everything = run(queries, keys, 10.0, "cpu")[1:]
+    leaves = [queries, keys, torch.tensor(10.0)]
+    for leaf, needed in zip(leaves, mask, strict=True):
+        leaf.requires_grad_(needed)
+    weights = torch.linspace(0.5, 1.5, 300)
+    with output_masks() as asked:
+        (mmkernels.info_nce(*leaves, reduction="none", impl="cpu") * weights).sum().backward()
+    assert asked == [list(mask)]
+    for leaf, needed, full in zip(leaves, mask, everything, strict=True):
+        assert (leaf.grad is not None) == needed
+        if needed:
+            assert torch.equal(leaf.grad, full)
+
+
+@needs_library
+def test_reductions_are_torchs():
+    queries, keys = Case(100, 120, 30).inputs(torch.float32)
+    losses = mmkernels.info_nce(queries, keys, 7.0, reduction="none")
+    assert losses.shape == (100,)
+    torch.testing.assert_close(mmkernels.info_nce(queries, keys, 7.0), losses.mean())
+    torch.testing.assert_close(mmkernels.info_nce(queries, keys, 7.0, reduction="sum"), losses.sum())
+
+
+@pytest.mark.parametrize("impl", [pytest.param("cpu", marks=needs_library), "reference"])
+def test_weights_are_those_of_torchs_cross_entropy(impl):
+    queries, keys = Case(100, 120, 30).inputs(torch.float32)
+    classes = torch.linspace(0.1, 2.0, 120)
+    targets = torch.arange(100) * 7 % 120
+    options = {"targets": targets, "symmetric": False, "impl": impl}
+    logits = 7.0 * queries @ keys.T
+    for reduction in ("none", "mean", "sum"):
+        loss = mmkernels.info_nce(queries, keys, 7.0, weights=classes[targets], reduction=reduction, **options)
+        torch.testing.assert_close(loss, F.cross_entropy(logits, targets, classes, reduction=reduction))
+    # Both directions of a query take its weight; the weights take the gradient of what they are factors of.
+    weights = torch.rand(100, requires_grad=True)
+    losses = mmkernels.info_nce(queries, keys, 7.0, reduction="none", impl=impl)
+    loss = mmkernels.info_nce(queries, keys, 7.0, weights=weights, impl=impl)
+    torch.testing.assert_close(loss, (losses * weights).sum() / weights.sum())
+    (grad,) = torch.autograd.grad(loss, weights)
+    torch.testing.assert_close(grad, (losses - loss) / weights.sum())
+    # Of any floating dtype; the loss stays float32, and is as exact.
+    for dtype in (torch.bfloat16, torch.float64):
+        loss = mmkernels.info_nce(queries, keys, 7.0, weights=weights.to(dtype), impl=impl)
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, mmkernels.info_nce(queries, keys, 7.0, weights=weights.to(dtype).float()))
+
+
+@needs_library
+def test_groups_of_one_are_targets():
+    queries, keys = Case(300, 300, 64).inputs(torch.float32)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    groups = {"query_groups": torch.arange(300), "key_groups": torch.empty(300, dtype=torch.int64)}
+    groups["key_groups"][order] = torch.arange(300)
+    by_targets = run(queries, keys, 100.0, "cpu", targets=order)
+    by_groups = run(queries, keys, 100.0, "cpu", targets=order, **groups)
+    for a, b in zip(by_groups, by_targets, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    apart = {name: x.repeat_interleave(2)[::2] for name, x in {"targets": order, **groups}.items()}  # of stride 2
+    for a, b in zip(run(queries, keys, 100.0, "cpu", **apart), by_groups, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("needed", [("keys",), ("key_queue",), ("keys", "key_queue"), ("query_queue",), ()], ids=str)
+@needs_library
+def test_gradients_of_queues_are_made_when_asked_for(dtype, needed):
+    queries, keys = Case(130, 140, 48).inputs(dtype)
+    rows = {"keys": keys, "key_queue": features(77, 48, dtype, seed=5), "query_queue": features(90, 48, dtype, seed=6)}
+    if "query_queue" not in needed:
+        del rows["query_queue"]  # one symmetric pass over more keys than have gradients
+
+    def grads(impl, dtype):
+        leaves = {name: x.to(dtype, copy=True).requires_grad_(name in needed) for name, x in rows.items()}
+        scale = torch.tensor(10.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32, requires_grad=True)
+        keys = leaves.pop("keys")
+        mmkernels.info_nce(queries.to(dtype), keys, scale, reduction="sum", impl=impl, **leaves).backward()
+        return {"scale": scale.grad} | {name: x.grad for name, x in ({"keys": keys} | leaves).items()}
+
+    actual, eager, exact = grads("cpu", dtype), grads("reference", dtype), grads("reference", torch.float64)
+    for name, grad in actual.items():
+        assert (grad is not None) == (name in (*needed, "scale"))
+        if grad is not None:
+            assert_within_budget(grad, eager[name], exact[name], dtype=dtype, terms=10.0, name=name)
+            if needed == ("keys",):  # no row is made for the queue
+                assert grad.untyped_storage().nbytes() == grad.nbytes
+
+
+@needs_library
+def test_gradient_of_the_scale_is_the_product_with_the_features():
+    """d loss / d scale = <Q, dQ> / scale = <K, dK> / scale: three ways to one number."""
+    queries, keys = Case(400, 500, 64).inputs(torch.float32)
+    _, grad_queries, grad_keys, grad_scale = run(queries, keys, 20.0, "cpu")
+    by_queries = (queries.double() * grad_queries.double()).sum() / 20
+    by_keys = (keys.double() * grad_keys.double()).sum() / 20
+    torch.testing.assert_close(by_queries, by_keys, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(grad_scale.double(), by_queries, rtol=1e-5, atol=1e-7)
+
+
+@needs_library
+def test_second_backward_with_retain_graph():
+    queries, keys = (x.requires_grad_() for x in Case(100, 100, 32).inputs(torch.float32))
+    loss = mmkernels.info_nce(queries, keys, 10.0, impl="cpu")
+    first = torch.autograd.grad(loss, (queries, keys), retain_graph=True)
+    second = torch.autograd.grad(2 * loss, (queries, keys))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(2 * a, b, rtol=1e-6, atol=0)
+
+
+@needs_library
+def test_double_backward_is_refused_and_the_reference_offers_it():
+    def second_derivative(impl):
+        queries, keys = (x.requires_grad_() for x in Case(10, 10, 8).inputs(torch.float32))
+        (grad,) = torch.autograd.grad(mmkernels.info_nce(queries, keys, 2.0, impl=impl), queries, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), keys)[0]
+
+    with pytest.raises(RuntimeError, match="second derivatives are not implemented; impl='reference'"):
+        second_derivative("cpu")
+    assert second_derivative("reference").abs().max() > 0
+
+
+@pytest.mark.parametrize("groups", [False, True])
+@needs_library
+def test_same_bits_whatever_the_number_of_threads(groups):
+    queries, keys = Case(1100, 900, 64, options={"targets": None}).inputs(torch.bfloat16)
+    options = {"targets": torch.arange(1100) % 900, **(grouped(1100, 900, 71) if groups else {})}
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            results += [run(queries, keys, 20.0, "cpu", **options) for _ in range(3)]
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("where", ["queries", "keys", "scale"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@needs_library
+def test_nan_in_nan_out(where, value):
+    queries, keys = Case(300, 300, 40).inputs(torch.float32)
+    scale = value if where == "scale" else 10.0
+    if where == "queries":
+        queries[7, 3] = value
+    if where == "keys":
+        keys[7, 3] = value
+    actual, eager = run(queries, keys, scale, "cpu"), run(queries, keys, scale, "reference")
+    for a, b in zip(actual, eager, strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite()) or (b.isnan() <= ~a.isfinite()).all()
+    assert not actual[0][7].isfinite()
+    assert actual[3].isnan()
+
+
+def memory_beyond_inputs_and_gradients(queries, keys, threads) -> int:
+    """Bytes that torch holds at most at one time in a forward and backward pass, by its own records of allocations."""
+    leaves = [queries.requires_grad_(), keys.requires_grad_()]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        peak = peak_allocated(lambda: torch.autograd.grad(mmkernels.info_nce(*leaves, 10.0, impl="cpu"), leaves))
+    finally:
+        torch.set_num_threads(before)
+    gradients = queries.nbytes + keys.nbytes
+    assert peak > gradients, "no allocation was seen"
+    return peak - gradients
+
+
+@pytest.mark.parametrize("threads", [1, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_library
+def test_memory_stays_below_the_inputs(dtype, threads):
+    queries, keys = Case(16384, 16384, 256).inputs(dtype)
+    inputs = queries.nbytes + keys.nbytes
+    # Beside small inputs many threads may keep scratch of up to 64 MiB; one stays below the inputs anyway.
+    assert memory_beyond_inputs_and_gradients(queries, keys, threads) <= (inputs if threads == 1 else 64 << 20)
+
+
+@pytest.mark.parametrize(
+    "options", [grouped(3000, 3000, 49), {"key_queue": 3000}, {"key_queue": 1, "query_queue": 3000}]
+)
+@needs_library
+def test_groups_and_queues_need_no_matrix(options):
+    """One of 3000 x 3000 would take 9 MB as booleans."""
+    case = Case(3000, 3000, 16, options=options)
+    leaves = [x.requires_grad_() for x in case.inputs(torch.float32)]
+    options = case.options_in(torch.float32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        peak = peak_allocated(
+            lambda: torch.autograd.grad(mmkernels.info_nce(*leaves, 10.0, impl="cpu", **options), leaves)
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert 2 * leaves[0].nbytes < peak <= 4 << 20
+
+
+@pytest.mark.slow
+@needs_library
+def test_65536_pairs_in_the_memory_of_their_inputs_at_any_number_of_threads():
+    queries, keys = Case(65536, 65536, 512).inputs(torch.bfloat16)
+    assert memory_beyond_inputs_and_gradients(queries, keys, threads=64) <= queries.nbytes + keys.nbytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@needs_library
+def test_products_kept_or_made_again_give_the_same_bits(case, dtype, monkeypatch):
+    queries, keys = case.inputs(dtype)
+
+    def results(keep):
+        monkeypatch.setattr(ops, "keeps_products", lambda *_: keep)
+        return run(queries, keys, case.scale, "cpu", **case.options_in(dtype))
+
+    kept, again = (results(keep) for keep in (True, False))
+    for a, b in zip(kept, again, strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_library
+def test_products_are_kept_where_they_are_small():
+    """No larger than 64 MiB, of features that are not narrow, and only if a gradient can be asked for."""
+
+    def kept(n, m, d=128, learns=True, **options):
+        queries, keys = features(n, d, seed=1).requires_grad_(learns), features(m, d, seed=2)
+        with last_arguments() as keep:
+            mmkernels.info_nce(queries, keys, 10.0, impl="cpu", **options)
+        assert keep in ([True], [False]), keep
+        return keep[0]
+
+    assert kept(4096, 4096)  # 64 MiB
+    assert not kept(4096, 4097)
+    assert not kept(300, 400, d=127)
+    assert not kept(300, 400, learns=False)
+    queue = features(13, 128, seed=3)
+    assert not kept(4096, 4096, key_queue=queue)
+    with torch.no_grad():
+        assert not kept(300, 400)
+
+
+@needs_library
+def test_opcheck():
+    for dtype, symmetric in itertools.product([torch.float32, torch.bfloat16], [True, False]):
+        queries, keys = Case(70, 80, 33).inputs(dtype)
+        groups = (torch.arange(70) % 9, torch.arange(75) % 9) if dtype == torch.float32 else (None, None)
+        common = (queries, keys, torch.tensor(5.0), torch.arange(70), *groups)
+        for keep in (True, False):
+            torch.library.opcheck(torch.ops.mmkernels.info_nce_cpu_forward, (*common, symmetric, 0.1, keep))
+        losses, *kept = torch.ops.mmkernels.info_nce_cpu_forward(*common, symmetric, 0.1, dtype == torch.float32)
+        for mask, num_grad_keys in (([True, True, True], 80), ([False, True, False], 75)):
+            arguments = (torch.ones_like(losses), *common, *kept, symmetric, 0.1, num_grad_keys, mask)
+            torch.library.opcheck(torch.ops.mmkernels.info_nce_cpu_backward, arguments)
+
+
+@needs_library
+def test_compile_whole_graph_with_dynamic_shapes():
+    def loss(queries, keys, scale):
+        return mmkernels.info_nce(F.normalize(queries, dim=1), F.normalize(keys, dim=1), scale.exp(), impl="cpu")
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    for n in (33, 64, 130):
+        eager_inputs = [torch.randn(n, 128, requires_grad=True), torch.randn(n + 5, 128, requires_grad=True)]
+        eager_inputs.append(torch.tensor(1.5, requires_grad=True))
+        inputs = [x.detach().clone().requires_grad_() for x in eager_inputs]
+        compiled(*inputs).backward()
+        loss(*eager_inputs).backward()
+        for a, b in zip(inputs, eager_inputs, strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+@needs_library
+def test_compile_whole_graph_with_groups_queues_and_weights():
+    groups = {"query_groups": torch.arange(40) % 7, "key_groups": torch.arange(45) % 7}
+    options = groups | {"weights": torch.rand(40), "key_queue": torch.randn(9, 24), "query_queue": torch.randn(11, 24)}
+
+    def loss(queries, keys, key_queue):
+        return mmkernels.info_nce(queries, keys, 2.0, **(options | {"key_queue": key_queue}))
+
+    compiled = torch.compile(loss, fullgraph=True)
+    rows = [torch.randn(40, 24), torch.randn(45, 24), torch.randn(9, 24)]
+    results = []
+    for call in (loss, compiled):
+        leaves = [x.clone().requires_grad_() for x in rows]
+        results.append(torch.autograd.grad(call(*leaves), leaves))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("impl", [pytest.param("cpu", marks=needs_library), "reference"])
+def test_autocast(impl, dtype):
+    queries, keys = (x.requires_grad_() for x in Case(100, 100, 32).inputs(torch.float32))
+    queue = features(30, 32, seed=9)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = mmkernels.info_nce(queries, keys, 10.0, key_queue=queue, query_queue=queue, impl=impl)
+    assert loss.dtype == torch.float32
+    queue, halves = queue.to(dtype), (queries.to(dtype), keys.to(dtype))
+    assert torch.equal(loss, mmkernels.info_nce(*halves, 10.0, key_queue=queue, query_queue=queue, impl=impl))
+    loss.backward()
+    assert queries.grad.dtype == torch.float32
+
+
+@needs_library
+def test_a_scale_of_any_form():
+    queries, keys = Case(20, 20, 8).inputs(torch.float32)
+    expected = mmkernels.info_nce(queries, keys, 3.0)
+    for scale in (3, torch.tensor(3.0), torch.tensor([3.0]), torch.tensor([[3.0]], dtype=torch.float64)):
+        assert torch.equal(mmkernels.info_nce(queries, keys, scale), expected)
+    scale = torch.tensor([3.0], dtype=torch.float16, requires_grad=True)
+    mmkernels.info_nce(queries, keys, scale).backward()
+    assert scale.grad.shape == (1,)
+    assert scale.grad.dtype == torch.float16
+
+
+def test_float64_runs_in_the_reference():
+    queries, keys = Case(20, 20, 8).inputs(torch.float64)
+    assert mmkernels.info_nce(queries, keys, 3.0).dtype == torch.float64
+    with pytest.raises(RuntimeError, match=r"(?s)impl='cpu' cannot run.*triton:.*cpu: .*float64.*reference: can run"):
+        mmkernels.info_nce(queries, keys, 3.0, impl="cpu")
+
+
+def bad_inputs():
+    q, k = torch.zeros(4, 8), torch.zeros(6, 8)
+
+    def groups(of_queries, of_keys, **options):
+        return {"query_groups": of_queries, "key_groups": of_keys, **options}
+
+    return {
+        "queries: expected a tensor": (TypeError, ([1.0], k, 1.0), {}),
+        "keys: expected float32, bfloat16": (TypeError, (q, k.long(), 1.0), {}),
+        "keys: expected the dtype of queries": (TypeError, (q, k.half(), 1.0), {}),
+        "queries: expected 2 dimensions": (ValueError, (q[0], k, 1.0), {}),
+        "keys: expected 2 dimensions": (ValueError, (q, k[None], 1.0), {}),
+        "queries: expected at least one row": (ValueError, (q[:0], k, 1.0), {}),
+        "keys: expected at least one row": (ValueError, (q, k[:0], 1.0), {}),
+        "queries: expected D >= 1": (ValueError, (q[:, :0], k[:, :0], 1.0), {}),
+        "keys: expected D = 8": (ValueError, (q, k[:, :5], 1.0), {}),
+        "keys: expected device cpu": (ValueError, (q, k.to("meta"), 1.0), {}),
+        "logit_scale: expected one element": (ValueError, (q, k, torch.ones(2)), {}),
+        "logit_scale: expected a floating": (TypeError, (q, k, torch.tensor(3)), {}),
+        "logit_scale: expected a float or": (TypeError, (q, k, "3"), {}),
+        "targets: 6 queries and 4 keys": (ValueError, (k, q, 1.0), {}),
+        "targets: expected an int64 tensor": (TypeError, (q, k, 1.0), {"targets": [0, 1, 2, 3]}),
+        "targets: expected int64": (TypeError, (q, k, 1.0), {"targets": torch.zeros(4)}),
+        r"targets: expected shape \(4,\)": (ValueError, (q, k, 1.0), {"targets": torch.zeros(6).long()}),
+        "targets: expected indices of the 6 keys, 0 to 5, got 6": (
+            ValueError,
+            (q, k, 1.0),
+            {"targets": torch.tensor([0, 6, 1, 2])},
+        ),
+        "0 to 5, got -1": (ValueError, (q, k, 1.0), {"targets": torch.tensor([0, -1, 1, 2])}),
+        "label_smoothing: expected a float": (TypeError, (q, k, 1.0), {"label_smoothing": None}),
+        r"label_smoothing: expected a value in \[0, 1\], got 1.5": (ValueError, (q, k, 1.0), {"label_smoothing": 1.5}),
+        r"label_smoothing: expected a value in \[0, 1\], got nan": (
+            ValueError,
+            (q, k, 1.0),
+            {"label_smoothing": float("nan")},
+        ),
+        "reduction: expected": (ValueError, (q, k, 1.0), {"reduction": "avg"}),
+        "impl: expected 'auto' or one of": (ValueError, (q, k, 1.0), {"impl": "cuda13"}),
+        "key_groups: expected int64 ids, as both sides": (
+            ValueError,
+            (q, k, 1.0),
+            {"query_groups": torch.zeros(4).long()},
+        ),
+        "query_groups: expected int64 ids, as both sides": (
+            ValueError,
+            (q, k, 1.0),
+            {"key_groups": torch.zeros(6).long()},
+        ),
+        "query_groups: expected an int64 tensor": (TypeError, (q, k, 1.0), groups([1] * 4, torch.ones(6).long())),
+        "key_groups: expected int64, got torch.int32": (
+            TypeError,
+            (q, k, 1.0),
+            groups(torch.ones(4).long(), torch.ones(6).int()),
+        ),
+        r"key_groups: expected shape \(6,\)": (
+            ValueError,
+            (q, k, 1.0),
+            groups(torch.ones(4).long(), torch.ones(4).long()),
+        ),
+        "key_groups: expected device cpu": (
+            ValueError,
+            (q, k, 1.0),
+            groups(torch.ones(4).long(), torch.ones(6, device="meta").long()),
+        ),
+        "query 2 is of group -7, and no key is": (
+            ValueError,
+            (q, k, 1.0),
+            groups(torch.tensor([3, 4, -7, 9]), torch.tensor([9, 3, 4, 4, 10, 1])),
+        ),
+        "key_groups: key 1 is matched by query 1, and its group is that of no query": (
+            ValueError,
+            (q, k, 1.0),
+            groups(torch.tensor([3, 4, 4, 9]), torch.tensor([9, 5, 4, 3, 10, 1])),
+        ),
+        "key_groups: key 5 is matched by query 0": (
+            ValueError,
+            (q, k, 1.0),
+            groups(torch.tensor([3, 4, 4, 9]), torch.tensor([9, 5, 4, 3, 10, 1]), targets=torch.tensor([5, 0, 2, 3])),
+        ),
+        "key_groups: key 1 is matched": (
+            ValueError,
+            (q, k, 1.0),
+            groups(torch.tensor([3, 4, 4, 9]), torch.tensor([9, 5, 4, 3, 10, 1]), query_queue=q),
+        ),
+        "key_queue: expected a tensor": (TypeError, (q, k, 1.0), {"key_queue": [1.0]}),
+        "key_queue: expected float32, bfloat16": (TypeError, (q, k, 1.0), {"key_queue": k.long()}),
+        "key_queue: expected the dtype of queries": (TypeError, (q, k, 1.0), {"key_queue": k.half()}),
+        "key_queue: expected D = 8": (ValueError, (q, k, 1.0), {"key_queue": k[:, :5]}),
+        "query_queue: expected the dtype of queries": (TypeError, (q, k, 1.0), {"query_queue": k.half()}),
+        "query_queue: expected 2 dimensions": (ValueError, (q, k, 1.0), {"query_queue": k[0]}),
+        "query_queue: expected device cpu": (ValueError, (q, k, 1.0), {"query_queue": k.to("meta")}),
+        "query_queue: expected None with symmetric=False": (
+            ValueError,
+            (q, k, 1.0),
+            {"query_queue": q, "symmetric": False},
+        ),
+        "the 6 keys, 0 to 5, got 7": (
+            ValueError,
+            (q, k, 1.0),
+            {"targets": torch.tensor([0, 7, 1, 2]), "key_queue": k},
+        ),
+        "weights: expected a floating-point tensor, got list": (TypeError, (q, k, 1.0), {"weights": [1.0] * 4}),
+        "weights: expected a floating-point tensor, got torch.int64": (
+            TypeError,
+            (q, k, 1.0),
+            {"weights": torch.ones(4).long()},
+        ),
+        r"weights: expected shape \(4,\)": (ValueError, (q, k, 1.0), {"weights": torch.ones(6)}),
+        "weights: expected device cpu": (ValueError, (q, k, 1.0), {"weights": torch.ones(4, device="meta")}),
+        "process_group": (NotImplementedError, (q, k, 1.0), {"process_group": object()}),
+    }
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("text", bad_inputs())
+def test_bad_input_is_named(text, impl):
+    error, arguments, options = bad_inputs()[text]
+    with pytest.raises(error, match=text):
+        mmkernels.info_nce(*arguments, **{"impl": impl, **options})
+
+
+def test_bad_input_is_named_under_compile():
+    compiled = torch.compile(lambda q, k: mmkernels.info_nce(q, k, 1.0))
+    with pytest.raises(ValueError, match="keys: expected D = 8"):
+        compiled(torch.zeros(4, 8), torch.zeros(6, 5))
+    whole = torch.compile(lambda q, k: mmkernels.info_nce(q, k, 1.0), fullgraph=True)
+    with pytest.raises(Exception, match="keys: expected D = 8"):
+        whole(torch.zeros(4, 8), torch.zeros(6, 5))
+
+
+def test_triton_is_refused_with_every_reason():
+    if torch.cuda.is_available() or _backends.triton_interprets():
+        pytest.skip("Triton can run here")
+    queries, keys = Case(4, 4, 4).inputs(torch.float32)
+    with pytest.raises(RuntimeError, match=r"(?s)impl='triton' cannot run.*triton: .+cpu: .+reference: can run"):
+        mmkernels.info_nce(queries, keys, 1.0, impl="triton")
+
+
+@pytest.mark.parametrize("fault", ["zero", "off by one"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_budget_fails_for(fault, dtype):
+    case = Case(257, 257, 64)
+    queries, keys = case.inputs(dtype)
+    exact = run(queries.double(), keys.double(), case.scale, "reference")
+    eager = run_eager(queries, keys, case.scale)
+    if fault == "zero":
+        wrong = [torch.zeros_like(x) for x in eager]
+    else:
+        shifted = (torch.arange(257) + 1).clamp(max=256)
+        wrong = run(queries, keys, case.scale, "reference", targets=shifted)
+    for a, b, c in zip(wrong, eager, exact, strict=True):
+        with pytest.raises(AssertionError, match=r"error .* budget"):
+            assert_within_budget(a.to(b.dtype), b, c, dtype=dtype)

@@ -1,0 +1,430 @@
+"""linear_cross_entropy on the CPU: numbers, gradients, memory, compilation and the refusal of bad input."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mmkernels
+from mmkernels import _backends
+from mmkernels.linear_cross_entropy import ops
+from mmkernels.testing import assert_within_budget, features, peak_allocated
+from tests.cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
+from tests.linear_cross_entropy.cases import CASES, Case, assert_results, check_case, run, run_eager
+
+
+def in_double(hidden, weight, bias, targets):
+    return hidden.double(), weight.double(), None if bias is None else bias.double(), targets
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@needs_library
+def test_cpu_matches_float64(case, dtype):
+    check_case(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@needs_library
+def test_products_kept_or_made_again_give_the_same_bits(case, dtype, monkeypatch):
+    inputs = case.inputs(dtype)
+    kept = run(*inputs, "cpu", **case.options)
+    monkeypatch.setattr(ops, "_keeps_products", lambda *_: False)
+    for a, b in zip(kept, run(*inputs, "cpu", **case.options), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reference_is_the_eager_code(case):
+    inputs = in_double(*case.inputs(torch.float32))
+    for a, b in zip(run(*inputs, "reference", **case.options), run_eager(*inputs, **case.options), strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@needs_library
+def test_every_instruction_set(variant):
+    cases = "CASES[::3]" if variant == "portable" else "CASES"
+    check_cases_in_variant(variant, "tests.linear_cross_entropy.cases", cases)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "weight"),
+    [
+        pytest.param(torch.ones(65, 8), torch.ones(65, 8), id="all logits equal"),
+        pytest.param(1e4 * torch.eye(40), torch.eye(40), id="logits of 1e4 on the diagonal"),
+        pytest.param(-1e4 * torch.eye(40), torch.eye(40), id="logits of -1e4 on the diagonal"),
+        pytest.param(torch.linspace(-1e4, 1e4, 300)[:, None], torch.ones(300, 1), id="rows far apart"),
+        pytest.param(torch.ones(300, 1), torch.linspace(-1e4, 1e4, 300)[:, None], id="classes far apart"),
+        pytest.param(torch.full((33, 1), -90.0), torch.ones(33, 1), id="every logit at -90"),
+    ],
+)
+@needs_library
+def test_extreme_logits(hidden, weight):
+    inputs = (hidden, weight, None, torch.arange(len(hidden)))
+    exact = run(*in_double(*inputs), "reference")
+    assert_results(run(*inputs, "cpu"), run_eager(*inputs), exact, hidden, weight)
+
+
+@pytest.mark.parametrize("largest", [99.0, 100.0, 101.0, 117.0])
+@needs_library
+def test_digits_at_large_logits(largest):
+    """Whole logits are exact in float32, so what is left is the softmax's own error.
+
+    A loss of lse - positive, or probabilities from one float32 lse, would be off by up to 4e-6 at logits of 100.
+    """
+    inputs = (torch.ones(7, 1), largest - torch.arange(7.0)[:, None], torch.zeros(7), torch.arange(7))
+    exact = run(*in_double(*inputs), "reference")
+    losses, grad_hidden, grad_weight, grad_bias = run(*inputs, "cpu")
+    assert (losses.double() - exact[0]).abs().max() < 5e-7
+    assert (grad_hidden.double() - exact[1]).abs().max() < 5e-7 * largest
+    assert (grad_weight.double() - exact[2]).abs().max() < 5e-7
+    assert (grad_bias.double() - exact[3]).abs().max() < 5e-7
+
+
+@pytest.mark.parametrize("masked", [range(1, 300), range(256, 300), range(0, 300, 2)], ids=str)
+@needs_library
+def test_classes_that_a_bias_of_minus_infinity_masks(masked):
+    """Whole panels of the weight may have no class that counts."""
+    hidden, weight, _, _ = Case(70, 300, 16).inputs(torch.float32)
+    bias = torch.zeros(300)
+    bias[list(masked)] = -torch.inf
+    allowed = torch.tensor(sorted(set(range(300)) - set(masked)))
+    inputs = (hidden, weight, bias, allowed[torch.arange(70) % len(allowed)])
+    exact = run(*in_double(*inputs), "reference")
+    actual = run(*inputs, "cpu")
+    assert_results(actual, run_eager(*inputs), exact, hidden, weight)
+    assert (actual[2][list(masked)] == 0).all()
+    forbidden = torch.full((70,), masked[0])
+    assert (run(hidden, weight, bias, forbidden, "cpu")[0] == torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_library
+def test_strides_are_honoured(dtype):
+    wide = features(130, 200, dtype)
+    targets = torch.arange(130) % 65
+    bias = torch.linspace(-1, 1, 260)[::2]
+    for hidden, weight in [
+        (wide[:, :96], wide[:, 100:196]),  # rows further apart than they are long
+        (wide[:, 1:96], wide[:, 101:196]),  # unaligned, odd
+        (wide.T[:96], wide.T[100:196]),  # columns
+        (wide[::2], wide[1::2]),
+        (wide[:1].expand(130, 200), wide),  # stride 0
+    ]:
+        rest = (bias[: len(weight)], targets[: len(hidden)])
+        in_place = run(hidden, weight, *rest, "cpu")
+        copied = run(hidden.contiguous(), weight.contiguous(), *(x.contiguous() for x in rest), "cpu")
+        for a, b in zip(in_place, copied, strict=True):
+            # Hidden rows are read in place or packed: the same products, but for the order of the sums over D.
+            torch.testing.assert_close(a, b, rtol=1e-2 if dtype != torch.float32 else 1e-4, atol=2e-3)
+
+
+@pytest.mark.parametrize("mask", list(itertools.product([True, False], repeat=3))[:-1], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@needs_library
+def test_only_the_gradients_that_are_needed(mask, dtype):
+    *leaves, targets = Case(300, 310, 70, ignored="some").inputs(dtype)
+    everything = run(*leaves, targets, "cpu")[1:]
+    for leaf, needed in zip(leaves, mask, strict=True):
+        leaf.requires_grad_(needed)
+    losses = mmkernels.linear_cross_entropy(*leaves[:2], targets, bias=leaves[2], reduction="none", impl="cpu")
+    (losses * torch.linspace(0.5, 1.5, 300)).sum().backward()
+    for leaf, needed, full in zip(leaves, mask, everything, strict=True):
+        assert (leaf.grad is not None) == needed
+        if needed:
+            assert leaf.grad.dtype == dtype
+            assert torch.equal(leaf.grad, full)
+
+
+@pytest.mark.parametrize("ignored", ["none", "some", "all"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@needs_library
+def test_reductions_are_torchs(impl, reduction, ignored):
+    """All ignored: the mean is NaN, and every gradient is 0, as in torch."""
+    *leaves, targets = Case(100, 120, 30, ignored=ignored, options={"label_smoothing": 0.1}).inputs(torch.float32)
+    results = []
+    for loss in (
+        lambda h, w, b: mmkernels.linear_cross_entropy(h, w, targets, bias=b, reduction=reduction, impl=impl),
+        lambda h, w, b: F.cross_entropy(F.linear(h, w, b), targets, reduction=reduction),
+    ):
+        inputs = [x.detach().clone().requires_grad_() for x in leaves]
+        value = loss(*inputs)
+        results.append([value.detach(), *torch.autograd.grad(value.sum(), inputs)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-4, atol=1e-6)
+
+
+@needs_library
+def test_what_is_ignored_is_not_even_read():
+    """Rows of NaN under ignored targets: the losses and gradients of the others are those without them."""
+    hidden, weight, bias, targets = Case(300, 200, 40, ignored="some").inputs(torch.float32)
+    counted = targets != -100
+    hidden[~counted] = torch.nan
+    losses, grad_hidden, grad_weight, grad_bias = run(hidden, weight, bias, targets, "cpu")
+    assert (losses[~counted] == 0).all()
+    assert (grad_hidden[~counted] == 0).all()
+    leaves = [hidden[counted].requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
+    alone = F.cross_entropy(F.linear(*leaves), targets[counted], reduction="none")
+    weights = torch.linspace(0.5, 1.5, 300)[counted]
+    expected = torch.autograd.grad((alone * weights).sum(), leaves)
+    torch.testing.assert_close(losses[counted], alone)
+    for actual, right in zip((grad_hidden[counted], grad_weight, grad_bias), expected, strict=True):
+        torch.testing.assert_close(actual, right, rtol=1e-4, atol=1e-5)
+
+
+@needs_library
+def test_a_weight_tied_to_the_embedding():
+    tokens, targets = torch.arange(50) % 30, torch.arange(50) % 29
+    grads = []
+    for loss in (
+        lambda h, w: mmkernels.linear_cross_entropy(h, w, targets, impl="cpu"),
+        lambda h, w: F.cross_entropy(F.linear(h, w), targets),
+    ):
+        weight = features(30, 16, seed=3).requires_grad_()
+        loss(3 * F.embedding(tokens, weight), weight).backward()
+        grads.append(weight.grad)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+
+
+@needs_library
+def test_second_backward_with_retain_graph():
+    *leaves, targets = Case(100, 150, 32, ignored="some").inputs(torch.float32)
+    leaves = [x.requires_grad_() for x in leaves]
+    loss = mmkernels.linear_cross_entropy(*leaves[:2], targets, bias=leaves[2], impl="cpu")
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(2 * loss, leaves)
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(2 * a, b, rtol=1e-6, atol=0)
+
+
+@needs_library
+def test_double_backward_is_refused_and_the_reference_offers_it():
+    def second_derivative(impl, with_bias):
+        hidden, weight, bias, targets = Case(10, 12, 8).inputs(torch.float32)
+        leaves = [x.requires_grad_() for x in (hidden, weight)]
+        loss = mmkernels.linear_cross_entropy(*leaves, targets, bias=bias if with_bias else None, impl=impl)
+        (grad,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), leaves[1])[0]
+
+    for with_bias in (True, False):
+        with pytest.raises(RuntimeError, match="second derivatives are not implemented; impl='reference'"):
+            second_derivative("cpu", with_bias)
+        assert second_derivative("reference", with_bias).abs().max() > 0
+
+
+@needs_library
+def test_same_bits_whatever_the_number_of_threads():
+    inputs = Case(900, 3000, 64, ignored="some").inputs(torch.bfloat16)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            results += [run(*inputs, "cpu", label_smoothing=0.1) for _ in range(3)]
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("where", ["hidden", "weight", "bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@needs_library
+def test_nan_in_nan_out(where, value):
+    hidden, weight, bias, targets = Case(300, 600, 40).inputs(torch.float32)
+    {"hidden": hidden, "weight": weight, "bias": bias[:, None]}[where][7, 0] = value
+    actual, eager = run(hidden, weight, bias, targets, "cpu"), run_eager(hidden, weight, bias, targets)
+    for a, b in zip(actual, eager, strict=True):
+        assert (b.isfinite() | ~a.isfinite()).all()  # where eager gives no number, neither does the kernel
+    if where == "hidden":
+        assert not actual[0][7].isfinite()
+        assert torch.equal(actual[0].isfinite(), torch.arange(300) != 7)
+        assert torch.equal(actual[1].isfinite().all(1), torch.arange(300) != 7)
+        assert actual[3].isnan().all()
+    elif value != value:
+        assert not actual[0].isfinite().any()
+
+
+@pytest.mark.parametrize("threads", [1, 64])
+@pytest.mark.parametrize("ignored", ["none", "some"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_library
+def test_memory_is_of_the_order_of_the_rows(dtype, ignored, threads):
+    """Beyond inputs and gradients: less than the inputs or 64 MiB, and the rows that count if some do not."""
+    hidden, weight, bias, targets = Case(4096, 20000, 256, ignored=ignored).inputs(dtype)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias.float())]
+
+    def step():
+        loss = mmkernels.linear_cross_entropy(*leaves[:2], targets, bias=leaves[2], impl="cpu")
+        return torch.autograd.grad(loss, leaves)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        peak = peak_allocated(step)
+    finally:
+        torch.set_num_threads(before)
+    gradients = sum(leaf.nbytes for leaf in leaves)
+    assert peak > gradients, "no allocation was seen"
+    inputs = hidden.nbytes + weight.nbytes
+    logits = 4096 * 20000 * hidden.element_size()
+    allowed = inputs if threads == 1 else max(inputs, 64 << 20)
+    assert allowed < logits
+    assert peak - gradients <= allowed + (hidden.nbytes if ignored != "none" else 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_library
+def test_products_are_kept_where_they_are_small(dtype):
+    """No larger than the weight and its gradient or 64 MiB, and only if a gradient can be asked for."""
+
+    def kept(n, v, d, learns=True):
+        hidden, weight, _, targets = Case(n, v, d, bias=False).inputs(dtype)
+        hidden.requires_grad_(learns)
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.nbytes) or x, lambda x: x):
+            mmkernels.linear_cross_entropy(hidden, weight, targets, impl="cpu")
+        return 4 * n * v in held
+
+    assert kept(1024, 16384, 64)  # 64 MiB
+    assert not kept(1025, 16384, 64)
+    assert not kept(1024, 16384, 64, learns=False)
+    rows = 2 * 600 * torch.empty((), dtype=dtype).element_size() // 4
+    assert kept(rows, 30000, 600)  # as the weight and its gradient
+    assert not kept(rows + 1, 30000, 600)
+    with torch.no_grad():
+        assert not kept(64, 64, 64)
+
+
+@needs_library
+def test_opcheck():
+    ops = torch.ops.mmkernels
+    for dtype, with_bias, ignored in itertools.product(DTYPES[:2], [True, False], ["some", "all"]):
+        hidden, weight, bias, targets = Case(70, 80, 33, ignored=ignored).inputs(dtype)
+        common = (hidden, weight, bias.float() if with_bias else None, targets)
+        for keep, mask in itertools.product([True, False], ([True, True, with_bias], [False, True, False])):
+            torch.library.opcheck(ops.linear_cross_entropy_cpu_forward, (*common, -100, 0.1, keep))
+            losses, *kept = ops.linear_cross_entropy_cpu_forward(*common, -100, 0.1, keep)
+            arguments = (torch.ones_like(losses), *common, *kept, -100, 0.1, mask)
+            torch.library.opcheck(ops.linear_cross_entropy_cpu_backward, arguments)
+
+
+@needs_library
+def test_compile_whole_graph_with_dynamic_shapes():
+    def loss(hidden, weight, bias, targets):
+        return mmkernels.linear_cross_entropy(hidden.tanh(), 2 * weight, targets, bias=bias, impl="cpu")
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    for n in (33, 64, 130):
+        *leaves, targets = Case(n, n + 17, 24, ignored="some").inputs(torch.float32)
+        grads = []
+        for function in (compiled, loss):
+            inputs = [x.detach().clone().requires_grad_() for x in leaves]
+            function(*inputs, targets).backward()
+            grads.append([x.grad for x in inputs])
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("impl", [pytest.param("cpu", marks=needs_library), "reference"])
+def test_autocast(impl, dtype):
+    *leaves, targets = Case(100, 150, 32).inputs(torch.float32)
+    hidden, weight, bias = (x.requires_grad_() for x in leaves)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = mmkernels.linear_cross_entropy(hidden, weight, targets, bias=bias, impl=impl)
+    assert loss.dtype == torch.float32
+    expected = mmkernels.linear_cross_entropy(hidden.to(dtype), weight.to(dtype), targets, bias=bias, impl=impl)
+    assert torch.equal(loss, expected)
+    loss.backward()
+    assert {hidden.grad.dtype, weight.grad.dtype, bias.grad.dtype} == {torch.float32}
+
+
+def test_float64_runs_in_the_reference():
+    hidden, weight, bias, targets = Case(20, 20, 8).inputs(torch.float64)
+    assert mmkernels.linear_cross_entropy(hidden, weight, targets, bias=bias.float()).dtype == torch.float64
+    with pytest.raises(RuntimeError, match=r"(?s)impl='cpu' cannot run.*triton:.*cpu: .*float64.*reference: can run"):
+        mmkernels.linear_cross_entropy(hidden, weight, targets, impl="cpu")
+
+
+def bad_inputs():
+    h, w, t, b = torch.zeros(4, 8), torch.zeros(6, 8), torch.zeros(4).long(), torch.zeros(6)
+    return {
+        "hidden: expected a tensor": (TypeError, ([1.0], w, t), {}),
+        "weight: expected float32, bfloat16": (TypeError, (h, w.long(), t), {}),
+        "weight: expected the dtype of hidden": (TypeError, (h, w.half(), t), {}),
+        r"hidden: expected 2 dimensions .*flatten": (ValueError, (h[None], w, t), {}),
+        "weight: expected 2 dimensions": (ValueError, (h, w[0], t), {}),
+        "weight: expected at least one class": (ValueError, (h, w[:0], t), {}),
+        "hidden: expected D >= 1": (ValueError, (h[:, :0], w[:, :0], t), {}),
+        "weight: expected D = 8": (ValueError, (h, w[:, :5], t), {}),
+        "weight: expected device cpu": (ValueError, (h, w.to("meta"), t), {}),
+        "bias: expected device cpu": (ValueError, (h, w, t), {"bias": b.to("meta")}),
+        "bias: expected a tensor or None": (TypeError, (h, w, t), {"bias": 1.0}),
+        "bias: expected a floating-point": (TypeError, (h, w, t), {"bias": b.long()}),
+        r"bias: expected shape \(6,\)": (ValueError, (h, w, t), {"bias": b[:5]}),
+        "targets: expected an int64 tensor": (TypeError, (h, w, [0, 1, 2, 3]), {}),
+        "targets: expected int64": (TypeError, (h, w, t.int()), {}),
+        r"targets: expected shape \(4,\)": (ValueError, (h, w, t[:3]), {}),
+        "targets: expected indices of the 6 rows of weight, 0 to 5, or ignore_index=-100, got 6": (
+            ValueError,
+            (h, w, torch.tensor([0, 6, 1, -100])),
+            {},
+        ),
+        "0 to 5, or ignore_index=-1, got -100": (
+            ValueError,
+            (h, w, torch.tensor([0, -100, 1, -1])),
+            {"ignore_index": -1},
+        ),
+        "ignore_index: expected an int": (TypeError, (h, w, t), {"ignore_index": None}),
+        "label_smoothing: expected a float": (TypeError, (h, w, t), {"label_smoothing": None}),
+        r"label_smoothing: expected a value in \[0, 1\], got 1.5": (ValueError, (h, w, t), {"label_smoothing": 1.5}),
+        r"label_smoothing: expected a value in \[0, 1\], got nan": (
+            ValueError,
+            (h, w, t),
+            {"label_smoothing": float("nan")},
+        ),
+        "reduction: expected": (ValueError, (h, w, t), {"reduction": "avg"}),
+        "impl: expected 'auto' or one of": (ValueError, (h, w, t), {"impl": "cuda13"}),
+    }
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("text", bad_inputs())
+def test_bad_input_is_named(text, impl):
+    error, arguments, options = bad_inputs()[text]
+    with pytest.raises(error, match=text):
+        mmkernels.linear_cross_entropy(*arguments, **{"impl": impl, **options})
+
+
+def test_bad_input_is_named_under_compile():
+    targets = torch.zeros(4).long()
+    compiled = torch.compile(lambda h, w: mmkernels.linear_cross_entropy(h, w, targets), fullgraph=True)
+    with pytest.raises(Exception, match="weight: expected D = 8"):
+        compiled(torch.zeros(4, 8), torch.zeros(6, 5))
+
+
+def test_triton_is_refused_with_every_reason():
+    if torch.cuda.is_available() or _backends.triton_interprets():
+        pytest.skip("Triton can run here")
+    hidden, weight, _, targets = Case(4, 4, 4).inputs(torch.float32)
+    with pytest.raises(RuntimeError, match=r"(?s)impl='triton' cannot run.*triton: .+cpu: .+reference: can run"):
+        mmkernels.linear_cross_entropy(hidden, weight, targets, impl="triton")
+
+
+@pytest.mark.parametrize("fault", ["zero", "off by one"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_budget_fails_for(fault, dtype):
+    inputs = Case(257, 300, 64).inputs(dtype)
+    exact, eager = run(*in_double(*inputs), "reference"), run_eager(*inputs)
+    if fault == "zero":
+        wrong = [torch.zeros_like(x) for x in eager]
+    else:
+        wrong = run(*inputs[:3], (inputs[3] + 1) % 300, "reference")
+    for a, b, c in zip(wrong, eager, exact, strict=True):
+        with pytest.raises(AssertionError, match=r"error .* budget"):
+            assert_within_budget(a.to(b.dtype), b, c, dtype=dtype)

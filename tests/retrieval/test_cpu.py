@@ -1,0 +1,307 @@
+"""retrieval_ranks and retrieval_topk on the CPU: numbers, ties, memory, compilation and the refusal of bad input."""
+
+import pytest
+import torch
+
+import mmkernels
+from mmkernels import _backends
+from mmkernels.retrieval import reference
+from mmkernels.testing import assert_within_budget, features, peak_allocated
+from tests.cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
+from tests.retrieval.cases import CASES, TILE, Case, check_case, check_order, in_order, whole_numbers
+
+IMPLS = [pytest.param("cpu", marks=needs_library), "reference"]
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and at the end what it was."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@needs_library
+def test_cpu(case, dtype):
+    check_case(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES[::3], ids=str)
+def test_reference(case, dtype):
+    check_case(case, dtype, "reference")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@needs_library
+def test_every_instruction_set(variant):
+    cases = "CASES[::4]" if variant == "portable" else "CASES[::2]"
+    check_cases_in_variant(variant, "tests.retrieval.cases", cases)
+
+
+@pytest.mark.parametrize("d", [8, 256, 257, 600])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_library
+def test_a_copy_scores_the_same_bits_wherever_it_stands(dtype, d):
+    """One query and one key, all others of the gallery copies of it but one: every place of tiles and panels."""
+    queries = features(40, d, dtype, seed=1).repeat_interleave(33, 0)
+    for m in (TILE + 8, 2 * TILE + 5):  # the last tile is read in place, or packed
+        keys = features(1, d, dtype).expand(m, d).contiguous()
+        scores, indices = mmkernels.retrieval_topk(queries, keys, m, impl="cpu")
+        assert torch.equal(scores, scores[:, :1].expand_as(scores))
+        assert torch.equal(indices, torch.arange(m).expand_as(indices))
+        assert torch.equal(scores[::33].repeat_interleave(33, 0), scores)  # nor where its query stands
+        targets = torch.arange(len(queries)) * 5 % m
+        assert torch.equal(mmkernels.retrieval_ranks(queries, keys, targets, impl="cpu"), targets)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_library
+def test_strides_are_honoured(dtype):
+    wide = features(600, 200, dtype)
+    for queries, keys in [
+        (wide[:, :96], wide[:, 100:196]),  # rows further apart than they are long
+        (wide[:, 1:96], wide[:, 101:196]),  # unaligned, odd
+        (wide.T[:96], wide.T[100:196]),  # columns
+        (wide[::2], wide[1::2]),
+        (wide[:1].expand(300, 200), wide),  # stride 0
+    ]:
+        targets = (torch.arange(2 * len(queries)) % len(keys))[::2]
+        copies = queries.contiguous(), keys.contiguous()
+        for a, b in zip(
+            (
+                mmkernels.retrieval_ranks(queries, keys, targets, impl="cpu"),
+                *mmkernels.retrieval_topk(queries, keys, 7),
+            ),
+            (mmkernels.retrieval_ranks(*copies, targets.clone(), impl="cpu"), *mmkernels.retrieval_topk(*copies, 7)),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("n", [1, 3, 500, 3000])
+@needs_library
+def test_same_bits_whatever_the_number_of_threads(n, threads):
+    """Few queries: the threads share out the keys."""
+    queries, distinct, place, targets = Case(n, 4001, 40).inputs(torch.bfloat16)
+    results = []
+    for count in (1, 2, 3, 7):
+        threads(count)
+        # Of a share of the keys there are fewer than 4001.
+        lengths = (5, 4001 if n < 10 else 900)
+        found = [mmkernels.retrieval_topk(queries, distinct[place], k, impl="cpu") for k in lengths]
+        assert all(torch.equal(few, many[:, :5]) for few, many in zip(*found, strict=True))
+        results.append((*found[1], mmkernels.retrieval_ranks(queries, distinct[place], targets, impl="cpu")))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("k", [1, 25, 1000, 5000])
+@needs_library
+def test_long_lists(k):
+    """The panels are lower, and the lists are cut or hold all."""
+    queries, keys = features(300, 16, seed=1), features(5000, 16)
+    exact = (queries.double() @ keys.double().T).sort(dim=1, descending=True).values[:, :k]
+    scores, indices = mmkernels.retrieval_topk(queries, keys, k, impl="cpu")
+    eager = (queries @ keys.T).sort(dim=1, descending=True).values[:, :k]
+    assert_within_budget(scores, eager, exact, name="scores")
+    again = (queries.double() @ keys.double().T).gather(1, indices)
+    assert_within_budget(scores, eager, again, name="scores of the indices")
+    assert (indices.sort(1).values.diff(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("count", [1, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_library
+def test_memory_is_of_the_order_of_the_results(dtype, count, threads):
+    """Beyond inputs and results: 2 MiB a thread, and never more than 64 MiB. The matrix would take 256 MiB."""
+    queries, keys = features(8192, 64, dtype), features(8192, 64, dtype, seed=1)
+    threads(count)
+    allowed = min(count * 2, 64) << 20
+    assert peak_allocated(lambda: mmkernels.retrieval_ranks(queries, keys, impl="cpu")) <= 8192 * 8 + allowed
+    for k in (1, 10, 100):
+        peak = peak_allocated(lambda k=k: mmkernels.retrieval_topk(queries, keys, k, impl="cpu"))
+        assert 8192 * k * 12 < peak <= 8192 * k * 12 + allowed
+    few = queries[:2], keys
+    assert peak_allocated(lambda: mmkernels.retrieval_topk(*few, 10, impl="cpu")) <= allowed
+
+
+@needs_library
+def test_lists_too_long_for_a_whole_panel(threads):
+    """The panels are lower: 8 MiB of lists a thread."""
+    threads(1)
+    queries, keys, scores = whole_numbers(100, 20_000, 3, torch.float32)
+    found = []
+    peak = peak_allocated(lambda: found.extend(mmkernels.retrieval_topk(queries, keys, 20_000, impl="cpu")))
+    assert all(torch.equal(a, b) for a, b in zip(found, in_order(scores), strict=True))
+    assert peak <= 100 * 20_000 * 12 + (9 << 20)
+
+
+@needs_library
+def test_many_threads_for_few_queries_share_64_mib(threads):
+    queries, keys = torch.zeros(2, 1024).half(), torch.zeros(64 * TILE, 1024).half()
+    threads(64)  # a tile for each, of 1.6 MiB
+    assert peak_allocated(lambda: mmkernels.retrieval_topk(queries, keys, 10, impl="cpu")) <= 64 << 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("shape", [(50, 333, 7), (300, 301, 16), (3, 2000, 3)], ids=str)
+def test_whole_numbers_are_exact(shape, impl, dtype):
+    """Most scores are ties, of keys that are equal and of keys that are not."""
+    queries, keys, scores = whole_numbers(*shape, dtype)
+    targets = torch.arange(shape[0]) * 7 % shape[1]
+    check_order(queries, keys, scores.double() if dtype == torch.float64 else scores, targets, impl)
+
+
+def test_the_docstrings_lines():
+    queries, keys, _ = whole_numbers(40, 70, 5, torch.float32)
+    targets = torch.arange(40) + 13
+    order = (queries @ keys.T).argsort(dim=1, descending=True, stable=True)
+    ranks = (order == targets[:, None]).int().argmax(dim=1)
+    assert torch.equal(mmkernels.retrieval_ranks(queries, keys, targets), ranks)
+    best = (queries @ keys.T).topk(3, dim=1).values
+    assert torch.equal(mmkernels.retrieval_topk(queries, keys, 3)[0], best)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_and_infinity(impl):
+    """A NaN never counts as a success, and is seen."""
+    queries, keys, _ = whole_numbers(30, 300, 8, torch.float32)
+    queries, keys = queries + 0.5, keys + 0.25
+    queries[3, 5] = torch.nan
+    keys[[40, 41, 299], 2] = torch.nan
+    keys[100:105, 1] = torch.inf
+    keys[105:110, 1] = -torch.inf
+    queries[7] = 0.0  # times infinity
+    scores = (queries.double() @ keys.double().T).float()
+    assert scores.isnan().any(1).all()
+    for targets in (torch.full((30,), 40), torch.full((30,), 102), torch.full((30,), 107), torch.arange(30) * 9):
+        check_order(queries, keys, scores, targets, impl)
+    ranks = mmkernels.retrieval_ranks(queries, keys, impl=impl)
+    assert ranks[3] == 300
+    assert (ranks >= 3).all()
+    assert (mmkernels.retrieval_ranks(torch.full((1, 1), torch.nan), torch.ones(1, 1), impl=impl) == 1).all()
+    values, indices = mmkernels.retrieval_topk(queries, keys, 4, impl=impl)
+    assert values[:, :3].isnan().all()
+    assert (indices[:, :3] == -1).all()
+    assert (indices[3] == -1).all()
+
+
+def test_the_reference_goes_in_chunks(monkeypatch):
+    queries, keys, scores = whole_numbers(33, 50, 4, torch.float32)
+    targets = torch.arange(33) + 5
+    monkeypatch.setattr(reference, "_CHUNK", 350)  # of 7 rows
+    check_order(queries, keys, scores, targets, "reference")
+
+
+def test_float64_runs_in_the_reference():
+    queries, keys = features(20, 8, torch.float64), features(30, 8, torch.float64, seed=1)
+    assert mmkernels.retrieval_topk(queries, keys, 3)[0].dtype == torch.float64
+    assert mmkernels.retrieval_ranks(queries, keys).dtype == torch.int64
+
+
+def test_nothing_carries_a_gradient():
+    queries, keys = features(20, 8).requires_grad_(), features(30, 8).requires_grad_()
+    for impl in ("auto", "reference"):
+        assert not mmkernels.retrieval_topk(queries, keys, 3, impl=impl)[0].requires_grad
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_opcheck(impl):
+    ops = torch.ops.mmkernels
+    for dtype in (torch.float32, torch.float64) if impl == "reference" else (torch.float32,):
+        queries, distinct, place, targets = Case(40, 70, 33).inputs(dtype)
+        for given in (targets, None):
+            torch.library.opcheck(getattr(ops, f"retrieval_ranks_{impl}"), (queries, distinct[place], given))
+        torch.library.opcheck(getattr(ops, f"retrieval_topk_{impl}"), (queries, distinct[place], 5))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_compile_whole_graph_with_dynamic_shapes(impl):
+    def search(queries, keys, targets, k):
+        ranks = mmkernels.retrieval_ranks(2 * queries, keys, targets, impl=impl)
+        return ranks + 1, *mmkernels.retrieval_topk(2 * queries, keys, k, impl=impl)
+
+    compiled = torch.compile(search, fullgraph=True, dynamic=True)
+    for n, k in ((33, 5), (64, 17), (130, 40)):
+        queries, distinct, place, targets = Case(n, n + 17, 24).inputs(torch.float32)
+        given = (queries, distinct[place], targets, k)
+        for a, b in zip(compiled(*given), search(*given), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast(impl, dtype):
+    queries, keys = features(100, 32), features(400, 32, seed=1)  # so many that ranks in float32 differ
+
+    def search(queries, keys):
+        return mmkernels.retrieval_ranks(queries, keys, impl=impl), *mmkernels.retrieval_topk(
+            queries, keys, 4, impl=impl
+        )
+
+    with torch.autocast("cpu", dtype=dtype):
+        found = search(queries, keys)
+    assert found[1].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(found, search(queries.to(dtype), keys.to(dtype)), strict=True))
+
+
+def bad_inputs():
+    q, k, t = torch.zeros(4, 8), torch.zeros(6, 8), torch.zeros(4).long()
+    both = {
+        "queries: expected a tensor": (TypeError, ([1.0], k)),
+        "keys: expected float32, bfloat16": (TypeError, (q, k.long())),
+        "keys: expected the dtype of queries": (TypeError, (q, k.half())),
+        "queries: expected 2 dimensions": (ValueError, (q[0], k)),
+        "queries: expected at least one row": (ValueError, (q[:0], k)),
+        "keys: expected at least one row": (ValueError, (q, k[:0])),
+        "queries: expected D >= 1": (ValueError, (q[:, :0], k[:, :0])),
+        "keys: expected D = 8": (ValueError, (q, k[:, :5])),
+        "keys: expected device cpu": (ValueError, (q, k.to("meta"))),
+        "impl: expected 'auto' or one of": (ValueError, (q, k)),
+    }
+    ranks = {
+        "targets: 6 queries and 4 keys do not match": (ValueError, (k, q)),
+        "targets: expected an int64 tensor": (TypeError, (q, k, [0, 1, 2, 3])),
+        "targets: expected int64": (TypeError, (q, k, t.int())),
+        r"targets: expected shape \(4,\)": (ValueError, (q, k, t[:3])),
+        "targets: expected device cpu": (ValueError, (q, k, t.to("meta"))),
+        "targets: expected indices of the 6 keys, 0 to 5, got 6": (ValueError, (q, k, torch.tensor([0, 6, 1, 2]))),
+        "targets: expected indices of the 6 keys, 0 to 5, got -1": (ValueError, (q, k, torch.tensor([0, -1, 1, 2]))),
+    }
+    topk = {
+        "k: expected an int": (TypeError, (q, k, 2.0)),
+        "k: expected 1 to 6, the number of keys, got 0": (ValueError, (q, k, 0)),
+        "k: expected 1 to 6, the number of keys, got 7": (ValueError, (q, k, 7)),
+    }
+    return [
+        *((mmkernels.retrieval_ranks, text, *bad) for text, bad in (both | ranks).items()),
+        *((mmkernels.retrieval_topk, text, bad[0], (*bad[1], 1)) for text, bad in both.items()),
+        *((mmkernels.retrieval_topk, text, *bad) for text, bad in topk.items()),
+    ]
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize(
+    ("call", "text", "error", "arguments"), bad_inputs(), ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_bad_input_is_named(call, text, error, arguments, impl):
+    with pytest.raises(error, match=text):
+        call(*arguments, impl="cuda13" if text.startswith("impl") else impl)
+
+
+def test_bad_input_is_named_under_compile():
+    compiled = torch.compile(lambda q, k: mmkernels.retrieval_ranks(q, k), fullgraph=True)
+    with pytest.raises(Exception, match="keys: expected D = 8"):
+        compiled(torch.zeros(4, 8), torch.zeros(6, 5))
+
+
+def test_triton_is_refused_with_every_reason():
+    if torch.cuda.is_available() or _backends.triton_interprets():
+        pytest.skip("Triton can run here")
+    queries = features(4, 4)
+    with pytest.raises(RuntimeError, match=r"(?s)impl='triton' cannot run.*triton: .+cpu: .+reference: can run"):
+        mmkernels.retrieval_ranks(queries, queries, impl="triton")

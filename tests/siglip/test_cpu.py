@@ -1,0 +1,437 @@
+"""siglip on the CPU: numbers, gradients, memory, compilation and the refusal of bad input."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mmkernels
+from mmkernels import _backends
+from mmkernels.testing import assert_within_budget, features, peak_allocated
+from tests.cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
+from tests.op_arguments import output_masks
+from tests.siglip.cases import CASES, REDUCTIONS, Case, assert_results, check_case, oracles, row_weights, run, run_eager
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@needs_library
+def test_cpu_matches_float64(case, dtype):
+    check_case(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reference_is_the_eager_code(case, reduction):
+    queries, keys, scale, bias = case.inputs(torch.float64)
+    exact = run(queries, keys, scale, bias, "reference", reduction)
+    for a, b in zip(exact, run_eager(queries, keys, scale, bias, reduction), strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@needs_library
+def test_every_instruction_set(variant):
+    cases = "CASES[::3]" if variant == "portable" else "CASES"
+    check_cases_in_variant(variant, "tests.siglip.cases", cases, "'cpu', ('mean',)")
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "bias"),
+    [
+        pytest.param(torch.ones(65, 8), torch.ones(65, 8), 0.0, id="all logits equal"),
+        pytest.param(1e4 * torch.eye(40), torch.eye(40), 0.0, id="logits of 1e4 on the diagonal"),
+        pytest.param(-1e4 * torch.eye(40), torch.eye(40), 0.0, id="logits of -1e4 on the diagonal"),
+        pytest.param(torch.linspace(-1e4, 1e4, 300)[:, None], torch.ones(300, 1), 0.0, id="rows far apart"),
+        pytest.param(torch.ones(300, 1), torch.linspace(-1e4, 1e4, 300)[:, None], 0.0, id="columns far apart"),
+        pytest.param(torch.ones(33, 1), torch.ones(33, 1), -90.0, id="every logit at -89"),
+        pytest.param(torch.ones(33, 1), torch.ones(40, 1), 1e4, id="every logit at 10001"),
+    ],
+)
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@needs_library
+def test_extreme_logits(queries, keys, bias, reduction):
+    inputs = (queries, keys, 1.0, bias)
+    assert_results(run(*inputs, "cpu", reduction), *oracles(*inputs, reduction), *inputs, reduction)
+
+
+@pytest.mark.parametrize("logit", [-60.0, -30.0, -16.0, -10.0, -3.0, -0.5, 0.0, 0.5, 3.0, 10.0, 30.0, 60.0])
+@pytest.mark.parametrize("match", [True, False])
+@needs_library
+def test_the_digits_of_one_pair(logit, match):
+    """A pair at the bias that SigLIP starts from costs 4.5e-5, others 1e-26: to a few units in the last place."""
+    queries = torch.ones(1, 1, requires_grad=True)
+    # A key that matches the query at no cost takes no part where the pair at hand is the other one.
+    keys = torch.tensor([[logit]] if match else [[200.0], [logit]])
+    loss = mmkernels.siglip(queries, keys, 1.0, reduction="sum", impl="cpu")
+    y = torch.tensor(-logit if match else logit, dtype=torch.float64)
+    slope = torch.sigmoid(y) * (-logit if match else logit)
+    (grad,) = torch.autograd.grad(loss, queries)
+    assert abs(loss.double() - F.softplus(y, threshold=100)) <= 3e-7 * F.softplus(y, threshold=100)
+    assert abs(grad.double() - slope) <= 4e-7 * slope.abs()
+
+
+@needs_library
+def test_small_losses_beside_a_large_one():
+    """20000 pairs of 1e-6 each, none of which a float32 sum that has come to 1000 would notice."""
+    keys = torch.full((20001, 1), -13.8)
+    keys[0] = -1000.0  # the match
+    inputs = (torch.ones(1, 1), keys, 1.0, 0.0)
+    assert_results(run(*inputs, "cpu"), *oracles(*inputs), *inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_library
+def test_strides_are_honoured(dtype):
+    wide = features(130, 200, dtype)
+    for queries, keys in [
+        (wide[:, :96], wide[:, 100:196]),  # rows further apart than they are long
+        (wide[:, 1:96], wide[:, 101:196]),  # unaligned, odd
+        (wide.T[:96], wide.T[100:196]),  # columns
+        (wide[::2], wide[1::2]),
+        (wide[:1].expand(130, 200), wide),  # stride 0
+    ]:
+        for reduction in ("none", "mean"):
+            in_place = run(queries, keys, 10.0, -10.0, "cpu", reduction)
+            copied = run(queries.contiguous(), keys.contiguous(), 10.0, -10.0, "cpu", reduction)
+            for a, b in zip(in_place, copied, strict=True):
+                # Keys are read in place or packed: the same products, but for the order of the sums over D.
+                torch.testing.assert_close(a, b, rtol=1e-2 if dtype != torch.float32 else 1e-4, atol=2e-3)
+
+
+@pytest.mark.parametrize("mask", list(itertools.product([True, False], repeat=4))[:-1], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@needs_library
+def test_only_the_gradients_that_are_needed(mask, reduction):
+    for dtype in (torch.float32, torch.bfloat16):
+        queries, keys, scale, bias = Case(300, 310, 70).inputs(dtype)
+        everything = run(queries, keys, scale, bias, "cpu", reduction)
+        leaves = [queries, keys, torch.tensor(scale), torch.tensor(bias)]
+        for leaf, needed in zip(leaves, mask, strict=True):
+            leaf.requires_grad_(needed)
+        with output_masks() as asked:
+            loss = mmkernels.siglip(*leaves, reduction=reduction, impl="cpu")
+            assert torch.equal(loss, everything[0])
+            weights = row_weights(300) if reduction == "none" else torch.tensor(0.75)
+            (loss * weights).sum().backward()
+        assert asked == [list(mask)]
+        for leaf, needed, full in zip(leaves, mask, everything[1:], strict=True):
+            assert (leaf.grad is not None) == needed
+            if needed:
+                assert leaf.grad.dtype == leaf.dtype
+                assert torch.equal(leaf.grad, full)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_library
+def test_the_loss_is_the_same_with_gradients_and_without(dtype):
+    queries, keys, scale, bias = Case(300, 310, 70).inputs(dtype)
+    losses = mmkernels.siglip(queries, keys, scale, bias, reduction="none", impl="cpu")
+    assert losses.shape == (300,)
+    for reduction, expected in (("mean", losses.mean()), ("sum", losses.sum())):
+        assert torch.equal(mmkernels.siglip(queries, keys, scale, bias, reduction=reduction, impl="cpu"), expected)
+        learning = mmkernels.siglip(queries.requires_grad_(), keys, scale, bias, reduction=reduction, impl="cpu")
+        assert torch.equal(learning, expected)
+        with torch.no_grad():
+            assert not mmkernels.siglip(queries, keys, scale, bias, reduction=reduction, impl="cpu").requires_grad
+
+
+@needs_library
+def test_gradients_are_made_in_the_forward_pass_only_where_they_can_be_asked_for():
+    """Loss without gradients: one product. With them: one pass makes both, and the backward pass none."""
+    calls = []
+
+    class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            calls.extend(name for name in ("losses", "gradients") if f"siglip_cpu_{name}" in str(function))
+            return function(*arguments, **(options or {}))
+
+    queries, keys, *_ = Case(30, 30, 16).inputs(torch.float32)
+    with Counting():
+        for reduction in REDUCTIONS:
+            mmkernels.siglip(queries, keys, 1.0, impl="cpu", reduction=reduction)
+        assert calls == ["losses"] * 3
+        calls.clear()
+        with torch.no_grad():
+            mmkernels.siglip(queries.requires_grad_(), keys, 1.0, impl="cpu")
+        assert calls == ["losses"]
+        calls.clear()
+        loss = mmkernels.siglip(queries, keys, 1.0, impl="cpu")
+        assert calls == ["gradients"]
+        loss.backward()
+        assert calls == ["gradients"]
+        calls.clear()
+        mmkernels.siglip(queries, keys, 1.0, reduction="none", impl="cpu").sum().backward()
+        assert calls == ["losses", "gradients"]
+
+
+@needs_library
+def test_gradient_of_the_scale_is_the_product_with_the_features():
+    """d loss / d scale = <Q, dQ> / scale = <K, dK> / scale: three ways to one number."""
+    queries, keys, scale, bias = Case(400, 500, 64).inputs(torch.float32)
+    _, grad_queries, grad_keys, grad_scale, _ = run(queries, keys, scale, bias, "cpu")
+    by_queries = (queries.double() * grad_queries.double()).sum() / scale
+    by_keys = (keys.double() * grad_keys.double()).sum() / scale
+    torch.testing.assert_close(by_queries, by_keys, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(grad_scale.double(), by_queries, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@needs_library
+def test_second_backward_with_retain_graph(reduction, dtype):
+    inputs = Case(100, 100, 32).inputs(dtype)
+    leaves = [x.requires_grad_() for x in inputs[:2]] + [torch.tensor(x, requires_grad=True) for x in inputs[2:]]
+    loss = mmkernels.siglip(*leaves, reduction=reduction, impl="cpu").sum()
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    kept = [x.clone() for x in first]
+    second = torch.autograd.grad(2 * loss, leaves, retain_graph=True)
+    third = torch.autograd.grad(loss, leaves)
+    for a, b, c, d in zip(first, second, third, kept, strict=True):
+        torch.testing.assert_close(2 * a, b, rtol=1e-6, atol=2.0**-24 if dtype == torch.float16 else 0)
+        assert torch.equal(a, c)
+        assert torch.equal(a, d)  # what was handed out is not written again
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@needs_library
+def test_double_backward_is_refused_and_the_reference_offers_it(reduction):
+    def second_derivative(impl):
+        queries, keys, scale, bias = Case(10, 10, 8).inputs(torch.float32)
+        leaves = [queries.requires_grad_(), keys.requires_grad_()]
+        loss = mmkernels.siglip(*leaves, scale, bias, reduction=reduction, impl=impl).sum()
+        (grad,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), leaves[1])[0]
+
+    with pytest.raises(RuntimeError, match="second derivatives are not implemented; impl='reference'"):
+        second_derivative("cpu")
+    assert second_derivative("reference").abs().max() > 0
+
+
+@needs_library
+def test_same_bits_whatever_the_number_of_threads():
+    inputs = Case(1100, 1300, 64).inputs(torch.bfloat16)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            results += [run(*inputs, "cpu", reduction) + run(*inputs, "cpu") for reduction in ("mean", "mean")]
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("where", ["queries", "keys", "scale", "bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@needs_library
+def test_nan_in_nan_out(where, value):
+    queries, keys, scale, bias = Case(300, 310, 40).inputs(torch.float32)
+    if where in ("queries", "keys"):
+        (queries if where == "queries" else keys)[7, 3] = value
+    scale, bias = value if where == "scale" else scale, value if where == "bias" else bias
+    for reduction in ("none", "mean"):
+        actual = run(queries, keys, scale, bias, "cpu", reduction)
+        for a, b in zip(actual, run(queries, keys, scale, bias, "reference", reduction), strict=True):
+            assert (b.isfinite() | ~a.isfinite()).all()  # where eager gives no number, neither does the kernel
+        if where == "queries" and value != value:
+            assert torch.equal(actual[1].isfinite().all(1), torch.arange(300) != 7)
+            if reduction == "none":
+                assert torch.equal(actual[0].isfinite(), torch.arange(300) != 7)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@needs_library
+def test_a_pair_at_minus_infinity_costs_nothing(reduction):
+    """A key that is infinitely far from every query, at an odd number of them: the bias keeps its gradient."""
+    queries, keys, scale, bias = Case(301, 310, 40).inputs(torch.float32)
+    queries[:, 3], keys[305, 3] = 1.0, -torch.inf
+    actual, exact = (run(queries, keys, scale, bias, impl, reduction) for impl in ("cpu", "reference"))
+    for index in (0, 4):
+        assert exact[index].isfinite().all()
+        torch.testing.assert_close(actual[index], exact[index], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("far", [1e-4, 1.0, 3000.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@needs_library
+def test_float16_neither_overflows_nor_loses_small_gradients(far, reduction):
+    """Gradients of a mean may lie below float16, those of a sum above it, until what arrives scales them."""
+    queries, keys, _, bias = Case(500, 500, 16, bias=3.0).inputs(torch.float16)
+    scale = torch.tensor(far, requires_grad=True)
+    leaves = [queries.requires_grad_(), keys.requires_grad_(), scale]
+    loss = mmkernels.siglip(*leaves, bias, reduction=reduction, impl="cpu")
+    exact_leaves = [x.detach().double().requires_grad_() for x in leaves]
+    exact_loss = mmkernels.siglip(*exact_leaves, bias, reduction=reduction)
+    exact = torch.autograd.grad(exact_loss, exact_leaves)
+    arriving = 256 / max(float(x.abs().max()) for x in exact[:2])  # as a gradient scaler would have it
+    for actual, right in zip(torch.autograd.grad(arriving * loss, leaves), exact, strict=True):
+        right = arriving * right
+        torch.testing.assert_close(actual.double(), right, rtol=2e-3, atol=1e-3 * right.abs().max().item())
+
+
+def memory_beyond_inputs_and_gradients(queries, keys, threads, reduction="mean") -> int:
+    """Bytes that torch holds at most at one time in a forward and backward pass, by its own records of allocations."""
+    leaves = [queries.requires_grad_(), keys.requires_grad_()]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        peak = peak_allocated(
+            lambda: torch.autograd.grad(
+                mmkernels.siglip(*leaves, 10.0, -10.0, reduction=reduction, impl="cpu").sum(), leaves
+            )
+        )
+    finally:
+        torch.set_num_threads(before)
+    gradients = queries.nbytes + keys.nbytes
+    assert peak > gradients, "no allocation was seen"
+    return peak - gradients
+
+
+@pytest.mark.parametrize(("reduction", "threads"), [("mean", 1), ("mean", 64), ("none", 1)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_library
+def test_memory_stays_below_the_inputs(dtype, reduction, threads):
+    """The gradients that the forward pass keeps are as large as the inputs; the work beside them never is."""
+    queries, keys, *_ = Case(8192, 8192, 256).inputs(dtype)
+    inputs = queries.nbytes + keys.nbytes
+    beyond = memory_beyond_inputs_and_gradients(queries, keys, threads, reduction)
+    # Beside small inputs many threads may keep scratch of up to 64 MiB; one stays below the inputs anyway.
+    assert beyond <= max(inputs, 0 if threads == 1 else 64 << 20) + (1 << 16)
+
+
+@pytest.mark.slow
+@needs_library
+def test_65536_pairs_in_the_memory_of_their_inputs_at_any_number_of_threads():
+    queries, keys, *_ = Case(65536, 65536, 512).inputs(torch.bfloat16)
+    assert memory_beyond_inputs_and_gradients(queries, keys, threads=64) <= queries.nbytes + keys.nbytes + (1 << 20)
+
+
+@needs_library
+def test_opcheck():
+    ops = torch.ops.mmkernels
+    for dtype in (torch.float32, torch.bfloat16):
+        queries, keys, scale, bias = Case(70, 80, 33).inputs(dtype)
+        common = (queries, keys, torch.tensor(scale), torch.tensor(bias))
+        torch.library.opcheck(ops.siglip_cpu_losses, common)
+        for losses, mask in itertools.product([True, False], ([True] * 4, [False, True, False, True], [False] * 4)):
+            torch.library.opcheck(ops.siglip_cpu_gradients, (torch.ones(70), *common, losses, mask))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@needs_library
+def test_compile_whole_graph_with_dynamic_shapes(reduction):
+    def loss(queries, keys, scale, bias):
+        queries, keys = F.normalize(queries, dim=1), F.normalize(keys, dim=1)
+        return mmkernels.siglip(queries, keys, scale.exp(), bias, reduction=reduction, impl="cpu").sum()
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    for n in (33, 64, 130):
+        eager_inputs = [torch.randn(n, 24, requires_grad=True), torch.randn(n + 5, 24, requires_grad=True)]
+        eager_inputs += [torch.tensor(1.5, requires_grad=True), torch.tensor(-5.0, requires_grad=True)]
+        inputs = [x.detach().clone().requires_grad_() for x in eager_inputs]
+        compiled(*inputs).backward()
+        loss(*eager_inputs).backward()
+        for a, b in zip(inputs, eager_inputs, strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("impl", [pytest.param("cpu", marks=needs_library), "reference"])
+def test_autocast(impl, dtype):
+    queries, keys, scale, bias = Case(100, 100, 32).inputs(torch.float32)
+    queries, keys = queries.requires_grad_(), keys.requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        loss = mmkernels.siglip(queries, keys, scale, bias, impl=impl)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, mmkernels.siglip(queries.to(dtype), keys.to(dtype), scale, bias, impl=impl))
+    loss.backward()
+    assert queries.grad.dtype == torch.float32
+
+
+@needs_library
+def test_scale_and_bias_of_any_form():
+    queries, keys, *_ = Case(20, 20, 8).inputs(torch.float32)
+    expected = mmkernels.siglip(queries, keys, 3.0, -2.0)
+    forms = (lambda x: int(x), torch.tensor, lambda x: torch.tensor([x]), lambda x: torch.tensor([[x]]).double())
+    for form in forms:
+        assert torch.equal(mmkernels.siglip(queries, keys, form(3.0), form(-2.0)), expected)
+    assert torch.equal(mmkernels.siglip(queries, keys, 3.0), mmkernels.siglip(queries, keys, 3.0, 0.0))
+    bias = torch.tensor([-2.0], dtype=torch.float16, requires_grad=True)
+    mmkernels.siglip(queries, keys, 3.0, bias).backward()
+    assert bias.grad.shape == (1,)
+    assert bias.grad.dtype == torch.float16
+
+
+def test_float64_runs_in_the_reference():
+    queries, keys, *_ = Case(20, 20, 8).inputs(torch.float64)
+    assert mmkernels.siglip(queries, keys, 3.0).dtype == torch.float64
+    with pytest.raises(RuntimeError, match=r"(?s)impl='cpu' cannot run.*triton:.*cpu: .*float64.*reference: can run"):
+        mmkernels.siglip(queries, keys, 3.0, impl="cpu")
+
+
+def test_triton_is_refused_with_every_reason():
+    if torch.cuda.is_available() or _backends.triton_interprets():
+        pytest.skip("Triton can run here")
+    queries, keys, *_ = Case(4, 4, 4).inputs(torch.float32)
+    with pytest.raises(RuntimeError, match=r"(?s)impl='triton' cannot run.*triton: .+cpu: .+reference: can run"):
+        mmkernels.siglip(queries, keys, 1.0, impl="triton")
+
+
+def bad_inputs():
+    q, k = torch.zeros(4, 8), torch.zeros(6, 8)
+    return {
+        "queries: expected a tensor": (TypeError, ([1.0], k, 1.0), {}),
+        "keys: expected float32, bfloat16": (TypeError, (q, k.long(), 1.0), {}),
+        "keys: expected the dtype of queries": (TypeError, (q, k.half(), 1.0), {}),
+        "queries: expected 2 dimensions": (ValueError, (q[0], k, 1.0), {}),
+        "keys: expected 2 dimensions": (ValueError, (q, k[None], 1.0), {}),
+        "queries: expected at least one row": (ValueError, (q[:0], k, 1.0), {}),
+        "keys: expected at least one row": (ValueError, (q, k[:0], 1.0), {}),
+        "queries: expected D >= 1": (ValueError, (q[:, :0], k[:, :0], 1.0), {}),
+        "keys: expected D = 8": (ValueError, (q, k[:, :5], 1.0), {}),
+        "keys: expected device cpu": (ValueError, (q, k.to("meta"), 1.0), {}),
+        "keys: expected at least N = 6 rows, .* got 4": (ValueError, (k, q, 1.0), {}),
+        "logit_scale: expected one element": (ValueError, (q, k, torch.ones(2)), {}),
+        "logit_scale: expected a floating": (TypeError, (q, k, torch.tensor(3)), {}),
+        "logit_scale: expected a float or": (TypeError, (q, k, "3"), {}),
+        "logit_bias: expected one element": (ValueError, (q, k, 1.0, torch.ones(2)), {}),
+        "logit_bias: expected a floating": (TypeError, (q, k, 1.0, torch.tensor(3)), {}),
+        "logit_bias: expected a float or": (TypeError, (q, k, 1.0, None), {}),
+        "reduction: expected": (ValueError, (q, k, 1.0), {"reduction": "avg"}),
+        "impl: expected 'auto' or one of": (ValueError, (q, k, 1.0), {"impl": "cuda13"}),
+        "process_group": (NotImplementedError, (q, k, 1.0), {"process_group": object()}),
+    }
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("text", bad_inputs())
+def test_bad_input_is_named(text, impl):
+    error, arguments, options = bad_inputs()[text]
+    with pytest.raises(error, match=text):
+        mmkernels.siglip(*arguments, **{"impl": impl, **options})
+
+
+def test_bad_input_is_named_under_compile():
+    compiled = torch.compile(lambda q, k: mmkernels.siglip(q, k, 1.0), fullgraph=True)
+    with pytest.raises(Exception, match="keys: expected D = 8"):
+        compiled(torch.zeros(4, 8), torch.zeros(6, 5))
+
+
+@pytest.mark.parametrize("fault", ["zero", "off by one"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_budget_fails_for(fault, dtype):
+    queries, keys, scale, bias = Case(257, 257, 64, near=0.9).inputs(dtype)
+    exact = run(queries.double(), keys.double(), scale, bias, "reference")
+    eager = run_eager(queries, keys, scale, bias)
+    if fault == "zero":
+        wrong = [torch.zeros_like(x) for x in eager]
+    else:
+        # Without the bias: its gradient, the sum of all probabilities less one a row, does not see which key matches.
+        wrong = run(queries, keys.roll(1, 0), scale, bias, "reference")[:4]
+    for a, b, c in zip(wrong, eager, exact, strict=False):
+        with pytest.raises(AssertionError, match=r"error .* budget"):
+            assert_within_budget(a.to(b.dtype), b, c, dtype=dtype)

@@ -1,0 +1,411 @@
+"""triplet on the CPU: numbers, gradients, memory, compilation and the refusal of bad input."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mmkernels
+from mmkernels.testing import assert_within_budget, features, peak_allocated
+from tests.cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
+from tests.op_arguments import output_masks
+from tests.triplet.cases import IN_ONE_PASS, MININGS, Case, assert_results, by_hand, cases, check_case, run
+
+
+@pytest.mark.parametrize("case", [case for case in cases() if case.n * case.m < 20_000], ids=str)
+def test_reference_is_what_the_words_say(case):
+    queries, keys = case.inputs(torch.float64)
+    options = {"margin": 0.2, "symmetric": True, **case.options}
+    losses, grad = by_hand(queries, keys, **options)
+    actual = run(queries, keys, "reference", "sum", **options)
+    expected = (losses.sum(), 0.5 * grad @ keys, 0.5 * grad.T @ queries)  # under the weight of 0.5 that run gives
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(run(queries, keys, "reference", **options)[0], losses, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mining", MININGS)
+def test_reference_in_every_dtype(mining, dtype):
+    case = Case(100, 120, 40, {"mining": mining})
+    queries, keys = case.inputs(dtype)
+    exact = run(queries.double(), keys.double(), "reference", **case.options)
+    actual = run(queries, keys, "reference", **case.options)
+    assert_results(actual, actual, exact, queries, keys, **case.options)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("mining", MININGS)
+def test_reference_is_that_of_pytorch_metric_learning(mining, symmetric):
+    pytest.importorskip("pytorch_metric_learning")
+    from pytorch_metric_learning.distances import DotProductSimilarity
+    from pytorch_metric_learning.losses import TripletMarginLoss
+    from pytorch_metric_learning.miners import BatchEasyHardMiner, BatchHardMiner
+    from pytorch_metric_learning.reducers import SumReducer
+
+    distance = DotProductSimilarity(normalize_embeddings=False)
+    loss_of = TripletMarginLoss(margin=0.2, distance=distance, reducer=SumReducer())
+    # Its semi-hard negatives have no lower bound: one that lies below it costs nothing.
+    miner = {
+        "all": None,
+        "hardest": BatchHardMiner(distance=distance),
+        "semi_hard": BatchEasyHardMiner(distance=distance, pos_strategy="easy", neg_strategy="semihard"),
+    }[mining]
+
+    def theirs(anchors, others):
+        labels, other_labels = torch.arange(len(anchors)), torch.arange(len(others))
+        mined = None if miner is None else miner(anchors, labels, others, other_labels)
+        return loss_of(anchors, labels, mined, others, other_labels)
+
+    queries, keys = (x.requires_grad_() for x in Case(60, 60, 32, near=1.5).inputs(torch.float64))
+    expected = (theirs(queries, keys) + theirs(keys, queries)) / 2 if symmetric else theirs(queries, keys)
+    actual = mmkernels.triplet(queries, keys, mining=mining, symmetric=symmetric, reduction="sum", impl="reference")
+    assert expected > 1
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+    if mining == "all":  # where several negatives are equally bad, they take any one
+        leaves = (queries, keys)
+        for a, b in zip(torch.autograd.grad(actual, leaves), torch.autograd.grad(expected, leaves), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases(), ids=str)
+@needs_library
+def test_cpu_matches_float64(case, dtype):
+    check_case(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("case", IN_ONE_PASS, ids=str)
+@needs_library
+def test_losses_and_gradients_in_one_pass(case, reduction, dtype):
+    check_case(case, dtype, "cpu", reduction)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@needs_library
+def test_every_instruction_set(variant):
+    cases = "cases()[::5]" if variant == "portable" else "cases()[::2]"
+    check_cases_in_variant(variant, "tests.triplet.cases", cases)
+    check_cases_in_variant(variant, "tests.triplet.cases", "IN_ONE_PASS", "'cpu', 'mean'")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [33, 100, 700])
+@needs_library
+def test_a_negative_like_the_positive_is_an_exact_tie(size, dtype):
+    """Similarities of real numbers round, but those of equal keys round alike, wherever they lie."""
+    n = 600
+    queries = features(n, size, dtype, seed=1)
+    keys = features(n, size, dtype, seed=2, like=queries, mean_cosine=0.8)
+    copies = torch.cat([keys, keys[torch.arange(n) * 7 % n]])  # keys past the N-th: of each pair a negative like it
+    none = {"reduction": "none", "symmetric": False, "impl": "cpu"}
+    # Not below the positive, and so no semi-hard negative; at a margin of 0 it costs nothing.
+    alone = mmkernels.triplet(queries, keys, margin=1e-7, mining="semi_hard", **none)
+    with_copies = mmkernels.triplet(queries, copies, margin=1e-7, mining="semi_hard", **none)
+    assert torch.equal(with_copies, alone)
+    assert (mmkernels.triplet(queries, copies, margin=0.0, mining="hardest", **none) == alone.new_zeros(n)).any()
+    # It costs the margin to the last bit, and is the hardest where no other is above it.
+    hardest = mmkernels.triplet(queries, copies, margin=0.25, mining="hardest", **none)
+    assert (hardest >= 0.25).all()
+    assert (hardest == 0.25).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [
+        pytest.param(torch.ones(65, 8), torch.ones(65, 8), id="all similarities equal"),
+        pytest.param(1e4 * torch.eye(40), torch.eye(40), id="1e4 on the diagonal"),
+        pytest.param(-1e4 * torch.eye(40), torch.eye(40), id="-1e4 on the diagonal"),
+        pytest.param(torch.linspace(-1e4, 1e4, 300)[:, None], torch.ones(300, 1), id="rows far apart"),
+        pytest.param(torch.ones(300, 1), torch.linspace(-1e4, 1e4, 300)[:, None], id="columns far apart"),
+    ],
+)
+@needs_library
+def test_extreme_similarities(queries, keys, mining):
+    for reduction in ("none", "mean"):
+        exact = run(queries.double(), keys.double(), "reference", reduction, mining=mining)
+        eager = run(queries, keys, "reference", reduction, mining=mining)
+        actual = run(queries, keys, "cpu", reduction, mining=mining)
+        assert_results(actual, eager, exact, queries, keys, reduction, mining=mining)
+
+
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_library
+def test_strides_are_honoured(dtype, mining):
+    wide = Case(130, 200, 200).inputs(dtype)[1]
+    for queries, keys in [
+        (wide[:, :96], wide[:, 100:196]),  # rows further apart than they are long
+        (wide[:, 1:96], wide[:, 101:196]),  # unaligned, odd
+        (wide.T[:96], wide.T[100:196]),  # columns
+        (wide[::2], wide[1::2]),
+        (wide[:1].expand(200, 200), wide),  # stride 0
+    ]:
+        for reduction in ("none", "mean"):
+            in_place = run(queries, keys, "cpu", reduction, mining=mining)
+            copied = run(queries.contiguous(), keys.contiguous(), "cpu", reduction, mining=mining)
+            assert all(torch.equal(a, b) for a, b in zip(in_place, copied, strict=True))
+
+
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("mask", [(True, False), (False, True)], ids=str)
+@needs_library
+def test_only_the_gradients_that_are_needed(mask, reduction, mining):
+    queries, keys = Case(300, 310, 70).inputs(torch.bfloat16)
+    expected, *everything = run(queries, keys, "cpu", reduction, mining=mining)
+    leaves = [queries, keys]
+    for leaf, needed in zip(leaves, mask, strict=True):
+        leaf.requires_grad_(needed)
+    with output_masks() as asked:
+        losses = mmkernels.triplet(*leaves, mining=mining, reduction=reduction, impl="cpu")
+        assert torch.equal(losses, expected)
+        (losses * torch.linspace(0.5, 1.5, losses.numel()).view_as(losses)).sum().backward()
+    assert asked == [list(mask)]
+    for leaf, needed, full in zip(leaves, mask, everything, strict=True):
+        assert (leaf.grad is not None) == needed
+        if needed:
+            assert torch.equal(leaf.grad, full)
+
+
+@needs_library
+def test_no_gradients_are_made_where_none_can_be_asked_for():
+    leaves = [x.requires_grad_() for x in Case(30, 30, 16).inputs(torch.float32)]
+    with output_masks() as asked, torch.no_grad():
+        mmkernels.triplet(*leaves, impl="cpu")
+    assert asked == []
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("mining", MININGS)
+@needs_library
+def test_second_backward_with_retain_graph(mining, reduction):
+    queries, keys = (x.requires_grad_() for x in Case(100, 100, 32).inputs(torch.float32))
+    loss = mmkernels.triplet(queries, keys, mining=mining, reduction=reduction, impl="cpu").sum()
+    first = torch.autograd.grad(loss, (queries, keys), retain_graph=True)
+    second = torch.autograd.grad(2 * loss, (queries, keys), retain_graph=True)
+    third = torch.autograd.grad(loss, (queries, keys))
+    for a, b, c in zip(first, second, third, strict=True):
+        assert a.abs().max() > 0
+        assert torch.equal(2 * a, b)
+        assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("scale", [2.0**16, 2.0**-10])
+@needs_library
+def test_a_loss_scale_loses_no_digits_in_half_precision(scale):
+    """A gradient of 1 / N a term is below the least normal float16: the loss scale must reach it before it rounds."""
+    queries, keys = Case(300, 300, 40).inputs(torch.float16)
+    exact = run(queries.double(), keys.double(), "reference", "mean")[1:]
+    leaves = [x.requires_grad_() for x in (queries, keys)]
+    grads = torch.autograd.grad(scale * mmkernels.triplet(*leaves, impl="cpu"), leaves)
+    for a, b in zip(grads, exact, strict=True):
+        torch.testing.assert_close(a.double(), 2 * scale * b, rtol=2**-11, atol=2**-25 * 1.01)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("mining", MININGS)
+@needs_library
+def test_double_backward_is_refused_and_the_reference_offers_it(mining, reduction):
+    def second_derivative(impl):
+        queries, keys = (x.requires_grad_() for x in Case(10, 10, 8).inputs(torch.float32))
+        losses = mmkernels.triplet(queries, keys, margin=1.0, mining=mining, reduction=reduction, impl=impl)
+        (grad,) = torch.autograd.grad(losses.sum(), queries, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), keys)[0]
+
+    with pytest.raises(RuntimeError, match="second derivatives are not implemented; impl='reference'"):
+        second_derivative("cpu")
+    assert second_derivative("reference").abs().max() > 0
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("mining", MININGS)
+@needs_library
+def test_same_bits_whatever_the_number_of_threads(mining, reduction):
+    queries, keys = features(900, 64, torch.bfloat16), features(1100, 64, torch.bfloat16, seed=1)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            results += [run(queries, keys, "cpu", reduction, mining=mining) for _ in range(2)]
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("where", ["queries", "keys"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("mining", MININGS)
+@needs_library
+def test_nan_in_nan_out(mining, value, where, symmetric):
+    queries, keys = Case(300, 320, 40).inputs(torch.float32)
+    (queries if where == "queries" else keys)[7, 3] = value
+    options = {"mining": mining, "symmetric": symmetric}
+    actual, eager = run(queries, keys, "cpu", **options), run(queries, keys, "reference", **options)
+    lost = ~actual[0].isfinite()
+    assert (~eager[0].isfinite() <= lost).all()
+    assert (eager[0].isnan() <= actual[0].isnan()).all()
+    assert actual[1][lost].isnan().all()
+    assert actual[2][:300][lost].isnan().all()
+    if value != value:
+        assert lost[7]
+        assert eager[0][7].isnan()
+        assert symmetric is False or where == "keys" or lost.all()  # it is every key's worst negative
+        assert where == "queries" or lost.all()  # and every query's
+    if mining == "all":
+        for a, b in zip(actual, eager, strict=True):
+            assert (~b.isfinite() <= ~a.isfinite()).all()
+    assert lost.any() == (not mmkernels.triplet(queries, keys, impl="cpu", **options).isfinite())
+
+
+def memory_beyond_inputs_and_gradients(queries, keys, mining, reduction="mean") -> int:
+    """Bytes that torch holds at most at one time in a forward and backward pass, by its own records of allocations."""
+    leaves = [queries.requires_grad_(), keys.requires_grad_()]
+
+    def step():
+        losses = mmkernels.triplet(*leaves, mining=mining, reduction=reduction, impl="cpu")
+        return torch.autograd.grad(losses.sum(), leaves)
+
+    gradients = queries.nbytes + keys.nbytes
+    peak = peak_allocated(step)
+    assert peak > gradients, "no allocation was seen"
+    return peak - gradients
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_library
+def test_memory(dtype):
+    rows, size = 8192, 256
+    queries, keys = (features(rows, size, dtype, seed=seed) for seed in (0, 1))
+    scratch, statistics = 8 << 20, rows * 64
+    # The worst negatives: nothing as large as the features.
+    assert memory_beyond_inputs_and_gradients(queries, keys, "hardest") < scratch + statistics
+    # All: the gradients of the one pass, in float32, until the backward pass has made of them what it returns.
+    waiting = 2 * rows * size * 4 + (0 if dtype == torch.float32 else rows * size * 4)
+    assert memory_beyond_inputs_and_gradients(queries, keys, "all") < waiting + scratch + statistics
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@needs_library
+def test_opcheck(dtype, symmetric):
+    ops = torch.ops.mmkernels
+    queries, keys = Case(70, 80, 33).inputs(dtype)
+    for mining in MININGS:
+        torch.library.opcheck(ops.triplet_cpu_forward, (queries, keys, 0.2, mining, symmetric))
+    losses, worst = ops.triplet_cpu_forward(queries, keys, 0.2, "hardest", symmetric)
+    for mask in ([True, True], [False, True]):
+        for weights in (None, torch.ones(70)):
+            torch.library.opcheck(ops.triplet_cpu_hinge_gradients, (queries, keys, weights, 0.2, symmetric, mask))
+        arguments = (torch.ones_like(losses), losses, queries, keys, worst, mask)
+        torch.library.opcheck(ops.triplet_cpu_worst_gradients, arguments)
+
+
+@pytest.mark.parametrize("mining", ["all", "hardest"])
+@needs_library
+def test_compile_whole_graph_with_dynamic_shapes(mining):
+    def loss(queries, keys):
+        return mmkernels.triplet(F.normalize(queries, dim=1), F.normalize(keys, dim=1), mining=mining, impl="cpu")
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    for n in (33, 64, 130):
+        eager_inputs = [torch.randn(n, 24, requires_grad=True), torch.randn(n + 5, 24, requires_grad=True)]
+        inputs = [x.detach().clone().requires_grad_() for x in eager_inputs]
+        compiled(*inputs).backward()
+        loss(*eager_inputs).backward()
+        for a, b in zip(inputs, eager_inputs, strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mining", MININGS)
+def test_reductions_are_torchs(mining):
+    queries, keys = Case(100, 120, 30).inputs(torch.float32)
+    losses = mmkernels.triplet(queries, keys, mining=mining, reduction="none")
+    assert losses.shape == (100,)
+    torch.testing.assert_close(mmkernels.triplet(queries, keys, mining=mining), losses.mean())
+    torch.testing.assert_close(mmkernels.triplet(queries, keys, mining=mining, reduction="sum"), losses.sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("impl", [pytest.param("cpu", marks=needs_library), "reference"])
+def test_autocast(impl, dtype):
+    queries, keys = (features(100, 32, seed=seed).requires_grad_() for seed in (0, 1))
+    with torch.autocast("cpu", dtype=dtype):
+        loss = mmkernels.triplet(queries, keys, impl=impl)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, mmkernels.triplet(queries.to(dtype), keys.to(dtype), impl=impl))
+    loss.backward()
+    assert queries.grad.dtype == torch.float32
+
+
+def bad_inputs():
+    q, k = torch.zeros(4, 8), torch.zeros(6, 8)
+    return {
+        "queries: expected a tensor": (TypeError, ([1.0], k), {}),
+        "keys: expected float32, bfloat16": (TypeError, (q, k.long()), {}),
+        "keys: expected the dtype of queries": (TypeError, (q, k.half()), {}),
+        "queries: expected 2 dimensions": (ValueError, (q[0], k), {}),
+        "keys: expected at least one row": (ValueError, (q, k[:0]), {}),
+        "queries: expected D >= 1": (ValueError, (q[:, :0], k[:, :0]), {}),
+        "keys: expected D = 8": (ValueError, (q, k[:, :5]), {}),
+        "keys: expected device cpu": (ValueError, (q, k.to("meta")), {}),
+        "keys: expected at least N = 6 rows, .* got 4": (ValueError, (k, q), {}),
+        "margin: expected a float, got Tensor": (TypeError, (q, k), {"margin": torch.tensor(0.2)}),
+        "margin: expected a finite value of at least 0, got -0.1": (ValueError, (q, k), {"margin": -0.1}),
+        "margin: expected a finite value of at least 0, got nan": (ValueError, (q, k), {"margin": float("nan")}),
+        "margin: expected a finite value of at least 0, got inf": (ValueError, (q, k), {"margin": float("inf")}),
+        "mining: expected one of 'all', 'hardest', 'semi_hard', got 'semihard'": (
+            ValueError,
+            (q, k),
+            {"mining": "semihard"},
+        ),
+        "symmetric: expected a bool, got int": (TypeError, (q, k), {"symmetric": 1}),
+        "reduction: expected": (ValueError, (q, k), {"reduction": "avg"}),
+        "impl: expected 'auto' or one of": (ValueError, (q, k), {"impl": "cuda13"}),
+    }
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("text", bad_inputs())
+def test_bad_input_is_named(text, impl):
+    error, arguments, options = bad_inputs()[text]
+    with pytest.raises(error, match=text):
+        mmkernels.triplet(*arguments, **{"impl": impl, **options})
+
+
+def test_bad_input_is_named_under_compile():
+    compiled = torch.compile(lambda q, k: mmkernels.triplet(q, k))
+    with pytest.raises(ValueError, match="keys: expected D = 8"):
+        compiled(torch.zeros(4, 8), torch.zeros(6, 5))
+    whole = torch.compile(lambda q, k: mmkernels.triplet(q, k, margin=-1.0), fullgraph=True)
+    with pytest.raises(Exception, match="margin: expected a finite value"):
+        whole(torch.zeros(4, 8), torch.zeros(6, 8))
+
+
+def test_float64_runs_in_the_reference():
+    queries, keys = Case(20, 20, 8).inputs(torch.float64)
+    assert mmkernels.triplet(queries, keys).dtype == torch.float64
+    with pytest.raises(RuntimeError, match=r"(?s)impl='cpu' cannot run.*cpu: .*float64.*reference: can run"):
+        mmkernels.triplet(queries, keys, impl="cpu")
+
+
+@pytest.mark.parametrize("fault", ["zero", "off by one"])
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_budget_fails_for(mining, dtype, fault):
+    case = Case(257, 257, 64, {"mining": mining})
+    queries, keys = case.inputs(dtype)
+    exact = run(queries.double(), keys.double(), "reference", **case.options)
+    eager = run(queries, keys, "reference", **case.options)
+    if fault == "zero":
+        wrong = [torch.zeros_like(x) for x in eager]
+    else:
+        wrong = run(queries, keys.roll(1, 0), "reference", **case.options)
+    for a, b, c in zip(wrong, eager, exact, strict=True):
+        with pytest.raises(AssertionError, match=r"error .* budget"):
+            assert_within_budget(a, b, c)
