@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from mmkernels._library import library
+
 logger = logging.getLogger("mmkernels")
 
 # Every op and its implementations, best first: the order in which impl="auto" tries them.
@@ -22,9 +24,8 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "beam_search": ("cuda", "triton", "cpu", "reference"),
 }
 
-_library = torch.library.Library("mmkernels", "FRAGMENT")
 # The instruction set that the CPU kernels run with; the environment variable MMKERNELS_CPU overrides the choice.
-_library.define("cpu_variant() -> str")
+library.define("cpu_variant() -> str")
 
 _COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

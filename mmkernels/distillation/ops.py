@@ -1,16 +1,14 @@
 """The registered ops of distillation, info_nce with a teacher: one pair a backend, their fake kernels, and the
 autograd.Function around them."""
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmkernels._autograd import refuse_second_derivatives
+from mmkernels._library import register
 from mmkernels.info_nce.ops import keeps_products
-
-_library = torch.library.Library("mmkernels", "FRAGMENT")
 
 _INPUTS = "Tensor queries, Tensor keys, Tensor scale, Tensor teacher_queries, Tensor teacher_keys, Tensor teacher_scale"
 _STATISTICS = "Tensor row_lse, Tensor col_lse, Tensor teacher_row_lse, Tensor teacher_col_lse"
@@ -71,29 +69,8 @@ def _backward_fake(
     )
 
 
-for _backend in ("cpu", "triton"):
-    _library.define(f"distillation_{_backend}_forward{_FORWARD}", tags=(torch.Tag.pt2_compliant_tag,))
-    _library.define(f"distillation_{_backend}_backward{_BACKWARD}", tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"mmkernels::distillation_{_backend}_forward", _forward_fake, lib=_library)
-    torch.library.register_fake(f"mmkernels::distillation_{_backend}_backward", _backward_fake, lib=_library)
-
-
-@functools.cache
-def _triton() -> Any:
-    """Triton is imported by the first call that runs it: importing mmkernels imports torch alone."""
-    from mmkernels.distillation import triton_kernels as distillation
-
-    return distillation
-
-
-for _pass in ("forward", "backward"):
-
-    def _launch(*args: Any, _name: str = f"distillation_{_pass}") -> tuple[Tensor, ...]:
-        return getattr(_triton(), _name)(*args)
-
-    # The CPU key serves the interpreter.
-    for _key in ("CUDA", "CPU"):
-        _library.impl(f"distillation_triton_{_pass}", _launch, _key)
+register("distillation_{}_forward", _FORWARD, _forward_fake, __package__)
+register("distillation_{}_backward", _BACKWARD, _backward_fake, __package__)
 
 
 class _Distillation(torch.autograd.Function):

@@ -1,14 +1,12 @@
 """The registered ops, one pair a backend, their fake kernels, and the autograd.Function around them."""
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmkernels._autograd import FREE_BYTES, refuse_second_derivatives, wants_backward
-
-_library = torch.library.Library("mmkernels", "FRAGMENT")
+from mmkernels._library import register
 
 # losses [N]; lse [2, N]: the rounded value and what rounding took off; products: hidden weight^T [N, V] if they are to
 # be kept for the backward pass, else [0, V]. These are float32, and so is the bias.
@@ -57,29 +55,8 @@ def _backward_fake(
     )
 
 
-for _backend in ("cpu", "triton"):
-    _library.define(f"linear_cross_entropy_{_backend}_forward{_FORWARD}", tags=(torch.Tag.pt2_compliant_tag,))
-    _library.define(f"linear_cross_entropy_{_backend}_backward{_BACKWARD}", tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"mmkernels::linear_cross_entropy_{_backend}_forward", _forward_fake, lib=_library)
-    torch.library.register_fake(f"mmkernels::linear_cross_entropy_{_backend}_backward", _backward_fake, lib=_library)
-
-
-@functools.cache
-def _triton() -> Any:
-    """Triton is imported by the first call that runs it: importing mmkernels imports torch alone."""
-    from mmkernels.linear_cross_entropy import triton_kernels
-
-    return triton_kernels
-
-
-for _pass in ("forward", "backward"):
-
-    def _launch(*args: Any, _name: str = f"linear_cross_entropy_{_pass}") -> tuple[Tensor, ...]:
-        return getattr(_triton(), _name)(*args)
-
-    # The CPU key serves the interpreter.
-    for _key in ("CUDA", "CPU"):
-        _library.impl(f"linear_cross_entropy_triton_{_pass}", _launch, _key)
+register("linear_cross_entropy_{}_forward", _FORWARD, _forward_fake, __package__)
+register("linear_cross_entropy_{}_backward", _BACKWARD, _backward_fake, __package__)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

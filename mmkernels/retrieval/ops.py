@@ -1,14 +1,10 @@
 """The registered ops, one pair a backend, and their fake kernels. Nothing here is differentiable."""
 
-import functools
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from mmkernels._library import library, register
 from mmkernels.retrieval import reference
-
-_library = torch.library.Library("mmkernels", "FRAGMENT")
 
 # ranks [N], int64
 _RANKS = "(Tensor queries, Tensor keys, Tensor? targets) -> Tensor ranks"
@@ -27,32 +23,11 @@ def _topk_fake(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 # The reference, too: its sizes depend on the values, and compiled code takes it whole.
-for _backend in ("cpu", "triton", "reference"):
-    _library.define(f"retrieval_ranks_{_backend}{_RANKS}", tags=(torch.Tag.pt2_compliant_tag,))
-    _library.define(f"retrieval_topk_{_backend}{_TOPK}", tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"mmkernels::retrieval_ranks_{_backend}", _ranks_fake, lib=_library)
-    torch.library.register_fake(f"mmkernels::retrieval_topk_{_backend}", _topk_fake, lib=_library)
-
-_library.impl("retrieval_ranks_reference", reference.retrieval_ranks, "CompositeExplicitAutograd")
-_library.impl("retrieval_topk_reference", reference.retrieval_topk, "CompositeExplicitAutograd")
-
-
-@functools.cache
-def _triton() -> Any:
-    """Triton is imported by the first call that runs it: importing mmkernels imports torch alone."""
-    from mmkernels.retrieval import triton_kernels
-
-    return triton_kernels
-
-
-for _name in ("ranks", "topk"):
-
-    def _launch(*args: Any, _name: str = f"retrieval_{_name}") -> Any:
-        return getattr(_triton(), _name)(*args)
-
-    # The CPU key serves the interpreter.
-    for _key in ("CUDA", "CPU"):
-        _library.impl(f"retrieval_{_name}_triton", _launch, _key)
+_BACKENDS = ("cpu", "triton", "reference")
+register("retrieval_ranks_{}", _RANKS, _ranks_fake, __package__, _BACKENDS)
+register("retrieval_topk_{}", _TOPK, _topk_fake, __package__, _BACKENDS)
+library.impl("retrieval_ranks_reference", reference.retrieval_ranks, "CompositeExplicitAutograd")
+library.impl("retrieval_topk_reference", reference.retrieval_topk, "CompositeExplicitAutograd")
 
 
 def retrieval_ranks(queries: Tensor, keys: Tensor, targets: Tensor | None, backend: str) -> Tensor:

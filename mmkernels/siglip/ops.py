@@ -1,16 +1,14 @@
 """The registered ops, one pair a backend, their fake kernels, and the autograd.Functions around them."""
 
-import functools
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mmkernels._autograd import refuse_second_derivatives
+from mmkernels._library import register
 
 _FP16_REACH = 2.0**15  # half of what float16 holds
-
-_library = torch.library.Library("mmkernels", "FRAGMENT")
 
 # One loss a query, [N] float32.
 _LOSSES = "(Tensor queries, Tensor keys, Tensor scale, Tensor bias) -> Tensor"
@@ -42,29 +40,8 @@ def _gradients_fake(
     return scale.new_empty(queries.shape[0] if with_losses else 0), *grads
 
 
-for _backend in ("cpu", "triton"):
-    _library.define(f"siglip_{_backend}_losses{_LOSSES}", tags=(torch.Tag.pt2_compliant_tag,))
-    _library.define(f"siglip_{_backend}_gradients{_GRADIENTS}", tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"mmkernels::siglip_{_backend}_losses", _losses_fake, lib=_library)
-    torch.library.register_fake(f"mmkernels::siglip_{_backend}_gradients", _gradients_fake, lib=_library)
-
-
-@functools.cache
-def _triton() -> Any:
-    """Triton is imported by the first call that runs it: importing mmkernels imports torch alone."""
-    from mmkernels.siglip import triton_kernels
-
-    return triton_kernels
-
-
-for _pass in ("losses", "gradients"):
-
-    def _launch(*args: Any, _name: str = f"siglip_{_pass}") -> Any:
-        return getattr(_triton(), _name)(*args)
-
-    # The CPU key serves the interpreter.
-    for _key in ("CUDA", "CPU"):
-        _library.impl(f"siglip_triton_{_pass}", _launch, _key)
+register("siglip_{}_losses", _LOSSES, _losses_fake, __package__)
+register("siglip_{}_gradients", _GRADIENTS, _gradients_fake, __package__)
 
 
 class _LossOfRows(torch.autograd.Function):

@@ -1,15 +1,12 @@
 """The registered ops, three a backend, their fake kernels, and the autograd.Functions around them."""
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmkernels._autograd import refuse_second_derivatives
-
-_library = torch.library.Library("mmkernels", "FRAGMENT")
+from mmkernels._library import register
 
 # losses [N], float32; worst [2, N], int32: the worst negative of each query and of each matched key where it costs
 # something, else -1; [1, N] unless symmetric, no columns for mining="all".
@@ -53,33 +50,9 @@ def _worst_gradients_fake(
     return queries.new_empty(queries.shape if of_queries else 0), keys.new_empty(keys.shape if of_keys else 0)
 
 
-_SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "forward": (_FORWARD, _forward_fake),
-    "hinge_gradients": (_HINGE_GRADIENTS, _hinge_gradients_fake),
-    "worst_gradients": (_WORST_GRADIENTS, _worst_gradients_fake),
-}
-for _backend in ("cpu", "triton"):
-    for _name, (_schema, _fake) in _SCHEMAS.items():
-        _library.define(f"triplet_{_backend}_{_name}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"mmkernels::triplet_{_backend}_{_name}", _fake, lib=_library)
-
-
-@functools.cache
-def _triton() -> Any:
-    """Triton is imported by the first call that runs it: importing mmkernels imports torch alone."""
-    from mmkernels.triplet import triton_kernels
-
-    return triton_kernels
-
-
-for _name in _SCHEMAS:
-
-    def _launch(*args: Any, _function: str = f"triplet_{_name}") -> tuple[Tensor, ...]:
-        return getattr(_triton(), _function)(*args)
-
-    # The CPU key serves the interpreter.
-    for _key in ("CUDA", "CPU"):
-        _library.impl(f"triplet_triton_{_name}", _launch, _key)
+register("triplet_{}_forward", _FORWARD, _forward_fake, __package__)
+register("triplet_{}_hinge_gradients", _HINGE_GRADIENTS, _hinge_gradients_fake, __package__)
+register("triplet_{}_worst_gradients", _WORST_GRADIENTS, _worst_gradients_fake, __package__)
 
 
 def _op(backend: str, name: str) -> Any:
