@@ -9,8 +9,8 @@ from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
 from benchmarks.gpu_bounds_info_nce import argument as plain_argument
 from benchmarks.gpu_bounds_info_nce import case
 from mmkernels._tiles.configs import DISTILLATION_CONFIGS
+from mmkernels._tiles.launch import MERGE_BLOCK
 from mmkernels.distillation import triton_kernels as distillation
-from mmkernels.info_nce import triton_kernels
 
 GROWING = {"SYMMETRIC"}
 _MULTIPLES_OF_16 = {"TEACHER_D", "stride_tq", "stride_tk"}
@@ -31,7 +31,7 @@ def cases(gpus: Iterable[str] = GPUS) -> list[Case]:
                     flags: dict[str, Any] = {"SYMMETRIC": symmetric, "OF_KEYS": of_keys}
                     found.append(make("distillation_grad_kernel", config.grad_logits, **flags))
                 if precision == "ieee":  # it sees float32 alone
-                    flags = {"SYMMETRIC": symmetric, "BLOCK": triton_kernels.MERGE_BLOCK}
+                    flags = {"SYMMETRIC": symmetric, "BLOCK": MERGE_BLOCK}
                     found.append(make("finish_distillation_kernel", None, **flags))
     return found
 

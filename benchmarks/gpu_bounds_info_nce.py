@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
+from mmkernels._tiles import launch, products
 from mmkernels._tiles.configs import CONFIGS, Config
 from mmkernels._tiles.triton import Tile
-from mmkernels.info_nce import triton_kernels
 from mmkernels.info_nce.triton_kernels import cross_entropy
 
 # Arguments that are strides or sizes of padded rows: multiples of 16, which the launcher sees to.
@@ -36,10 +36,10 @@ def _cases(gpu: str, precision: str, config: Config) -> Iterable[Case]:
             yield from tiles_of_logits(make, config, SYMMETRIC=symmetric, BIAS=False, GROUPS=groups)
         yield make("product_kernel", config.product)
         for store, share in ((True, True), (True, False), (False, True)):
-            block = {"BLOCK_M": triton_kernels.MERGE_ROWS, "BLOCK_N": triton_kernels.MERGE_FEATURES}
+            block = {"BLOCK_M": products.MERGE_ROWS, "BLOCK_N": products.MERGE_FEATURES}
             yield make("merge_product_kernel", None, STORE=store, SHARE=share, **block)
     if precision == "ieee":  # it sees float32 and targets alone
-        block = {"STEP": triton_kernels.MERGE_STEP, "BLOCK": triton_kernels.MERGE_BLOCK}
+        block = {"STEP": launch.MERGE_STEP, "BLOCK": launch.MERGE_BLOCK}
         yield case("info_nce", gpu, precision, "fp32", "column_weights_kernel", None, **block)
 
 
@@ -48,7 +48,7 @@ def tiles_of_logits(make: Callable[..., Case], config: Config, **flags: bool) ->
     both = (False, True)
     yield make("forward_kernel", config.forward, **flags)
     for smoothed in both:
-        block = {"STEP": triton_kernels.MERGE_STEP, "BLOCK": triton_kernels.MERGE_BLOCK}
+        block = {"STEP": launch.MERGE_STEP, "BLOCK": launch.MERGE_BLOCK}
         yield make("finish_forward_kernel", None, SMOOTHED=smoothed, **flags, **block)
     tile = config.of_grad_logits(flags["GROUPS"])
     for of_keys, smoothed in itertools.product(both, both):
@@ -62,12 +62,12 @@ def case(op: str, gpu: str, precision: str, dtype: str, kernel: str, tile: Tile 
         constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
         constants["PRECISION"] = "ieee" if precision == "half" else precision
         warps, stages = tile.num_warps, tile.num_stages
-    options = tuple(triton_kernels.NO_FUSION.items())
+    options = tuple(launch.NO_FUSION.items())
     return Case(op, kernel, gpu, precision, dtype, tuple(constants.items()), warps, stages, options, tile is not None)
 
 
 def kernel(name: str) -> Any:
-    return getattr(cross_entropy, name)
+    return getattr(products, name, None) or getattr(cross_entropy, name)
 
 
 def argument(case: Case, name: str) -> Argument:

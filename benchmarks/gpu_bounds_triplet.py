@@ -6,9 +6,8 @@ from typing import Any
 
 from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
 from benchmarks.gpu_bounds_info_nce import case
+from mmkernels._tiles import launch, products
 from mmkernels._tiles.configs import CONFIGS, tile_of
-from mmkernels.info_nce import triton_kernels
-from mmkernels.info_nce.triton_kernels import cross_entropy
 from mmkernels.triplet.triton_kernels import kernels
 
 GROWING = {"SYMMETRIC", "SEMI_HARD", "GRADIENT"}
@@ -28,7 +27,7 @@ def cases(gpus: Iterable[str] = GPUS) -> list[Case]:
 
 def _cases(gpu: str, precision: str) -> Iterable[Case]:
     tile = tile_of("triplet", gpu, precision)
-    merge = {"BLOCK_M": triton_kernels.MERGE_ROWS, "BLOCK_N": triton_kernels.MERGE_FEATURES}
+    merge = {"BLOCK_M": products.MERGE_ROWS, "BLOCK_N": products.MERGE_FEATURES}
     for dtype in ("bf16", "fp16") if precision == "half" else ("fp32",):
         make = functools.partial(case, "triplet", gpu, precision, dtype)
         yield make("positives_kernel", tile)
@@ -39,16 +38,16 @@ def _cases(gpu: str, precision: str) -> Iterable[Case]:
         yield make("transposed_product_kernel", tile)
         yield make("merge_product_kernel", None, STORE=True, SHARE=False, **merge)  # into float32
         yield make("finish_gradients_kernel", None, **merge)
-        sparse = {"BLOCK": triton_kernels.MERGE_FEATURES, "STEP": triton_kernels.MERGE_STEP}
+        sparse = {"BLOCK": products.MERGE_FEATURES, "STEP": launch.MERGE_STEP}
         yield make("sparse_product_kernel", None, **sparse)
     if precision == "ieee":  # it sees float32 alone
         for symmetric in (False, True):
-            block = {"BLOCK": triton_kernels.MERGE_BLOCK}
+            block = {"BLOCK": launch.MERGE_BLOCK}
             yield case("triplet", gpu, precision, "fp32", "finish_worst_kernel", None, SYMMETRIC=symmetric, **block)
 
 
 def kernel(name: str) -> Any:
-    return getattr(cross_entropy if name == "merge_product_kernel" else kernels, name)
+    return getattr(products if name == "merge_product_kernel" else kernels, name)
 
 
 def argument(case: Case, name: str) -> Argument:

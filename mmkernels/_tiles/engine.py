@@ -137,3 +137,48 @@ def softmax_grad_both(
         p = row_weight[:, None] * tl.exp2((s - row_lse[:, None]) - row_rest[:, None])
         p += col_weight[None, :] * tl.exp2((s - col_lse[None, :]) - col_rest[None, :])
     return p
+
+
+@triton.jit
+def store_in_two(out, plane, index, value, ok):
+    """The value in float32, and `plane` further on what rounding took."""
+    rounded = value.to(tl.float32)
+    tl.store(out + index, rounded, mask=ok)
+    tl.store(out + plane + index, (value - rounded.to(tl.float64)).to(tl.float32), mask=ok)
+
+
+@triton.jit
+def strip_place(
+    program, first, length, stride, OF_KEYS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Which tile of a strip a program fills, the strip being rows first, ..., first + length - 1 of dS (OF_KEYS: of dS
+    transposed), `stride` entries each.
+
+    Seen as a part of dS, the strip begins at (first_row, first_col), has height and width, and strides of its own; the
+    tile begins at (row_in_strip, col_in_strip) of it.
+    """
+    if OF_KEYS:
+        first_row = 0
+        first_col = first
+        height = stride
+        width = length
+        stride_row = 1
+        stride_col = stride
+    else:
+        first_row = first
+        first_col = 0
+        height = length
+        width = stride
+        stride_row = stride
+        stride_col = 1
+    row_tile, col_tile = program_tile(program, tl.cdiv(height, BLOCK_M), tl.cdiv(width, BLOCK_N))
+    return first_row, first_col, row_tile * BLOCK_M, col_tile * BLOCK_N, height, width, stride_row, stride_col
+
+
+@triton.jit
+def store_in_strip(strip, grad, rows, cols, inside, height, width, stride_row, stride_col):
+    """dS of a tile at its rows and columns of the strip, rounded once."""
+    # Past the ends of the logits the strip is zero: the product reads it unmasked.
+    grad = tl.where(inside, grad, 0.0)
+    out = strip + rows.to(tl.int64)[:, None] * stride_row + cols.to(tl.int64)[None, :] * stride_col
+    tl.store(out, grad.to(strip.dtype.element_ty), mask=(rows < height)[:, None] & (cols < width)[None, :])

@@ -12,7 +12,6 @@ No atomics: results are the same bits from run to run. Logits are in base 2 insi
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -28,19 +27,14 @@ from mmkernels._tiles.engine import (
     similarities,
     softmax_grad,
     softmax_grad_both,
+    store_in_strip,
+    store_in_two,
+    strip_place,
     tile_statistics,
 )
+from mmkernels._tiles.launch import MERGE_BLOCK, NO_FUSION, aligned, launch_options, walk_over
+from mmkernels._tiles.products import fp16_unit, products_of_both
 from mmkernels._tiles.triton import LN2, LOG2E, LOWEST, Tile, on_device
-from mmkernels.info_nce.triton_kernels import (
-    FP16_PEAK,
-    MAX_PARTIALS,
-    MERGE_BLOCK,
-    NO_FUSION,
-    aligned,
-    launch_options,
-    strip_products,
-)
-from mmkernels.info_nce.triton_kernels.cross_entropy import store_in_two
 
 _SUMS = 5  # of a row or a column: m, z, n, y, a
 
@@ -276,10 +270,8 @@ def _store_grad(
     if matches > 0:
         grad -= tl.where(here, tl.load(match_weights + rows, mask=row_ok, other=0.0)[:, None], 0.0)
 
-    # Past the ends of the logits the strip is zero: the product reads it unmasked.
-    grad = tl.where(row_ok[:, None] & col_ok[None, :], grad, 0.0)
-    out = strip + in_rows.to(tl.int64)[:, None] * stride_row + in_cols.to(tl.int64)[None, :] * stride_col
-    tl.store(out, grad.to(strip.dtype.element_ty), mask=(in_rows < height)[:, None] & (in_cols < width)[None, :])
+    inside = row_ok[:, None] & col_ok[None, :]
+    store_in_strip(strip, grad, in_rows, in_cols, inside, height, width, stride_row, stride_col)
 
 
 @triton.jit(do_not_specialize=["first", "length", "N", "M"])
@@ -295,23 +287,9 @@ def distillation_grad_kernel(
     dS_ij = w_i p_ij + w_j p'_ij - v_i P_ij - v_j P'_ij - g_i [i = j], the terms in j with SYMMETRIC alone: p, p' the
     student's softmaxes over rows and columns, P, P' the teacher's; w, v, g: weights, teacher_weights, match_weights.
     """
-    if OF_KEYS:
-        first_row = 0
-        first_col = first
-        height = stride_strip
-        width = length
-        stride_row = 1
-        stride_col = stride_strip
-    else:
-        first_row = first
-        first_col = 0
-        height = length
-        width = stride_strip
-        stride_row = stride_strip
-        stride_col = 1
-    row_tile, col_tile = program_tile(tl.program_id(0), tl.cdiv(height, BLOCK_M), tl.cdiv(width, BLOCK_N))
-    row_in_strip = row_tile * BLOCK_M
-    col_in_strip = col_tile * BLOCK_N
+    first_row, first_col, row_in_strip, col_in_strip, height, width, stride_row, stride_col = strip_place(
+        tl.program_id(0), first, length, stride_strip, OF_KEYS, BLOCK_M, BLOCK_N
+    )
     rows = first_row + row_in_strip + tl.arange(0, BLOCK_M)
     cols = first_col + col_in_strip + tl.arange(0, BLOCK_N)
     student = similarities(
@@ -356,26 +334,23 @@ def distillation_forward(
     queries, keys = aligned(queries), aligned(keys)
     teacher_queries, teacher_keys = aligned(teacher_queries), aligned(teacher_keys)
 
-    row_tiles, col_tiles = triton.cdiv(N, tile.block_m), triton.cdiv(M, tile.block_n)
-    tiles_per_group, tiles_per_split = triton.cdiv(row_tiles, MAX_PARTIALS), triton.cdiv(col_tiles, MAX_PARTIALS)
-    groups, splits = triton.cdiv(row_tiles, tiles_per_group), triton.cdiv(col_tiles, tiles_per_split)
+    walk = walk_over(N, M, tile)
     distilled, matched, positives = (scale.new_empty(N) for _ in range(3))
     row_lse, teacher_row_lse = (scale.new_empty(2, N) for _ in range(2))
     col_lse, teacher_col_lse = (scale.new_empty(2, M if symmetric else 0) for _ in range(2))
-    row_partials = scale.new_empty(_SUMS, splits, N)
-    col_partials = scale.new_empty(_SUMS, groups, M) if symmetric else row_partials
+    row_partials = scale.new_empty(_SUMS, walk.splits, N)
+    col_partials = scale.new_empty(_SUMS, walk.groups, M) if symmetric else row_partials
     with on_device(queries.device):
-        distillation_forward_kernel[(groups * splits,)](
+        distillation_forward_kernel[(walk.groups * walk.splits,)](
             queries, keys, scale, teacher_queries, teacher_keys, teacher_scale, positives, row_partials, col_partials,
             N, M, queries.shape[1], teacher_queries.shape[1],
-            queries.stride(0), keys.stride(0), teacher_queries.stride(0), teacher_keys.stride(0),
-            tiles_per_group, tiles_per_split, groups, splits,
+            queries.stride(0), keys.stride(0), teacher_queries.stride(0), teacher_keys.stride(0), *walk,
             SYMMETRIC=symmetric, PRECISION=precision, **launch_options(tile),
         )  # fmt: skip
         finish_distillation_kernel[(triton.cdiv(N, MERGE_BLOCK),)](
             row_partials, col_partials, positives, distilled, matched,
             row_lse, col_lse, teacher_row_lse, teacher_col_lse,
-            N, M, groups, splits, SYMMETRIC=symmetric, BLOCK=MERGE_BLOCK, **NO_FUSION,
+            N, M, walk.groups, walk.splits, SYMMETRIC=symmetric, BLOCK=MERGE_BLOCK, **NO_FUSION,
         )  # fmt: skip
     return distilled, matched, row_lse, col_lse, teacher_row_lse, teacher_col_lse, scale.new_empty(0, M, N)
 
@@ -444,9 +419,8 @@ def distillation_backward(
     unit = None
     with on_device(queries.device):
         if queries.dtype == torch.float16:
-            # |dS| <= 5 peak: as in cross_entropy_backward.
-            peak = torch.maximum(teacher_weights.abs().amax(), match_weights.abs().amax())
-            unit = torch.where(peak > 0, peak, 1.0) / FP16_PEAK
+            # |dS| <= 5 peak.
+            unit = fp16_unit(torch.maximum(teacher_weights.abs().amax(), match_weights.abs().amax()))
             factor = scale * unit
             weights, teacher_weights, match_weights = weights / unit, teacher_weights / unit, match_weights / unit
         logits = _Logits(
@@ -454,19 +428,8 @@ def distillation_backward(
             row_lse, col_lse, teacher_row_lse, teacher_col_lse, weights, teacher_weights, match_weights.contiguous(),
             symmetric, choose_distillation(queries).grad_logits, precision,
         )  # fmt: skip
-        # <Q, dQ> = <K, dK>: the scale takes its gradient from whichever product is made anyway.
-        shares = scale.new_empty(0)
-        for_queries = output_mask[0] or (output_mask[2] and not output_mask[1])
-        if for_queries:
-            shares = strip_products(
-                functools.partial(logits.fill, False), logits.queries, logits.keys, config.product, precision, factor,
-                grad_queries if output_mask[0] else None, output_mask[2],
-            )  # fmt: skip
-        if output_mask[1]:
-            key_shares = strip_products(
-                functools.partial(logits.fill, True), logits.keys, logits.queries, config.product, precision, factor,
-                grad_keys, output_mask[2] and not for_queries,
-            )  # fmt: skip
-            shares = shares if for_queries else key_shares
-    grad_scale = shares.sum() if output_mask[2] else scale.new_empty(0)
+        grad_scale = products_of_both(
+            logits.fill, logits.queries, logits.keys, config.product, precision, factor,
+            grad_queries if output_mask[0] else None, grad_keys if output_mask[1] else None, output_mask[2],
+        )  # fmt: skip
     return grad_queries, grad_keys, grad_scale if unit is None or not output_mask[2] else grad_scale * unit

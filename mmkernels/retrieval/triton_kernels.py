@@ -28,8 +28,8 @@ from torch import Tensor
 from mmkernels._targets import require_targets
 from mmkernels._tiles.configs import tile_of
 from mmkernels._tiles.engine import program_tile, similarities
+from mmkernels._tiles.launch import aligned, launch_options
 from mmkernels._tiles.triton import Tile, family_of, on_device, ordered
-from mmkernels.info_nce.triton_kernels import aligned, launch_options
 
 # Of ordered scores: what is below all of them, and NaN, which comes before all.
 NOTHING = tl.constexpr(-(2**31))

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from mmkernels._tiles.configs import choose, choose_tile
 from mmkernels._tiles.engine import halves, program_tile, similarities
+from mmkernels._tiles.launch import aligned, launch_options
+from mmkernels._tiles.products import fp16_unit, strip_products
 from mmkernels._tiles.triton import LOG2E, on_device, round_up
-from mmkernels.info_nce.triton_kernels import FP16_PEAK, aligned, launch_options, strip_products
 
 _PROGRAMS = 1024  # that the tiles of a launch are spread over, if there are as many
 _TILES = 4  # that a program takes at most: longer sums in float32 would lose digits
@@ -157,10 +158,7 @@ def siglip_gradients(
     factor = scale
     with on_device(queries.device):
         if queries.dtype == torch.float16:
-            # |dS| <= the largest weight. In units of it / 8192 it fits fp16, and what falls below its least normal
-            # number is under 1e-8 of it.
-            peak = weights.abs().amax()
-            unit = torch.where(peak > 0, peak, 1.0) / FP16_PEAK
+            unit = fp16_unit(weights.abs().amax())  # |dS| <= the largest weight
             factor, weights = scale * unit, weights / unit
         pairs = _Pairs(queries, keys, scale, bias, weights)
         of_rows = of_all = None

@@ -22,9 +22,8 @@ if not INTERPRETED:
 
 else:
     import mmkernels
-    from mmkernels._tiles import configs
+    from mmkernels._tiles import configs, launch, products
     from mmkernels.distillation import triton_kernels as distillation
-    from mmkernels.info_nce import triton_kernels
     from mmkernels.info_nce.api import distillation_losses
     from tests.distillation.cases import Case, assert_results, run
 
@@ -80,9 +79,9 @@ else:
     @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
     def test_several_groups_strips_and_splits(dtype, monkeypatch):
         """More tiles than one program takes: every loop runs more than once, the last time over less."""
-        monkeypatch.setattr(distillation, "MAX_PARTIALS", 2)
-        monkeypatch.setattr(triton_kernels, "_STRIP_BYTES", 1)
-        monkeypatch.setattr(triton_kernels, "_STRIP_ROWS", TILE)
+        monkeypatch.setattr(launch, "MAX_PARTIALS", 2)
+        monkeypatch.setattr(products, "_STRIP_BYTES", 1)
+        monkeypatch.setattr(products, "_STRIP_ROWS", TILE)
         check(Case(4 * TILE + 9, 4 * TILE + 9, 40, 32), dtype)
 
     @pytest.mark.parametrize("near", [-0.2, 0.98])

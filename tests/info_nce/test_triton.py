@@ -22,7 +22,7 @@ if not INTERPRETED:
 
 else:
     import mmkernels
-    from mmkernels._tiles import configs
+    from mmkernels._tiles import configs, launch, products
     from mmkernels.info_nce import reference, triton_kernels
     from mmkernels.info_nce.groups import Groups
     from mmkernels.testing import assert_within_budget, features
@@ -160,9 +160,9 @@ else:
     @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
     def test_several_groups_strips_and_splits(dtype, monkeypatch):
         """More tiles than one program takes: every loop runs more than once, the last time over less."""
-        monkeypatch.setattr(triton_kernels, "MAX_PARTIALS", 2)
-        monkeypatch.setattr(triton_kernels, "_STRIP_BYTES", 1)
-        monkeypatch.setattr(triton_kernels, "_STRIP_ROWS", TILE)
+        monkeypatch.setattr(launch, "MAX_PARTIALS", 2)
+        monkeypatch.setattr(products, "_STRIP_BYTES", 1)
+        monkeypatch.setattr(products, "_STRIP_ROWS", TILE)
         check(*batch(2 * TILE + 9, 9 * TILE + 1, 40, dtype), grad_losses=torch.linspace(-1, 1, 2 * TILE + 9))
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
@@ -268,9 +268,9 @@ else:
         check(*batch(67, 67, 48, FP32, mean_cosine=0.98), 100.0, **dealt(67, 67, 67))
 
     def test_groups_over_several_groups_of_tiles_strips_and_splits(monkeypatch):
-        monkeypatch.setattr(triton_kernels, "MAX_PARTIALS", 2)
-        monkeypatch.setattr(triton_kernels, "_STRIP_BYTES", 1)
-        monkeypatch.setattr(triton_kernels, "_STRIP_ROWS", TILE)
+        monkeypatch.setattr(launch, "MAX_PARTIALS", 2)
+        monkeypatch.setattr(products, "_STRIP_BYTES", 1)
+        monkeypatch.setattr(products, "_STRIP_ROWS", TILE)
         N, M = 3 * TILE + 9, 5 * TILE + 1
         check(*batch(N, M, 40, FP16), grad_losses=torch.linspace(-1, 1, N), **dealt(N, M, 13))
 

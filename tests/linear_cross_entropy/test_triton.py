@@ -22,8 +22,7 @@ if not INTERPRETED:
 
 else:
     import mmkernels
-    from mmkernels._tiles import configs
-    from mmkernels.info_nce import triton_kernels
+    from mmkernels._tiles import configs, launch, products
     from tests.linear_cross_entropy.cases import Case, assert_results, run, run_eager
 
     TILE = configs.CONFIGS["interpreter"]["half"].forward.block_m
@@ -67,9 +66,9 @@ else:
     @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
     def test_several_groups_strips_and_splits(dtype, monkeypatch):
         """More tiles than one program takes: every loop runs more than once, the last time over less."""
-        monkeypatch.setattr(triton_kernels, "MAX_PARTIALS", 2)
-        monkeypatch.setattr(triton_kernels, "_STRIP_BYTES", 1)
-        monkeypatch.setattr(triton_kernels, "_STRIP_ROWS", TILE)
+        monkeypatch.setattr(launch, "MAX_PARTIALS", 2)
+        monkeypatch.setattr(products, "_STRIP_BYTES", 1)
+        monkeypatch.setattr(products, "_STRIP_ROWS", TILE)
         check(Case(2 * TILE + 9, 9 * TILE + 1, 40, ignored="some"), dtype)
 
     def test_classes_that_a_bias_of_minus_infinity_masks():

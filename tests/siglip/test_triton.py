@@ -22,8 +22,7 @@ if not INTERPRETED:
 
 else:
     import mmkernels
-    from mmkernels._tiles import configs
-    from mmkernels.info_nce import triton_kernels as info_nce_kernels
+    from mmkernels._tiles import configs, products
     from mmkernels.siglip import triton_kernels
     from tests.siglip.cases import REDUCTIONS, Case, assert_results, oracles, row_weights, run
 
@@ -67,8 +66,8 @@ else:
         monkeypatch.setattr(triton_kernels, "_PROGRAMS", 1)
         monkeypatch.setattr(triton_kernels, "_TILES", 4)
         monkeypatch.setattr(triton_kernels, "_PARTIAL_BYTES", 1)
-        monkeypatch.setattr(info_nce_kernels, "_STRIP_BYTES", 1)
-        monkeypatch.setattr(info_nce_kernels, "_STRIP_ROWS", TILE)
+        monkeypatch.setattr(products, "_STRIP_BYTES", 1)
+        monkeypatch.setattr(products, "_STRIP_ROWS", TILE)
         for reduction in ("none", "mean"):
             check(Case(TILE + 9, 4 * TILE + 1, 40), dtype, reduction)
 

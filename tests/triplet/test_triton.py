@@ -22,8 +22,7 @@ if not INTERPRETED:
 
 else:
     import mmkernels
-    from mmkernels._tiles import configs
-    from mmkernels.info_nce import triton_kernels as info_nce_kernels
+    from mmkernels._tiles import configs, launch, products
     from mmkernels.testing import features
     from mmkernels.triplet import triton_kernels
     from tests.triplet.cases import MININGS, Case, assert_results, cases, run
@@ -70,10 +69,10 @@ else:
     @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
     def test_several_groups_strips_and_splits(dtype, mining, reduction, monkeypatch):
         """More tiles than one program takes: every loop runs more than once, the last time over less."""
-        monkeypatch.setattr(triton_kernels, "_MAX_PARTIALS", 2)
+        monkeypatch.setattr(launch, "MAX_PARTIALS", 2)
         monkeypatch.setattr(triton_kernels, "_MAX_SPLITS", 2)
-        monkeypatch.setattr(info_nce_kernels, "_STRIP_BYTES", 1)
-        monkeypatch.setattr(info_nce_kernels, "_STRIP_ROWS", TILE)
+        monkeypatch.setattr(products, "_STRIP_BYTES", 1)
+        monkeypatch.setattr(products, "_STRIP_ROWS", TILE)
         check(Case(4 * TILE + 9, 6 * TILE + 1, 40, {"mining": mining}), dtype, reduction)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)

@@ -17,8 +17,6 @@ Memory beyond inputs and outputs, in bytes, e = bytes of an element:
 No atomics: results are the same bits from run to run. Logits are in base 2 inside the kernels: 2^x is one instruction.
 """
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,30 +26,16 @@ from torch import Tensor
 
 from mmkernels._targets import require_targets
 from mmkernels._tiles.configs import Config, choose
-from mmkernels._tiles.triton import Tile, on_device, round_up
+from mmkernels._tiles.launch import MERGE_BLOCK, MERGE_STEP, NO_FUSION, aligned, launch_options, walk_over
+from mmkernels._tiles.products import fp16_unit, products_of_both
+from mmkernels._tiles.triton import on_device
 from mmkernels.info_nce.groups import Groups, number_groups, require_groups
 from mmkernels.info_nce.triton_kernels.cross_entropy import (
     column_weights_kernel,
     finish_forward_kernel,
     forward_kernel,
     grad_logits_kernel,
-    merge_product_kernel,
-    product_kernel,
 )
-
-# scale * q.k is rounded before a maximum is taken from it: fused into one operation with the subtraction, the largest
-# logit less itself would not be zero, and a loss near zero at a large scale would be noise. Dots stay fused.
-NO_FUSION = {"enable_fp_fusion": False}
-MERGE_ROWS = 32  # rows of a program of _merge_product_kernel
-MERGE_FEATURES = 128  # and its features
-MERGE_STEP = 16  # depth of a step of the kernels without a dot product
-MERGE_BLOCK = 128  # and the entries of one of their programs
-
-MAX_PARTIALS = 32  # partial statistics of a row or a column
-_STRIP_BYTES = 32 << 20  # about what the L2 cache of an H100 holds beside the features
-_STRIP_ROWS = 128  # the fewest rows of a strip
-_PRODUCT_PROGRAMS = 256  # programs that the product over a strip is split into, for lack of output tiles
-FP16_PEAK = 8192.0
 
 
 def info_nce_forward(
@@ -100,23 +84,19 @@ def cross_entropy_forward(
     targets = _targets(targets, N, queries.device)
     row_ids, key_ids, of_query, of_key = (targets,) * 4 if groups is None else groups
 
-    row_tiles, col_tiles = triton.cdiv(N, tile.block_m), triton.cdiv(M, tile.block_n)
-    tiles_per_group = triton.cdiv(row_tiles, MAX_PARTIALS)
-    tiles_per_split = triton.cdiv(col_tiles, MAX_PARTIALS)
-    row_groups, splits = triton.cdiv(row_tiles, tiles_per_group), triton.cdiv(col_tiles, tiles_per_split)
+    walk = walk_over(N, M, tile)
     smoothed = label_smoothing > 0
     losses, positives = scale.new_empty(N), scale.new_empty(N)
     row_lse, col_lse = scale.new_empty(2, N), scale.new_empty(2, M if symmetric else 0)
     planes = 2 if groups is None else 3
-    row_partials = scale.new_empty(planes, splits, N)
-    col_partials = scale.new_empty(planes, row_groups, M) if symmetric else row_partials
+    row_partials = scale.new_empty(planes, walk.splits, N)
+    col_partials = scale.new_empty(planes, walk.groups, M) if symmetric else row_partials
 
     with on_device(queries.device):
-        forward_kernel[(row_groups * splits,)](
+        forward_kernel[(walk.groups * walk.splits,)](
             queries, keys, scale, scale if bias is None else bias,
             row_ids, key_ids, positives, row_partials, col_partials,
-            N, M, len(key_ids), queries.shape[1], queries.stride(0), keys.stride(0),
-            tiles_per_group, tiles_per_split, row_groups, splits,
+            N, M, len(key_ids), queries.shape[1], queries.stride(0), keys.stride(0), *walk,
             SYMMETRIC=symmetric, BIAS=bias is not None, GROUPS=groups is not None,
             PRECISION=precision, **launch_options(tile),
         )  # fmt: skip
@@ -127,7 +107,7 @@ def cross_entropy_forward(
         finish_forward_kernel[(blocks,)](
             row_partials, col_partials, positives, targets, of_query, of_key, losses, row_lse, col_lse,
             queries, keys, query_sum, key_sum, bias_sum, scale,
-            N, M, queries.shape[1], queries.stride(0), keys.stride(0), row_groups, splits, float(label_smoothing),
+            N, M, queries.shape[1], queries.stride(0), keys.stride(0), walk.groups, walk.splits, float(label_smoothing),
             SYMMETRIC=symmetric, SMOOTHED=smoothed, BIAS=bias is not None, GROUPS=groups is not None,
             STEP=MERGE_STEP, BLOCK=MERGE_BLOCK, **NO_FUSION,
         )  # fmt: skip
@@ -191,10 +171,8 @@ def cross_entropy_backward(
     with on_device(queries.device):
         col_weights = _column_weights(weights, targets, M, identity) if symmetric else weights
         if queries.dtype == torch.float16:
-            # |dS| <= 2.5 peak. In units of peak / 8192 the largest fits fp16, and what falls below its least normal
-            # number is under 1e-8 of the peak.
-            peak = torch.maximum(2 * weights.abs().amax(), col_weights.abs().amax())
-            unit = torch.where(peak > 0, peak, 1.0) / FP16_PEAK
+            # |dS| <= 2.5 peak.
+            unit = fp16_unit(torch.maximum(2 * weights.abs().amax(), col_weights.abs().amax()))
             factor = scale * unit
             weights, col_weights = weights / unit, col_weights / unit
         row_shares = col_shares = weights
@@ -205,26 +183,15 @@ def cross_entropy_backward(
                 grouped = len(groups.keys)
                 col_shares = col_weights[:grouped] * (1 - label_smoothing) / groups.of_key.clamp(min=1)
                 col_shares = F.pad(col_shares, (0, M - grouped))
-        # <Q, dQ> = <K, dK>: the scale takes its gradient from whichever product is made anyway, and whole.
-        shares = scale.new_empty(0)
-        for_queries = output_mask[0] or (output_mask[2] and not (output_mask[1] and num_grad_keys == M))
         logits = _Logits(
             padded_queries, padded_keys, scale, bias, targets, groups, row_lse, col_lse, weights, col_weights,
             row_shares, col_shares, symmetric, label_smoothing, config, precision,
         )  # fmt: skip
-        if for_queries:
-            shares = strip_products(
-                functools.partial(logits.fill, False), padded_queries, padded_keys, config.product, precision, factor,
-                grad_queries if output_mask[0] else None, output_mask[2],
-            )  # fmt: skip
-        if output_mask[1] or output_mask[3]:
-            key_shares = strip_products(
-                functools.partial(logits.fill, True), padded_keys, padded_queries, config.product, precision, factor,
-                grad_keys if output_mask[1] else None, output_mask[2] and not for_queries,
-                grad_bias if output_mask[3] else None,
-            )  # fmt: skip
-            shares = shares if for_queries else key_shares
-    grad_scale = shares.sum() if output_mask[2] else scale.new_empty(0)
+        grad_scale = products_of_both(
+            logits.fill, padded_queries, padded_keys, config.product, precision, factor,
+            grad_queries if output_mask[0] else None, grad_keys if output_mask[1] else None, output_mask[2],
+            grad_bias if output_mask[3] else None,
+        )  # fmt: skip
     if unit is not None:
         grad_scale, grad_bias = grad_scale * unit, grad_bias * unit
     return grad_queries, grad_keys, grad_scale, grad_bias
@@ -268,61 +235,6 @@ class _Logits(NamedTuple):
         )  # fmt: skip
 
 
-def strip_products(
-    fill: Callable[[Tensor, int, int], None],  # (strip, first, rows): rows first, first + 1, ... of dS into the strip
-    x: Tensor,
-    y: Tensor,
-    product: Tile,
-    precision: str,
-    factor: Tensor,
-    grad: Tensor | None,
-    share: bool = False,
-    sums: Tensor | None = None,
-) -> Tensor:
-    """Fill grad = factor * dS y strip by strip, dS [rows of x, rows of y]; and sums with the sums of the strips' rows.
-
-    grad may have fewer rows than x: the last get none. Returns shares of the scale's gradient if `share`.
-    """
-    num_x, D = x.shape[0] if grad is None else grad.shape[0], x.shape[1]
-    num_y = y.shape[0]
-    width = round_up(num_y, 64)
-    strip_rows = min(_STRIP_BYTES // (x.element_size() * width), _STRIP_BYTES // (4 * D)) // _STRIP_ROWS * _STRIP_ROWS
-    # A quarter of dS at most: the whole of it is never stored, however small it is.
-    strip_rows = min(strip_rows, round_up(triton.cdiv(num_x, 4), _STRIP_ROWS))
-    strip_rows = min(max(strip_rows, _STRIP_ROWS), num_x)
-    tiles = triton.cdiv(strip_rows, product.block_m) * triton.cdiv(D, product.block_n)
-    steps = width // product.block_k
-    splits = max(1, min(_PRODUCT_PROGRAMS // tiles, steps // 4))
-    steps_per_split = triton.cdiv(steps, splits)
-    splits = triton.cdiv(steps, steps_per_split)
-
-    strip = x.new_empty(strip_rows, width)
-    partials = factor.new_empty(splits, strip_rows, D)
-    features = triton.cdiv(D, MERGE_FEATURES)
-    starts = range(0, num_x, strip_rows)
-    shares_per_strip = triton.cdiv(strip_rows, MERGE_ROWS) * features
-    num_shares = (len(starts) - 1) * shares_per_strip + triton.cdiv(num_x - starts[-1], MERGE_ROWS) * features
-    shares = factor.new_empty(num_shares if share else 0)
-    for index, first in enumerate(starts):
-        rows = min(strip_rows, num_x - first)
-        fill(strip, first, rows)
-        if sums is not None:
-            torch.sum(strip[:rows], 1, dtype=torch.float32, out=sums[first : first + rows])
-        if grad is None and not share:
-            continue
-        product_kernel[(triton.cdiv(rows, product.block_m) * triton.cdiv(D, product.block_n) * splits,)](
-            strip, y, partials,
-            num_y, D, y.stride(0), rows, width, steps_per_split, splits,
-            PRECISION=precision, **launch_options(product),
-        )  # fmt: skip
-        merge_product_kernel[(triton.cdiv(rows, MERGE_ROWS) * features,)](
-            partials, x, factor, x if grad is None else grad, shares,
-            first, D if grad is None else grad.shape[1], D, x.stride(0), rows, splits, index * shares_per_strip,
-            STORE=grad is not None, SHARE=share, BLOCK_M=MERGE_ROWS, BLOCK_N=MERGE_FEATURES, **NO_FUSION,
-        )  # fmt: skip
-    return shares
-
-
 def _column_weights(weights: Tensor, targets: Tensor, num_keys: int, identity: bool) -> Tensor:
     """[M]: the sum of the weights of the queries whose target is the key."""
     if identity:
@@ -336,27 +248,3 @@ def _column_weights(weights: Tensor, targets: Tensor, num_keys: int, identity: b
 
 def _targets(targets: Tensor | None, num_queries: int, device: torch.device) -> Tensor:
     return torch.arange(num_queries, device=device) if targets is None else targets.contiguous()
-
-
-def aligned(features: Tensor) -> Tensor:
-    """The features as the kernels are compiled for them: contiguous rows that start at multiples of 16 bytes.
-
-    Any other layout is copied once, with zeros up to the next multiple of 16 features.
-    """
-    rows, D = features.shape
-    if features.stride(1) == 1 and D % 16 == 0 and features.stride(0) % 16 == 0 and features.data_ptr() % 16 == 0:
-        return features
-    copy = features.new_zeros(rows, round_up(D, 16))
-    copy[:, :D] = features
-    return copy
-
-
-def launch_options(tile: Tile) -> dict[str, int]:
-    return {
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-        **NO_FUSION,
-    }

@@ -12,10 +12,13 @@ from mmkernels._tiles.engine import (
     similarities,
     softmax_grad,
     softmax_grad_both,
+    store_in_strip,
+    store_in_two,
+    strip_place,
     tile_statistics,
     with_bias,
 )
-from mmkernels._tiles.triton import LN2, LOG2E, LOWEST, dot
+from mmkernels._tiles.triton import LN2, LOG2E, LOWEST
 
 
 @triton.jit
@@ -177,14 +180,6 @@ def _mean_positive(sums, length, count, index, ok, positives, BLOCK: tl.constexp
 
 
 @triton.jit
-def store_in_two(out, plane, index, value, ok):
-    """The value in float32, and `plane` further on what rounding took."""
-    rounded = value.to(tl.float32)
-    tl.store(out + index, rounded, mask=ok)
-    tl.store(out + plane + index, (value - rounded.to(tl.float64)).to(tl.float32), mask=ok)
-
-
-@triton.jit
 def _product_with(vector, x, rows, ok, stride_x, D, BLOCK: tl.constexpr, STEP: tl.constexpr):
     """<x_row, vector>, [BLOCK]."""
     k = tl.arange(0, STEP)
@@ -315,10 +310,8 @@ def _store_grad(
             of_target = weight * ((1.0 - label_smoothing) * directions)
             grad -= tl.where(cols[None, :] == target[:, None], of_target[:, None], 0.0)
 
-    # Past the ends of the logits the strip is zero: the product reads it unmasked.
-    grad = tl.where(row_ok[:, None] & col_ok[None, :], grad, 0.0)
-    out = strip + in_rows.to(tl.int64)[:, None] * stride_row + in_cols.to(tl.int64)[None, :] * stride_col
-    tl.store(out, grad.to(strip.dtype.element_ty), mask=(in_rows < height)[:, None] & (in_cols < width)[None, :])
+    inside = row_ok[:, None] & col_ok[None, :]
+    store_in_strip(strip, grad, in_rows, in_cols, inside, height, width, stride_row, stride_col)
 
 
 @triton.jit(do_not_specialize=["first", "length", "N", "M", "num_grouped", "label_smoothing"])
@@ -337,23 +330,9 @@ def grad_logits_kernel(
     col_shares_j) at every pair of one group. All terms meet in float32, and dS is rounded once. The tile of logits is
     made as in the forward pass for both sides: the very bits that the log-sum-exps were made from.
     """
-    if OF_KEYS:
-        first_row = 0
-        first_col = first
-        height = stride_strip
-        width = length
-        stride_row = 1
-        stride_col = stride_strip
-    else:
-        first_row = first
-        first_col = 0
-        height = length
-        width = stride_strip
-        stride_row = stride_strip
-        stride_col = 1
-    row_tile, col_tile = program_tile(tl.program_id(0), tl.cdiv(height, BLOCK_M), tl.cdiv(width, BLOCK_N))
-    row_in_strip = row_tile * BLOCK_M
-    col_in_strip = col_tile * BLOCK_N
+    first_row, first_col, row_in_strip, col_in_strip, height, width, stride_row, stride_col = strip_place(
+        tl.program_id(0), first, length, stride_strip, OF_KEYS, BLOCK_M, BLOCK_N
+    )
     rows = first_row + row_in_strip + tl.arange(0, BLOCK_M)
     cols = first_col + col_in_strip + tl.arange(0, BLOCK_N)
     tile = similarities(
@@ -371,61 +350,3 @@ def grad_logits_kernel(
         first_row, first_col, row_in_strip, col_in_strip + HALF, height, width, N, M, num_grouped,
         stride_row, stride_col, label_smoothing, SYMMETRIC, SMOOTHED, BIAS, GROUPS, BLOCK_M, HALF,
     )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["num_y", "strip_rows", "steps_per_split", "num_splits"])
-def product_kernel(
-    strip, y, partials,
-    num_y, D, stride_y, strip_rows, stride_strip, steps_per_split, num_splits,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """partials [num_splits, strip_rows, D] = dS y over a split of the columns of the strip each, in float32."""
-    split = tl.program_id(0) % num_splits
-    row_tile, feature_tile = program_tile(
-        tl.program_id(0) // num_splits, tl.cdiv(strip_rows, BLOCK_M), tl.cdiv(D, BLOCK_N)
-    )
-    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    features = feature_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (features < D)[None, :]
-    first = split * steps_per_split * BLOCK_K
-    end = tl.minimum(first + steps_per_split * BLOCK_K, stride_strip)
-    k = first + tl.arange(0, BLOCK_K)
-    strip_ptrs = strip + tl.minimum(rows, strip_rows - 1).to(tl.int64)[:, None] * stride_strip + k[None, :]  # [BM, BK]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(first, end, BLOCK_K):
-        # The strip is zero past num_y; the last row of y stands in for rows that do not exist.
-        y_rows = tl.minimum(start + tl.arange(0, BLOCK_K), num_y - 1).to(tl.int64) * stride_y
-        y_tile = tl.load(y + y_rows[:, None] + features[None, :], mask=inside, other=0.0)  # [BK, BN]
-        acc = dot(tl.load(strip_ptrs), y_tile, acc, PRECISION)
-        strip_ptrs += BLOCK_K
-    out = partials + (split.to(tl.int64) * strip_rows + rows.to(tl.int64)[:, None]) * D + features[None, :]
-    tl.store(out, acc, mask=(rows < strip_rows)[:, None] & inside)
-
-
-@triton.jit(do_not_specialize=["first_x", "num_features", "strip_rows", "num_splits", "first_share"])
-def merge_product_kernel(
-    partials, x, factor, grad, shares,
-    first_x, num_features, D, stride_x, strip_rows, num_splits, first_share,
-    STORE: tl.constexpr, SHARE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """grad[first_x + r] = factor * the sum of the partial products; shares: <x, sum>, part of d loss / d scale.
-
-    s = scale <q, k>, so d loss / d scale = sum_ij dS_ij <q_i, k_j> = <Q, dS K>, with no division by the scale.
-    """
-    row_tile = tl.program_id(0) // tl.cdiv(D, BLOCK_N)
-    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    features = tl.program_id(0) % tl.cdiv(D, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (rows < strip_rows)[:, None] & (features < num_features)[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    at = partials + rows.to(tl.int64)[:, None] * D + features[None, :]
-    plane = tl.cast(strip_rows, tl.int64) * D
-    for _split in range(num_splits):
-        acc += tl.load(at, mask=inside, other=0.0)
-        at += plane
-    x_rows = (first_x + rows).to(tl.int64)[:, None]
-    if SHARE:
-        x_tile = tl.load(x + x_rows * stride_x + features[None, :], mask=inside, other=0.0).to(tl.float32)
-        tl.store(shares + first_share + tl.program_id(0), tl.sum(tl.sum(x_tile * acc, 1), 0))
-    if STORE:
-        out = grad + x_rows * num_features + features[None, :]
-        tl.store(out, (acc * tl.load(factor)).to(grad.dtype.element_ty), mask=inside)

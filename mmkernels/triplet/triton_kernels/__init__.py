@@ -25,18 +25,9 @@ import triton
 from torch import Tensor
 
 from mmkernels._tiles.configs import choose, choose_tile
+from mmkernels._tiles.launch import MERGE_BLOCK, MERGE_STEP, NO_FUSION, aligned, launch_options, walk_over
+from mmkernels._tiles.products import MERGE_FEATURES, MERGE_ROWS, fp16_unit, strip_products
 from mmkernels._tiles.triton import on_device, round_up
-from mmkernels.info_nce.triton_kernels import (
-    FP16_PEAK,
-    MERGE_BLOCK,
-    MERGE_FEATURES,
-    MERGE_ROWS,
-    MERGE_STEP,
-    NO_FUSION,
-    aligned,
-    launch_options,
-    strip_products,
-)
 from mmkernels.triplet.triton_kernels.kernels import (
     finish_gradients_kernel,
     finish_worst_kernel,
@@ -47,8 +38,7 @@ from mmkernels.triplet.triton_kernels.kernels import (
     worst_kernel,
 )
 
-_MAX_PARTIALS = 32  # partial results of a row or a column
-_MAX_SPLITS = 64  # of a row, where the rows of a launch are those of one strip
+_MAX_SPLITS = 64  # partial results of a row, where the rows of a launch are those of one strip
 
 
 def triplet_forward(
@@ -62,10 +52,8 @@ def triplet_forward(
     N, M, directions = queries.shape[0], keys.shape[0], 2 if symmetric else 1
     tile, precision = choose_tile("triplet", queries)
     queries, keys = aligned(queries), aligned(keys)
-    row_tiles, col_tiles = triton.cdiv(N, tile.block_m), triton.cdiv(M, tile.block_n)
-    tiles_per_group, tiles_per_split = triton.cdiv(row_tiles, _MAX_PARTIALS), triton.cdiv(col_tiles, _MAX_PARTIALS)
-    groups, splits = triton.cdiv(row_tiles, tiles_per_group), triton.cdiv(col_tiles, tiles_per_split)
-    walk = (tiles_per_group, tiles_per_split, groups, splits)
+    walk = walk_over(N, M, tile)
+    groups, splits = walk.groups, walk.splits
     strides = (queries.shape[1], queries.stride(0), keys.stride(0))
     with on_device(queries.device):
         positives = _positives(queries, keys)
@@ -117,10 +105,7 @@ def triplet_hinge_gradients(
         else:
             weights = weights.float().contiguous()
             if dtype == torch.float16:
-                # |dS| <= 2 peak. In units of peak / 8192 the largest fits fp16, and what falls below its least normal
-                # number is under 1e-8 of the peak.
-                peak = weights.abs().amax()
-                unit = torch.where(peak > 0, peak, 1.0) / FP16_PEAK
+                unit = fp16_unit(weights.abs().amax())  # |dS| <= 2 of the largest weight
                 weights, factor = weights / unit, factor * unit
         grad_queries = positives.new_empty((N, num_features) if output_mask[0] else 0)
         grad_keys = positives.new_empty((M, num_features) if output_mask[1] else 0)
