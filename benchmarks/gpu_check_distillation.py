@@ -51,13 +51,13 @@ def fused(
     teacher_scale: Tensor,
     impl: Literal["triton", "reference"],
 ) -> Tensor:
-    return mmkernels.info_nce(
+    return mmkernels.distillation(
         queries,
         keys,
         scale,
-        teacher_queries=teacher_queries,
-        teacher_keys=teacher_keys,
-        teacher_scale=teacher_scale,
+        teacher_queries,
+        teacher_keys,
+        teacher_scale,
         symmetric=len(queries) == len(keys),
         reduction="none",
         impl=impl,

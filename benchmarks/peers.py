@@ -4,7 +4,7 @@ attention, calls (qkv) -> output."""
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -115,14 +115,8 @@ def distillation_losses(impl: str = "auto") -> dict[str, Callable[..., Tensor]]:
     """The fused loss first, then its peers: calls (queries, keys, scale, the teacher's) -> loss; and open_clip's class,
     whose loss is the sum with that of CLIP, beside ours."""
 
-    def fused(
-        queries: Tensor, keys: Tensor, scale: Tensor, teacher_queries: Tensor, teacher_keys: Tensor, by: Tensor
-    ) -> Tensor:
-        teacher: dict[str, Any] = {"teacher_queries": teacher_queries, "teacher_keys": teacher_keys}
-        return mmkernels.info_nce(queries, keys, scale, **teacher, teacher_scale=by, impl=impl)  # type: ignore[arg-type]
-
     losses: dict[str, Callable[..., Tensor]] = {
-        "mmkernels": fused,
+        "mmkernels": functools.partial(mmkernels.distillation, impl=impl),  # type: ignore[arg-type]
         "eager": eager_distillation,
         "torch.compile": torch.compile(eager_distillation, dynamic=False),
         "mmkernels DistillClipLoss": lambda *features: sum(mmkernels.DistillClipLoss()(*features)),

@@ -4,7 +4,7 @@ import torch
 
 from benchmarks.pairs import PairsReport
 from benchmarks.peers import contrastive_losses
-from mmkernels.info_nce.ops import keeps_products
+from mmkernels._autograd import keeps_products
 
 
 def products(queries: torch.Tensor, keys: torch.Tensor) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.peak import cpu_peak
 from benchmarks.peers import distillation_losses, group_losses
 from benchmarks.timing import interleaved, median
-from mmkernels.info_nce.ops import keeps_products
+from mmkernels._autograd import keeps_products
 from mmkernels.testing import features, peak_allocated
 
 SIZE = 512  # features of student and teacher

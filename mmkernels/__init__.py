@@ -1,6 +1,7 @@
 """Fused kernels for multimodal models, behind plain PyTorch calls."""
 
 from mmkernels.beam_search import beam_search, beam_search_step
+from mmkernels.distillation import distillation
 from mmkernels.divided_attention import divided_attention, divided_attention_maps
 from mmkernels.info_nce import info_nce
 from mmkernels.integrations.open_clip import ClipLoss, DistillClipLoss, SigLipLoss
@@ -15,6 +16,7 @@ __all__ = [
     "SigLipLoss",
     "beam_search",
     "beam_search_step",
+    "distillation",
     "divided_attention",
     "divided_attention_maps",
     "info_nce",

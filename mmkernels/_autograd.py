@@ -7,11 +7,19 @@ from torch import Tensor
 
 # What a CPU op may hold beside inputs and gradients even where that is more than they take.
 FREE_BYTES = 64 << 20
+# Below this many bytes a row of features it is faster to recompute the products than to store and load them.
+_LEAST_ROW_BYTES = 512
 
 
 def wants_backward(*inputs: Tensor | None) -> bool:
     """Whether a backward pass can come."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def keeps_products(count: int, queries: Tensor, *others: Tensor | None) -> bool:
+    """Whether a CPU op saves its `count` float32 products of features for the backward pass."""
+    wide = queries.shape[1] * queries.itemsize >= _LEAST_ROW_BYTES
+    return wide and 4 * count <= FREE_BYTES and wants_backward(queries, *others)
 
 
 class _NoSecondDerivative(torch.autograd.Function):

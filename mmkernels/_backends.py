@@ -15,6 +15,7 @@ logger = logging.getLogger("mmkernels")
 # Every op and its implementations, best first: the order in which impl="auto" tries them.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "info_nce": ("triton", "cpu", "reference"),
+    "distillation": ("triton", "cpu", "reference"),
     "divided_attention": ("triton", "cpu", "reference"),
     "siglip": ("triton", "cpu", "reference"),
     "linear_cross_entropy": ("triton", "cpu", "reference"),

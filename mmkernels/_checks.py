@@ -96,6 +96,19 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
 
 
+def check_weights(queries: Tensor, weights: Tensor | None) -> None:
+    """A floating-point tensor [N], one weight for each query's loss; None: all weigh the same."""
+    if weights is None:
+        return
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights: expected a floating-point tensor, got {type(weights).__name__}")
+    if not weights.is_floating_point():
+        raise TypeError(f"weights: expected a floating-point tensor, got {weights.dtype}; use weights.float()")
+    if weights.shape != queries.shape[:1]:
+        raise ValueError(f"weights: expected shape ({queries.shape[0]},), got {tuple(weights.shape)}")
+    check_device("weights", weights, "queries", queries)
+
+
 def in_one_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> tuple[Tensor, Tensor]:
     """Both in autocast's dtype where it is on and they are not float64; otherwise as they are, of one dtype."""
     device_type = x.device.type
@@ -111,5 +124,37 @@ def as_scalar(number: Tensor | float, features: Tensor) -> Tensor:
     """The number as a tensor [] beside the features: float32, or float64 as they are."""
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     if isinstance(number, Tensor):
+        if number.ndim == 0 and number.dtype == dtype and number.device == features.device:
+            return number
         return number.reshape(()).to(features.device, dtype)
     return torch.full((), number, dtype=dtype, device=features.device)
+
+
+def check_targets(targets: Tensor, count: int, of: str, ignore_index: int | None = None) -> None:
+    """Raise ValueError if a target is not one of the `count` rows, and not ignored. Waits for the device."""
+    if torch.compiler.is_compiling():
+        return  # a value cannot be looked at while tracing; the indexing itself fails then
+    if ignore_index is not None:
+        targets = targets[targets != ignore_index]
+    if targets.numel() == 0:
+        return
+    low, high = (int(bound) for bound in targets.aminmax())
+    if low < 0 or high >= count:
+        raise ValueError(f"{expected_targets(count, of, ignore_index)}, got {low if low < 0 else high}")
+
+
+def require_targets(op: str, targets: Tensor, count: int, of: str, ignore_index: int | None = None) -> None:
+    """Raise if a target is out of range: at once on a CPU, on a GPU when the device gets there."""
+    if not targets.is_cuda:
+        check_targets(targets, count, of, ignore_index)
+        return
+    legal = (targets >= 0) & (targets < count)
+    if ignore_index is not None:
+        legal |= targets == ignore_index
+    torch._assert_async(legal.all(), f"mmkernels.{op}: {expected_targets(count, of, ignore_index)}")
+
+
+def expected_targets(count: int, of: str, ignore_index: int | None = None) -> str:
+    """What targets must be, for a message."""
+    ignored = "" if ignore_index is None else f", or ignore_index={ignore_index}"
+    return f"targets: expected indices of the {count} {of}, 0 to {count - 1}{ignored}"

@@ -1,1 +1,5 @@
-"""The cross-entropy of a student's logits against the softmax of a teacher's, over tiles of both."""
+"""A student's cross-entropy under a teacher's softmaxes, over tiles of both: no matrix of logits is ever stored."""
+
+from mmkernels.distillation.api import distillation
+
+__all__ = ["distillation"]

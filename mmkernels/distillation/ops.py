@@ -1,14 +1,12 @@
-"""The registered ops of distillation, info_nce with a teacher: one pair a backend, their fake kernels, and the
-autograd.Function around them."""
+"""The registered ops, one pair per backend, their fake kernels, and the autograd.Function around them."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmkernels._autograd import refuse_second_derivatives
+from mmkernels._autograd import keeps_products, refuse_second_derivatives
 from mmkernels._library import register
-from mmkernels.info_nce.ops import keeps_products
 
 _INPUTS = "Tensor queries, Tensor keys, Tensor scale, Tensor teacher_queries, Tensor teacher_keys, Tensor teacher_scale"
 _STATISTICS = "Tensor row_lse, Tensor col_lse, Tensor teacher_row_lse, Tensor teacher_col_lse"
@@ -69,8 +67,8 @@ def _backward_fake(
     )
 
 
-register("distillation_{}_forward", _FORWARD, _forward_fake, __package__)
-register("distillation_{}_backward", _BACKWARD, _backward_fake, __package__)
+_forward = register("distillation_{}_forward", _FORWARD, _forward_fake, __package__)
+_backward = register("distillation_{}_backward", _BACKWARD, _backward_fake, __package__)
 
 
 class _Distillation(torch.autograd.Function):
@@ -87,9 +85,8 @@ class _Distillation(torch.autograd.Function):
         backend: str,
         keep_products: bool,
     ) -> tuple[Tensor, Tensor]:
-        forward = getattr(torch.ops.mmkernels, f"distillation_{backend}_forward")
         inputs = (queries, keys, scale, teacher_queries, teacher_keys, teacher_scale)
-        distilled, matched, *kept = forward(*inputs, symmetric, keep_products)
+        distilled, matched, *kept = _forward[backend](*inputs, symmetric, keep_products)
         ctx.save_for_backward(*inputs, *kept)
         ctx.symmetric, ctx.backend = symmetric, backend
         return distilled, matched
@@ -98,11 +95,10 @@ class _Distillation(torch.autograd.Function):
     def backward(ctx: Any, grad_distilled: Tensor, grad_matched: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         mask = list(ctx.needs_input_grad[:3])
-        backward = getattr(torch.ops.mmkernels, f"distillation_{ctx.backend}_backward")
         with torch.no_grad():
-            grads = backward(grad_distilled, grad_matched, *saved, ctx.symmetric, mask)
+            grads = _backward[ctx.backend](grad_distilled, grad_matched, *saved, ctx.symmetric, mask)
         if torch.is_grad_enabled():  # create_graph=True
-            grads = refuse_second_derivatives("info_nce", grads, grad_distilled, grad_matched, *saved[:3])
+            grads = refuse_second_derivatives("distillation", grads, grad_distilled, grad_matched, *saved[:3])
         return *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), *(None,) * 6
 
 
@@ -116,7 +112,7 @@ def distillation(
     symmetric: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """The losses of every query under the teacher and against its own key, [N] float32 each, on the backend named.
+    """For each query the loss under the teacher and that against its own key, [N] float32 each, on the backend named.
 
     Differentiable in queries, keys and scale; the teacher gets no gradient.
     """

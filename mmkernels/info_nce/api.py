@@ -17,12 +17,14 @@ from mmkernels._checks import (
     check_pairs,
     check_reduction,
     check_target_tensor,
+    check_weights,
     in_one_dtype,
+    require_targets,
 )
-from mmkernels._targets import require_targets
-from mmkernels.distillation import ops as distillation_ops
+from mmkernels._reduction import reduced
 from mmkernels.info_nce import ops, reference
 from mmkernels.info_nce.groups import number_groups, require_groups
+from mmkernels.info_nce.options import Options
 
 
 def info_nce(
@@ -38,9 +40,6 @@ def info_nce(
     key_queue: Tensor | None = None,
     query_queue: Tensor | None = None,
     weights: Tensor | None = None,
-    teacher_queries: Tensor | None = None,
-    teacher_keys: Tensor | None = None,
-    teacher_scale: Tensor | float | None = None,
     reduction: Literal["none", "mean", "sum"] = "mean",
     process_group: Any = None,
     impl: Literal["auto", "triton", "cpu", "reference"] = "auto",
@@ -74,12 +73,6 @@ def info_nce(
         query_queue: [R, D], further queries that are negatives alone, for the matched keys: each key is compared with
             [queries; query_queue] as each query is with [keys; key_queue]. No queue is compared with the other.
         weights: [N], floating-point, of each query's loss: "mean" divides by their sum, "sum" and "none" multiply.
-        teacher_queries: [N, D'], dtype and device of `queries`. With `teacher_keys` and `teacher_scale` the target of
-            row i is softmax_j(teacher_scale * <teacher_queries_i, teacher_keys_j>), and that of column j the softmax
-            of the same logits over the queries. All rows and columns count: a symmetric loss needs N = M. The teacher
-            gets no gradient, and stands in place of `targets`, `label_smoothing`, groups and queues.
-        teacher_keys: [M, D']; see `teacher_queries`.
-        teacher_scale: a float or a tensor of one element; see `teacher_queries`.
         reduction: "mean" or "sum" over the N queries, or "none" for one loss a query, [N].
         process_group: features of other ranks as further negatives; not implemented yet.
         impl: "auto" picks the best implementation that can run; a name runs that one or raises.
@@ -101,150 +94,74 @@ def info_nce(
 
     Source: van den Oord et al. 2018, eq. 4 (arXiv:1807.03748); symmetric form: Radford et al. 2021, figure 3
     (arXiv:2103.00020); groups: Khosla et al. 2020, eq. 2 (arXiv:2004.11362); queues: He et al. 2019
-    (arXiv:1911.05722); a teacher's softmax as the target: Hinton et al. 2015 (arXiv:1503.02531).
+    (arXiv:1911.05722).
     """
     check_pairs(queries, keys)
     check_number("logit_scale", logit_scale, queries.device)
     check_label_smoothing(label_smoothing)
     check_reduction(reduction)
-    _check_weights(queries, weights)
+    check_weights(queries, weights)
     if process_group is not None:
         raise NotImplementedError("process_group: features of other ranks are not implemented yet; pass None")
-    teacher = {"teacher_queries": teacher_queries, "teacher_keys": teacher_keys, "teacher_scale": teacher_scale}
-    if any(argument is not None for argument in teacher.values()):
-        options = {"targets": targets, "query_groups": query_groups, "key_groups": key_groups}
-        options |= {"key_queue": key_queue, "query_queue": query_queue}
-        given = [name for name, option in options.items() if option is not None]
-        for name in [*given, "label_smoothing"] if label_smoothing > 0 else given:
-            raise ValueError(f"{name}: expected none beside a teacher, which gives the whole target; leave it out")
-        if teacher_queries is None or teacher_keys is None or teacher_scale is None:
-            missing = next(name for name, argument in teacher.items() if argument is None)
-            raise ValueError(f"{missing}: expected a value, as a teacher needs {', '.join(teacher)}, got None")
-        losses, _ = distillation_losses(
-            queries, keys, logit_scale, teacher_queries, teacher_keys, teacher_scale, symmetric, impl
-        )
-    else:
-        check_target_tensor(queries, keys, targets)
+    check_target_tensor(queries, keys, targets)
+    if query_groups is not None or key_groups is not None:
         _check_groups(queries, keys, query_groups, key_groups)
+    options = Options(targets, query_groups, key_groups, symmetric, label_smoothing)
+    if key_queue is None and query_queue is None:
+        losses = _losses(*in_one_dtype("queries", queries, "keys", keys), None, logit_scale, options, impl)
+    else:
         _check_queues(queries, key_queue, query_queue, symmetric)
-        losses = _losses(
-            queries, keys, key_queue, query_queue, logit_scale, targets, query_groups, key_groups, symmetric,
-            label_smoothing, impl,
-        )  # fmt: skip
-
-    if weights is not None:
-        weights = weights.to(losses.dtype)
-        losses = losses * weights
-    if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    return losses.mean() if weights is None else losses.sum() / weights.sum()
+        losses = _losses_with_queues(queries, keys, key_queue, query_queue, logit_scale, options, impl)
+    return reduced(losses, reduction, weights)
 
 
 def _losses(
     queries: Tensor,
     keys: Tensor,
     key_queue: Tensor | None,
-    query_queue: Tensor | None,
     logit_scale: Tensor | float,
-    targets: Tensor | None,
-    query_groups: Tensor | None,
-    key_groups: Tensor | None,
-    symmetric: bool,
-    label_smoothing: float,
+    options: Options,
     impl: str,
 ) -> Tensor:
-    """The loss of every query, [N]."""
+    """One loss per query, [N], by the implementation chosen."""
+    chosen = _backends.choose("info_nce", impl, queries.device.type, queries.dtype)
+    scale = as_scalar(logit_scale, queries)
+    if chosen == "reference":
+        return reference.info_nce(queries, keys, key_queue, scale, options)
+    return ops.info_nce(queries, keys, key_queue, scale, options, chosen)
+
+
+def _losses_with_queues(
+    queries: Tensor,
+    keys: Tensor,
+    key_queue: Tensor | None,
+    query_queue: Tensor | None,
+    logit_scale: Tensor | float,
+    options: Options,
+    impl: str,
+) -> Tensor:
+    """One loss per query, [N], against further keys, further queries, or both."""
     given = queries
     queries, keys = in_one_dtype("queries", given, "keys", keys)
     if key_queue is not None:
         _, key_queue = in_one_dtype("queries", given, "key_queue", key_queue)
     if query_queue is not None:
         _, query_queue = in_one_dtype("queries", given, "query_queue", query_queue)
-    chosen = _backends.choose("info_nce", impl, queries.device.type, queries.dtype)
-    scale = as_scalar(logit_scale, queries)
-
-    def losses_of(
-        queries: Tensor,
-        keys: Tensor,
-        queue: Tensor | None,
-        targets: Tensor | None,
-        query_groups: Tensor | None,
-        key_groups: Tensor | None,
-        symmetric: bool,
-    ) -> Tensor:
-        arguments = (queries, keys, queue, scale, targets, query_groups, key_groups, symmetric, label_smoothing)
-        return reference.info_nce(*arguments) if chosen == "reference" else ops.info_nce(*arguments, chosen)
-
-    if key_queue is not None or query_queue is not None:
-        _require_matches(keys, targets, query_groups, key_groups, symmetric)
+    _require_matches(keys, options)
     if query_queue is None:
-        return losses_of(queries, keys, key_queue, targets, query_groups, key_groups, symmetric)
+        return _losses(queries, keys, key_queue, logit_scale, options, impl)
     # Two one-sided losses: the logits of one queue with the other are not made.
-    rows = losses_of(queries, keys, key_queue, targets, query_groups, key_groups, False)
+    scale = as_scalar(logit_scale, queries)
+    rows = _losses(queries, keys, key_queue, scale, options._replace(symmetric=False), impl)
+    targets, query_groups, key_groups, *_ = options
     # embedding: rows by index, whose gradient is the same bits from run to run on a GPU, too.
     matched = keys[: queries.shape[0]] if targets is None else F.embedding(targets, keys)
     matched_groups = key_groups
     if key_groups is not None:
         matched_groups = key_groups[: queries.shape[0]] if targets is None else key_groups[targets]
-    columns = losses_of(matched, queries, query_queue, None, matched_groups, query_groups, False)
+    of_columns = Options(None, matched_groups, query_groups, False, options.label_smoothing)
+    columns = _losses(matched, queries, query_queue, scale, of_columns, impl)
     return (rows + columns) / 2
-
-
-def distillation_losses(
-    queries: Tensor,
-    keys: Tensor,
-    logit_scale: Tensor | float,
-    teacher_queries: Tensor,
-    teacher_keys: Tensor,
-    teacher_scale: Tensor | float,
-    symmetric: bool = True,
-    impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Of every query the loss under the teacher and that of info_nce without one, [N] each, from the same tiles."""
-    check_pairs(queries, keys)
-    check_number("logit_scale", logit_scale, queries.device)
-    _check_teacher(queries, keys, teacher_queries, teacher_keys, teacher_scale, symmetric)
-    given = queries
-    queries, keys = in_one_dtype("queries", given, "keys", keys)
-    _, teacher_queries = in_one_dtype("queries", given, "teacher_queries", teacher_queries.detach())
-    _, teacher_keys = in_one_dtype("queries", given, "teacher_keys", teacher_keys.detach())
-    chosen = _backends.choose("info_nce", impl, queries.device.type, queries.dtype)
-    scale, teacher_scale = as_scalar(logit_scale, queries), as_scalar(teacher_scale, queries).detach()
-    arguments = (queries, keys, scale, teacher_queries, teacher_keys, teacher_scale, symmetric)
-    if chosen == "reference":
-        return reference.distillation(*arguments)
-    return distillation_ops.distillation(*arguments, chosen)
-
-
-def _check_teacher(
-    queries: Tensor,
-    keys: Tensor,
-    teacher_queries: Tensor,
-    teacher_keys: Tensor,
-    teacher_scale: Tensor | float,
-    symmetric: bool,
-) -> None:
-    for name, features, of, rows in (
-        ("teacher_queries", teacher_queries, "queries", queries.shape[0]),
-        ("teacher_keys", teacher_keys, "keys", keys.shape[0]),
-    ):
-        check_matrix(name, features)
-        if features.shape[0] != rows:
-            raise ValueError(f"{name}: expected {rows} rows, one for each of the {of}, got {features.shape[0]}")
-        check_device(name, features, "queries", queries)
-    if teacher_queries.shape[1] != teacher_keys.shape[1] or teacher_keys.shape[1] == 0:
-        raise ValueError(
-            f"teacher_keys: expected D >= 1 as in teacher_queries, {teacher_queries.shape[1]}, "
-            f"got {teacher_keys.shape[1]}"
-        )
-    check_number("teacher_scale", teacher_scale, queries.device)
-    if symmetric and queries.shape[0] != keys.shape[0]:
-        raise ValueError(
-            f"keys: expected {queries.shape[0]} rows, one for each query, with a teacher and symmetric=True, "
-            f"got {keys.shape[0]}; pass symmetric=False for the rows alone"
-        )
 
 
 def _check_groups(queries: Tensor, keys: Tensor, query_groups: Tensor | None, key_groups: Tensor | None) -> None:
@@ -274,28 +191,11 @@ def _check_queues(queries: Tensor, key_queue: Tensor | None, query_queue: Tensor
         )
 
 
-def _check_weights(queries: Tensor, weights: Tensor | None) -> None:
-    if weights is None:
-        return
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"weights: expected a floating-point tensor, got {type(weights).__name__}")
-    if not weights.is_floating_point():
-        raise TypeError(f"weights: expected a floating-point tensor, got {weights.dtype}; use weights.float()")
-    if weights.shape != queries.shape[:1]:
-        raise ValueError(f"weights: expected shape ({queries.shape[0]},), got {tuple(weights.shape)}")
-    check_device("weights", weights, "queries", queries)
-
-
-def _require_matches(
-    keys: Tensor,
-    targets: Tensor | None,
-    query_groups: Tensor | None,
-    key_groups: Tensor | None,
-    symmetric: bool,
-) -> None:
+def _require_matches(keys: Tensor, options: Options) -> None:
     """What the implementations check of values, for arguments that they do not see as the caller gave them."""
     if torch.compiler.is_compiling():
         return  # a value cannot be looked at while tracing
+    targets, query_groups, key_groups, symmetric, _ = options
     if targets is not None:
         require_targets("info_nce", targets, keys.shape[0], "keys")
     if query_groups is not None and key_groups is not None:

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._autograd import FREE_BYTES, refuse_second_derivatives, wants_backward
+from mmkernels._autograd import keeps_products, refuse_second_derivatives
 from mmkernels._library import register
+from mmkernels.info_nce.options import Options
 
 # losses [N]; row_lse [2, N], col_lse [2, M] ([2, 0] if not symmetric), each the rounded value and what rounding took
 # off; products [M, N], keys queries^T if they are to be kept for the backward pass, else [0, N]; float32
@@ -64,8 +65,8 @@ def _backward_fake(
     )
 
 
-register("info_nce_{}_forward", _FORWARD, _forward_fake, __package__)
-register("info_nce_{}_backward", _BACKWARD, _backward_fake, __package__)
+_forward = register("info_nce_{}_forward", _FORWARD, _forward_fake, __package__)
+_backward = register("info_nce_{}_backward", _BACKWARD, _backward_fake, __package__)
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -76,21 +77,15 @@ class _InfoNCE(torch.autograd.Function):
         keys: Tensor,
         key_queue: Tensor | None,
         scale: Tensor,
-        targets: Tensor | None,
-        query_groups: Tensor | None,
-        key_groups: Tensor | None,
-        symmetric: bool,
-        label_smoothing: float,
+        options: Options,
         backend: str,
         keep_products: bool,
     ) -> Tensor:
-        forward = getattr(torch.ops.mmkernels, f"info_nce_{backend}_forward")
         all_keys = keys if key_queue is None else torch.cat([keys, key_queue])
-        inputs = (queries, all_keys, scale, targets, query_groups, key_groups)
-        losses, *kept = forward(*inputs, symmetric, label_smoothing, keep_products)
-        ctx.save_for_backward(*inputs, *kept)
+        losses, *kept = _forward[backend](queries, all_keys, scale, *options, keep_products)
+        ctx.save_for_backward(queries, all_keys, scale, *options[:3], *kept)
         ctx.num_keys = keys.shape[0]
-        ctx.symmetric, ctx.label_smoothing, ctx.backend = symmetric, label_smoothing, backend
+        ctx.numbers, ctx.backend = options[3:], backend
         return losses
 
     @staticmethod
@@ -99,9 +94,8 @@ class _InfoNCE(torch.autograd.Function):
         of_queries, of_keys, of_queue, of_scale = ctx.needs_input_grad[:4]
         num_grad_keys = saved[1].shape[0] if of_queue else ctx.num_keys
         mask = [of_queries, of_keys or of_queue, of_scale]
-        backward = getattr(torch.ops.mmkernels, f"info_nce_{ctx.backend}_backward")
         with torch.no_grad():
-            grads = backward(grad_losses, *saved, ctx.symmetric, ctx.label_smoothing, num_grad_keys, mask)
+            grads = _backward[ctx.backend](grad_losses, *saved, *ctx.numbers, num_grad_keys, mask)
         if torch.is_grad_enabled():  # create_graph=True
             grads = refuse_second_derivatives("info_nce", grads, grad_losses, *saved[:3])
         grad_queries, grad_keys, grad_scale = grads
@@ -110,34 +104,14 @@ class _InfoNCE(torch.autograd.Function):
             grad_keys[: ctx.num_keys] if of_keys else None,
             grad_keys[ctx.num_keys :] if of_queue else None,
             grad_scale if of_scale else None,
-            *(None,) * 7,
+            *(None,) * 3,
         )
 
 
-# Bytes of a row of features: products of narrower ones are made again in less time than they are written and read.
-_LEAST_ROW = 512
-
-
-def keeps_products(count: int, queries: Tensor, *others: Tensor | None) -> bool:
-    """Whether a backward pass can come that need not make so many products again, on a CPU."""
-    wide = queries.shape[1] * queries.itemsize >= _LEAST_ROW
-    return wide and 4 * count <= FREE_BYTES and wants_backward(queries, *others)
-
-
 def info_nce(
-    queries: Tensor,
-    keys: Tensor,
-    key_queue: Tensor | None,
-    scale: Tensor,
-    targets: Tensor | None,
-    query_groups: Tensor | None,
-    key_groups: Tensor | None,
-    symmetric: bool,
-    label_smoothing: float,
-    backend: str,
+    queries: Tensor, keys: Tensor, key_queue: Tensor | None, scale: Tensor, options: Options, backend: str
 ) -> Tensor:
-    """The loss of every query, [N] float32, on the backend named; differentiable."""
-    options = (targets, query_groups, key_groups, symmetric, label_smoothing)
+    """One loss per query, [N] float32, on the backend named; differentiable."""
     num_keys = keys.shape[0] + (0 if key_queue is None else key_queue.shape[0])
     keep = backend == "cpu" and keeps_products(queries.shape[0] * num_keys, queries, keys, key_queue, scale)
-    return _InfoNCE.apply(queries, keys, key_queue, scale, *options, backend, keep)
+    return _InfoNCE.apply(queries, keys, key_queue, scale, options, backend, keep)

@@ -1,13 +1,12 @@
 """Eager, obviously right, on any device: the oracle of the tests."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkernels._targets import check_targets
+from mmkernels._checks import check_targets
 from mmkernels.info_nce.groups import number_groups, require_groups
+from mmkernels.info_nce.options import Options
 
 
 def info_nce(
@@ -15,13 +14,10 @@ def info_nce(
     keys: Tensor,  # [M, D]
     key_queue: Tensor | None,  # [Q, D]
     scale: Tensor,  # []
-    targets: Tensor | None,  # [N]
-    query_groups: Tensor | None,  # [N]
-    key_groups: Tensor | None,  # [M]
-    symmetric: bool,
-    label_smoothing: float,
+    options: Options,
 ) -> Tensor:  # [N]
     """The loss of every query, from the full matrix of logits in the dtype of `scale` (float32 or float64)."""
+    targets, query_groups, key_groups, symmetric, label_smoothing = options
     num_keys = keys.shape[0]
     all_keys = keys if key_queue is None else torch.cat([keys, key_queue])
     own = torch.arange(queries.shape[0], device=queries.device)
@@ -45,30 +41,3 @@ def info_nce(
         return rows
     columns = F.cross_entropy(logits.T[targets], column_targets, label_smoothing=label_smoothing, reduction="none")
     return (rows + columns) / 2
-
-
-def distillation(
-    queries: Tensor,  # [N, D]
-    keys: Tensor,  # [M, D]
-    scale: Tensor,  # []
-    teacher_queries: Tensor,  # [N, D']
-    teacher_keys: Tensor,  # [M, D']
-    teacher_scale: Tensor,  # []
-    symmetric: bool,
-) -> tuple[Tensor, Tensor]:  # [N], [N]
-    """The losses of every query under the teacher's softmax and, where there is one, against the key of its number
-    (else NaN)."""
-    with torch.autocast(queries.device.type, enabled=False):  # which would multiply in half precision
-        logits = scale * queries.to(scale.dtype) @ keys.to(scale.dtype).T  # [N, M]
-        with torch.no_grad():
-            teacher = teacher_scale * teacher_queries.to(scale.dtype) @ teacher_keys.to(scale.dtype).T
-    matches = min(logits.shape)
-    own = torch.arange(matches, device=queries.device)
-    distilled = F.cross_entropy(logits, teacher.softmax(1), reduction="none")
-    matched = F.pad(
-        F.cross_entropy(logits[:matches], own, reduction="none"), (0, len(queries) - matches), value=math.nan
-    )
-    if not symmetric:
-        return distilled, matched
-    distilled = (distilled + F.cross_entropy(logits.T, teacher.T.softmax(1), reduction="none")) / 2
-    return distilled, (matched + F.cross_entropy(logits.T, own, reduction="none")) / 2

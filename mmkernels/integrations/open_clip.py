@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmkernels.distillation.api import distillation_losses
 from mmkernels.info_nce import info_nce
-from mmkernels.info_nce.api import distillation_losses
 from mmkernels.siglip import siglip
 
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkernels._targets import check_targets
+from mmkernels._checks import check_targets
 
 
 def linear_cross_entropy(

@@ -6,7 +6,7 @@ Ignored rows are computed, and count for nothing: which they are, the host need 
 import torch
 from torch import Tensor
 
-from mmkernels._targets import require_targets
+from mmkernels._checks import require_targets
 from mmkernels.info_nce.triton_kernels import cross_entropy_backward, cross_entropy_forward
 
 _NO_TARGET = -1

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mmkernels._targets import check_targets
+from mmkernels._checks import check_targets
 
 _CHUNK = 1 << 24  # scores held at once
 

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels._targets import require_targets
+from mmkernels._checks import require_targets
 from mmkernels._tiles.configs import tile_of
 from mmkernels._tiles.engine import program_tile, similarities
 from mmkernels._tiles.launch import aligned, launch_options

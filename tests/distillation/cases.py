@@ -1,11 +1,11 @@
-"""The cases that every implementation of info_nce with a teacher is held to, and the two oracles beside it."""
+"""The cases that every implementation of distillation is held to, and the two oracles beside it."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mmkernels.info_nce.api import distillation_losses
+from mmkernels.distillation.api import distillation_losses
 from mmkernels.testing import assert_within_budget, features
 
 

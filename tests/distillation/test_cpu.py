@@ -1,4 +1,4 @@
-"""info_nce with a teacher on the CPU: numbers, gradients, memory, compilation and the refusal of bad input."""
+"""distillation on the CPU: numbers, gradients, memory, compilation and the refusal of bad input."""
 
 import itertools
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import mmkernels
 from mmkernels.distillation import ops as distillation_ops
-from mmkernels.info_nce.api import distillation_losses
+from mmkernels.distillation.api import distillation_losses
 from mmkernels.testing import assert_within_budget, features, peak_allocated
 from tests.cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
 from tests.distillation.cases import CASES, Case, assert_results, check_case, run
@@ -42,9 +42,7 @@ def test_a_student_equal_to_its_teacher(impl):
     """The loss is the teacher's entropy, the least there is, and the gradient 0."""
     queries, keys, *_ = Case(300, 300, 48, 48).inputs(torch.float32)
     leaves = queries.clone().requires_grad_(), keys.clone().requires_grad_(), torch.tensor(30.0, requires_grad=True)
-    losses = mmkernels.info_nce(
-        *leaves, teacher_queries=queries, teacher_keys=keys, teacher_scale=30.0, reduction="none", impl=impl
-    )
+    losses = mmkernels.distillation(*leaves, queries, keys, 30.0, reduction="none", impl=impl)
     logits = 30 * queries.double() @ keys.double().T
     entropies = [torch.special.entr(x.softmax(1)).sum(1) for x in (logits, logits.T)]
     torch.testing.assert_close(losses.double(), sum(entropies) / 2, rtol=1e-5, atol=1e-6)
@@ -94,14 +92,13 @@ def test_strides_are_honoured(dtype):
 @needs_library
 def test_only_the_gradients_that_are_needed(mask):
     queries, keys, *teacher = Case(300, 300, 70, 30).inputs(torch.float32)
-    options = dict(zip(("teacher_queries", "teacher_keys"), teacher, strict=True), teacher_scale=20.0, impl="cpu")
     results = []
     for needed in ((True, True, True), mask):
         leaves = [queries.clone(), keys.clone(), torch.tensor(10.0)]
         for leaf, of_leaf in zip(leaves, needed, strict=True):
             leaf.requires_grad_(of_leaf)
         with output_masks() as asked:
-            mmkernels.info_nce(*leaves, **options).backward()
+            mmkernels.distillation(*leaves, *teacher, 20.0, impl="cpu").backward()
         assert asked == [list(needed)]
         results.append([leaf.grad for leaf in leaves])
     for needed, full, part in zip(mask, *results, strict=True):
@@ -113,15 +110,14 @@ def test_only_the_gradients_that_are_needed(mask):
 @needs_library
 def test_weights_and_reductions():
     queries, keys, *teacher = Case(100, 120, 30, 20).inputs(torch.float32)
-    options = dict(zip(("teacher_queries", "teacher_keys"), teacher, strict=True), teacher_scale=torch.tensor([9.0]))
-    options |= {"symmetric": False}
+    arguments = (queries, keys, 7.0, *teacher, torch.tensor([9.0]))
     targets = (9 * teacher[0] @ teacher[1].T).softmax(1)
     rows = F.cross_entropy(7 * queries @ keys.T, targets, reduction="none")
     weights = torch.linspace(0, 2, 100)
-    losses = mmkernels.info_nce(queries, keys, 7.0, reduction="none", **options)
+    losses = mmkernels.distillation(*arguments, symmetric=False, reduction="none")
     torch.testing.assert_close(losses, rows)
-    torch.testing.assert_close(mmkernels.info_nce(queries, keys, 7.0, **options), rows.mean())
-    weighted = mmkernels.info_nce(queries, keys, 7.0, weights=weights, **options)
+    torch.testing.assert_close(mmkernels.distillation(*arguments, symmetric=False), rows.mean())
+    weighted = mmkernels.distillation(*arguments, symmetric=False, weights=weights)
     torch.testing.assert_close(weighted, (rows * weights).sum() / weights.sum())
 
 
@@ -146,8 +142,7 @@ def test_no_gradient_reaches_the_teacher():
     inputs = [x.requires_grad_() for x in Case(20, 20, 8, 8).inputs(torch.float32)]
     teacher_scale = torch.tensor(5.0, requires_grad=True)
     for impl in ("cpu", "reference"):
-        teacher = {"teacher_queries": inputs[2], "teacher_keys": inputs[3], "teacher_scale": teacher_scale}
-        mmkernels.info_nce(*inputs[:2], 5.0, impl=impl, **teacher).backward()
+        mmkernels.distillation(*inputs[:2], 5.0, *inputs[2:], teacher_scale, impl=impl).backward()
         assert inputs[0].grad is not None
         assert inputs[2].grad is inputs[3].grad is teacher_scale.grad is None
 
@@ -156,8 +151,7 @@ def test_no_gradient_reaches_the_teacher():
 def test_second_backward_and_double_backward():
     queries, keys, teacher_queries, teacher_keys = Case(100, 100, 32, 16).inputs(torch.float32)
     leaves = queries.requires_grad_(), keys.requires_grad_()
-    teacher = {"teacher_queries": teacher_queries, "teacher_keys": teacher_keys, "teacher_scale": 20.0}
-    loss = mmkernels.info_nce(*leaves, 10.0, impl="cpu", **teacher)
+    loss = mmkernels.distillation(*leaves, 10.0, teacher_queries, teacher_keys, 20.0, impl="cpu")
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
     for a, b in zip(first, torch.autograd.grad(2 * loss, leaves, retain_graph=True), strict=True):
         torch.testing.assert_close(2 * a, b, rtol=1e-6, atol=0)
@@ -212,9 +206,8 @@ def test_products_are_kept_where_they_are_small():
 
     def kept(n, m):
         queries, keys = features(n, 128, seed=1).requires_grad_(), features(m, 128, seed=2)
-        teacher = {"teacher_queries": queries.detach(), "teacher_keys": keys, "teacher_scale": 20.0}
         with last_arguments() as keep:
-            mmkernels.info_nce(queries, keys, 10.0, impl="cpu", symmetric=False, **teacher)
+            mmkernels.distillation(queries, keys, 10.0, queries.detach(), keys, 20.0, impl="cpu", symmetric=False)
         assert keep in ([True], [False]), keep
         return keep[0]
 
@@ -227,12 +220,11 @@ def test_products_are_kept_where_they_are_small():
 def test_memory_stays_below_the_inputs(dtype):
     inputs = Case(16384, 16384, 256, 256).inputs(dtype)
     leaves = [x.requires_grad_() for x in inputs[:2]]
-    teacher = {"teacher_queries": inputs[2], "teacher_keys": inputs[3], "teacher_scale": 20.0}
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         peak = peak_allocated(
-            lambda: torch.autograd.grad(mmkernels.info_nce(*leaves, 10.0, impl="cpu", **teacher), leaves)
+            lambda: torch.autograd.grad(mmkernels.distillation(*leaves, 10.0, *inputs[2:], 20.0, impl="cpu"), leaves)
         )
     finally:
         torch.set_num_threads(before)
@@ -257,9 +249,8 @@ def test_opcheck():
 
 @needs_library
 def test_compile_whole_graph_with_dynamic_shapes():
-    def loss(queries, keys, teacher_queries, teacher_keys):
-        teacher = {"teacher_queries": teacher_queries, "teacher_keys": teacher_keys, "teacher_scale": 20.0}
-        return mmkernels.info_nce(F.normalize(queries, dim=1), F.normalize(keys, dim=1), 10.0, **teacher)
+    def loss(queries, keys, *teacher):
+        return mmkernels.distillation(F.normalize(queries, dim=1), F.normalize(keys, dim=1), 10.0, *teacher, 20.0)
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True)
     for n in (33, 130):
@@ -277,9 +268,8 @@ def test_compile_whole_graph_with_dynamic_shapes():
 def test_autocast(impl, dtype):
     inputs = Case(100, 100, 32, 16).inputs(torch.float32)
 
-    def loss(queries, keys, teacher_queries, teacher_keys):
-        teacher = {"teacher_queries": teacher_queries, "teacher_keys": teacher_keys, "teacher_scale": 20.0}
-        return mmkernels.info_nce(queries, keys, 10.0, impl=impl, **teacher)
+    def loss(queries, keys, *teacher):
+        return mmkernels.distillation(queries, keys, 10.0, *teacher, 20.0, impl=impl)
 
     with torch.autocast("cpu", dtype=dtype):
         under_autocast = loss(*inputs)
@@ -289,71 +279,48 @@ def test_autocast(impl, dtype):
 
 def bad_inputs():
     q, k, t = torch.zeros(4, 8), torch.zeros(6, 8), torch.zeros(4, 5)
-    teacher = {"teacher_queries": t, "teacher_keys": t, "teacher_scale": 1.0}
+    good = {"queries": q, "keys": q, "logit_scale": 1.0, "teacher_queries": t, "teacher_keys": t, "teacher_scale": 1.0}
     return {
-        "teacher_keys: expected a value, as a teacher needs": (ValueError, (q, q, 1.0), {"teacher_queries": t}),
-        "teacher_scale: expected a value": (ValueError, (q, q, 1.0), teacher | {"teacher_scale": None}),
-        "teacher_queries: expected a tensor": (TypeError, (q, q, 1.0), teacher | {"teacher_queries": [1.0]}),
-        "teacher_keys: expected float32": (TypeError, (q, q, 1.0), teacher | {"teacher_keys": t.long()}),
-        "teacher_keys: expected 2 dimensions": (ValueError, (q, q, 1.0), teacher | {"teacher_keys": t[0]}),
+        "queries: expected a tensor": (TypeError, good | {"queries": [1.0]}),
+        "logit_scale: expected a float or a tensor of one element, got str": (TypeError, good | {"logit_scale": "1"}),
+        "reduction: expected 'none', 'mean' or 'sum'": (ValueError, good | {"reduction": "max"}),
+        r"weights: expected shape \(4,\)": (ValueError, good | {"weights": torch.ones(3)}),
+        "teacher_scale: expected a float or a tensor of one element, got NoneType": (
+            TypeError,
+            good | {"teacher_scale": None},
+        ),
+        "teacher_queries: expected a tensor": (TypeError, good | {"teacher_queries": [1.0]}),
+        "teacher_keys: expected float32": (TypeError, good | {"teacher_keys": t.long()}),
+        "teacher_keys: expected 2 dimensions": (ValueError, good | {"teacher_keys": t[0]}),
         "teacher_queries: expected 4 rows, one for each of the queries, got 3": (
             ValueError,
-            (q, q, 1.0),
-            teacher | {"teacher_queries": t[:3]},
+            good | {"teacher_queries": t[:3]},
         ),
-        "teacher_keys: expected 6 rows": (ValueError, (q, k, 1.0), teacher | {"symmetric": False}),
+        "teacher_keys: expected 6 rows": (ValueError, good | {"keys": k, "symmetric": False}),
         "teacher_keys: expected D >= 1 as in teacher_queries, 5, got 4": (
             ValueError,
-            (q, q, 1.0),
-            teacher | {"teacher_keys": t[:, :4]},
+            good | {"teacher_keys": t[:, :4]},
         ),
         "teacher_keys: expected D >= 1 as in teacher_queries, 0, got 0": (
             ValueError,
-            (q, q, 1.0),
-            teacher | {"teacher_queries": t[:, :0], "teacher_keys": t[:, :0]},
+            good | {"teacher_queries": t[:, :0], "teacher_keys": t[:, :0]},
         ),
-        "teacher_queries: expected the dtype of queries": (
-            TypeError,
-            (q, q, 1.0),
-            teacher | {"teacher_queries": t.half()},
-        ),
-        "teacher_keys: expected device cpu": (ValueError, (q, q, 1.0), teacher | {"teacher_keys": t.to("meta")}),
-        "teacher_scale: expected one element": (ValueError, (q, q, 1.0), teacher | {"teacher_scale": torch.ones(2)}),
+        "teacher_queries: expected the dtype of queries": (TypeError, good | {"teacher_queries": t.half()}),
+        "teacher_keys: expected device cpu": (ValueError, good | {"teacher_keys": t.to("meta")}),
+        "teacher_scale: expected one element": (ValueError, good | {"teacher_scale": torch.ones(2)}),
         "keys: expected 4 rows, one for each query, with a teacher": (
             ValueError,
-            (q, k, 1.0),
-            teacher | {"teacher_keys": torch.zeros(6, 5)},
+            good | {"keys": k, "teacher_keys": torch.zeros(6, 5)},
         ),
-        "targets: expected none beside a teacher": (
-            ValueError,
-            (q, q, 1.0),
-            teacher | {"targets": torch.arange(4)},
-        ),
-        "label_smoothing: expected none beside a teacher": (
-            ValueError,
-            (q, q, 1.0),
-            teacher | {"label_smoothing": 0.1},
-        ),
-        "query_groups: expected none beside a teacher": (
-            ValueError,
-            (q, q, 1.0),
-            teacher | {"query_groups": torch.arange(4), "key_groups": torch.arange(4)},
-        ),
-        "key_groups: expected none beside a teacher": (
-            ValueError,
-            (q, q, 1.0),
-            teacher | {"key_groups": torch.arange(4)},
-        ),
-        "key_queue: expected none beside a teacher": (ValueError, (q, q, 1.0), teacher | {"key_queue": k}),
-        "query_queue: expected none beside a teacher": (ValueError, (q, q, 1.0), teacher | {"query_queue": k}),
+        "impl: expected 'auto' or one of 'triton', 'cpu', 'reference'": (ValueError, good | {"impl": "cuda"}),
     }
 
 
 @pytest.mark.parametrize("text", bad_inputs())
 def test_bad_input_is_named(text):
-    error, arguments, options = bad_inputs()[text]
+    error, arguments = bad_inputs()[text]
     with pytest.raises(error, match=text):
-        mmkernels.info_nce(*arguments, **options)
+        mmkernels.distillation(**arguments)
 
 
 @pytest.mark.parametrize("fault", ["zero", "another teacher"])

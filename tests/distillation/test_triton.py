@@ -24,7 +24,7 @@ else:
     import mmkernels
     from mmkernels._tiles import configs, launch, products
     from mmkernels.distillation import triton_kernels as distillation
-    from mmkernels.info_nce.api import distillation_losses
+    from mmkernels.distillation.api import distillation_losses
     from tests.distillation.cases import Case, assert_results, run
 
     TILE = configs.DISTILLATION_CONFIGS["interpreter"]["half"].forward.block_m
@@ -119,8 +119,7 @@ else:
         entropies = sum(torch.special.entr(x.softmax(1)).sum(1) for x in (logits, logits.T)) / 2
         torch.testing.assert_close(distilled.double(), entropies, rtol=1e-5, atol=1e-6)
         leaves = queries.clone().requires_grad_(), keys.clone().requires_grad_()
-        teacher = {"teacher_queries": queries, "teacher_keys": keys, "teacher_scale": 30.0}
-        loss = mmkernels.info_nce(*leaves, 30.0, impl="triton", reduction="sum", **teacher)
+        loss = mmkernels.distillation(*leaves, 30.0, queries, keys, 30.0, impl="triton", reduction="sum")
         for grad in torch.autograd.grad(loss, leaves):
             assert grad.abs().max() < 2e-5
 
@@ -135,9 +134,8 @@ else:
 
     def test_tiny_gradients_do_not_vanish_in_fp16():
         inputs = Case(40, 40, 32, 16).inputs(torch.float16)
-        teacher = {"teacher_queries": inputs[2], "teacher_keys": inputs[3], "teacher_scale": 20.0}
         scale = torch.tensor(20.0, requires_grad=True)
-        loss = mmkernels.info_nce(inputs[0], inputs[1], scale, impl="triton", **teacher)
+        loss = mmkernels.distillation(*inputs[:2], scale, *inputs[2:], 20.0, impl="triton")
         (grad,) = torch.autograd.grad(loss, scale, retain_graph=True)
         (tiny,) = torch.autograd.grad(loss * 2.0**-30, scale)
         assert grad != 0

@@ -25,6 +25,7 @@ else:
     from mmkernels._tiles import configs, launch, products
     from mmkernels.info_nce import reference, triton_kernels
     from mmkernels.info_nce.groups import Groups
+    from mmkernels.info_nce.options import Options
     from mmkernels.testing import assert_within_budget, features
 
     TILE = configs.CONFIGS["interpreter"]["half"].forward.block_m
@@ -66,10 +67,10 @@ else:
         """What a user writes: the logits in the dtype of the features, the cross-entropies in float32."""
         return cross_entropies((scale.to(queries.dtype) * (queries @ keys.T)).float(), *options)
 
-    def exactly(queries, keys, scale, targets, query_groups, key_groups, *options):
-        grouped = len(keys) if key_groups is None else len(key_groups)
-        arguments = (queries, keys[:grouped], keys[grouped:], scale, targets, query_groups, key_groups)
-        return reference.info_nce(*arguments, *options)
+    def exactly(queries, keys, scale, *options):
+        options = Options(*options)
+        grouped = len(keys) if options.key_groups is None else len(options.key_groups)
+        return reference.info_nce(queries, keys[:grouped], keys[grouped:], scale, options)
 
     def run_autograd(function, dtype, queries, keys, scale, *options):
         *options, grad_losses = options

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from mmkernels._targets import require_targets
+from mmkernels._checks import require_targets
 from mmkernels._tiles.configs import Config, choose
 from mmkernels._tiles.launch import MERGE_BLOCK, MERGE_STEP, NO_FUSION, aligned, launch_options, walk_over
 from mmkernels._tiles.products import fp16_unit, products_of_both

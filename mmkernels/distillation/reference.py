@@ -1,0 +1,34 @@
+"""Eager, obviously right, on any device: the oracle of the tests."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def distillation(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    scale: Tensor,  # []
+    teacher_queries: Tensor,  # [N, D']
+    teacher_keys: Tensor,  # [M, D']
+    teacher_scale: Tensor,  # []
+    symmetric: bool,
+) -> tuple[Tensor, Tensor]:  # [N], [N]
+    """The losses of every query under the teacher's softmax and, where there is one, against the key of its number
+    (else NaN)."""
+    with torch.autocast(queries.device.type, enabled=False):  # which would multiply in half precision
+        logits = scale * queries.to(scale.dtype) @ keys.to(scale.dtype).T  # [N, M]
+        with torch.no_grad():
+            teacher = teacher_scale * teacher_queries.to(scale.dtype) @ teacher_keys.to(scale.dtype).T
+    matches = min(logits.shape)
+    own = torch.arange(matches, device=queries.device)
+    distilled = F.cross_entropy(logits, teacher.softmax(1), reduction="none")
+    matched = F.pad(
+        F.cross_entropy(logits[:matches], own, reduction="none"), (0, len(queries) - matches), value=math.nan
+    )
+    if not symmetric:
+        return distilled, matched
+    distilled = (distilled + F.cross_entropy(logits.T, teacher.T.softmax(1), reduction="none")) / 2
+    return distilled, (matched + F.cross_entropy(logits.T, own, reduction="none")) / 2
