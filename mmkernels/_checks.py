@@ -18,6 +18,16 @@ def check_matrix(name: str, matrix: Tensor, shape: str = "[rows, D]", remedy: st
 
 def check_pairs(queries: Tensor, keys: Tensor) -> None:
     """Rows of features [N, D] and [M, D] on one device, none of the sizes 0."""
+    if isinstance(queries, Tensor) and isinstance(keys, Tensor) and queries.ndim == 2 and keys.ndim == 2:
+        (rows, features), (other_rows, other_features) = queries.shape, keys.shape
+        known = queries.dtype in _DTYPES and keys.dtype in _DTYPES and queries.device == keys.device
+        if known and features == other_features and rows > 0 and other_rows > 0 and features > 0:
+            return
+    _name_fault_of_pairs(queries, keys)
+
+
+def _name_fault_of_pairs(queries: Tensor, keys: Tensor) -> None:
+    """Raises for the first thing that is wrong; check_pairs saves good pairs the walk: 1 us of a call of 25."""
     for name, features in (("queries", queries), ("keys", keys)):
         check_matrix(name, features)
         if features.shape[0] == 0:

@@ -14,7 +14,9 @@ from mmkernels._checks import (
     check_reduction,
     in_one_dtype,
 )
+from mmkernels._reduction import reduced
 from mmkernels.linear_cross_entropy import ops, reference
+from mmkernels.linear_cross_entropy.options import Options
 
 
 def linear_cross_entropy(
@@ -70,13 +72,14 @@ def linear_cross_entropy(
     if bias is not None:
         bias = bias.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
 
+    options = Options(ignore_index, label_smoothing)
     if chosen == "reference":
-        losses = reference.linear_cross_entropy(hidden, weight, bias, targets, ignore_index, label_smoothing)
+        losses = reference.linear_cross_entropy(hidden, weight, bias, targets, options)
     else:
-        losses = ops.linear_cross_entropy(hidden, weight, bias, targets, ignore_index, label_smoothing, chosen)
-    if reduction == "none":
-        return losses
-    return losses.sum() / (targets != ignore_index).sum() if reduction == "mean" else losses.sum()
+        losses = ops.linear_cross_entropy(hidden, weight, bias, targets, options, chosen)
+    if reduction == "mean":
+        return losses.sum() / (targets != ignore_index).sum()
+    return reduced(losses, reduction)
 
 
 def _check(

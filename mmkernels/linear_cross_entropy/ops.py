@@ -1,4 +1,4 @@
-"""The registered ops, one pair a backend, their fake kernels, and the autograd.Function around them."""
+"""The registered ops, one pair per backend, their fake kernels, and the autograd.Function around them."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mmkernels._autograd import FREE_BYTES, refuse_second_derivatives, wants_backward
 from mmkernels._library import register
+from mmkernels.linear_cross_entropy.options import Options
 
 # losses [N]; lse [2, N]: the rounded value and what rounding took off; products: hidden weight^T [N, V] if they are to
 # be kept for the backward pass, else [0, V]. These are float32, and so is the bias.
@@ -55,8 +56,8 @@ def _backward_fake(
     )
 
 
-register("linear_cross_entropy_{}_forward", _FORWARD, _forward_fake, __package__)
-register("linear_cross_entropy_{}_backward", _BACKWARD, _backward_fake, __package__)
+_forward = register("linear_cross_entropy_{}_forward", _FORWARD, _forward_fake, __package__)
+_backward = register("linear_cross_entropy_{}_backward", _BACKWARD, _backward_fake, __package__)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -67,28 +68,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        ignore_index: int,
-        label_smoothing: float,
+        options: Options,
         backend: str,
         keep_products: bool,
     ) -> Tensor:
-        forward = getattr(torch.ops.mmkernels, f"linear_cross_entropy_{backend}_forward")
-        losses, *kept = forward(hidden, weight, bias, targets, ignore_index, label_smoothing, keep_products)
+        losses, *kept = _forward[backend](hidden, weight, bias, targets, *options, keep_products)
         ctx.save_for_backward(hidden, weight, bias, targets, *kept)
-        ctx.options, ctx.backend = (ignore_index, label_smoothing), backend
+        ctx.options, ctx.backend = options, backend
         return losses
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, *rest = ctx.saved_tensors
         mask = list(ctx.needs_input_grad[:3])
-        backward = getattr(torch.ops.mmkernels, f"linear_cross_entropy_{ctx.backend}_backward")
         with torch.no_grad():
-            grads = backward(grad_losses, hidden, weight, bias, *rest, *ctx.options, mask)
+            grads = _backward[ctx.backend](grad_losses, hidden, weight, bias, *rest, *ctx.options, mask)
         if torch.is_grad_enabled():  # create_graph=True
             sources = (hidden, weight) if bias is None else (hidden, weight, bias)
             grads = refuse_second_derivatives("linear_cross_entropy", grads, grad_losses, *sources)
-        return *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), *[None] * 5
+        return *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), *(None,) * 4
 
 
 def _keeps_products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -103,11 +101,9 @@ def linear_cross_entropy(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
+    options: Options,
     backend: str,
 ) -> Tensor:
-    """The loss of every row, [N] float32, on the backend named; differentiable."""
+    """One loss per row, [N] float32, on the backend named; differentiable."""
     keep = backend == "cpu" and _keeps_products(hidden, weight, bias)
-    options = (ignore_index, label_smoothing, backend, keep)
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, *options)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, options, backend, keep)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels._checks import check_targets
+from mmkernels.linear_cross_entropy.options import Options
 
 
 def linear_cross_entropy(
@@ -12,10 +13,10 @@ def linear_cross_entropy(
     weight: Tensor,  # [V, D]
     bias: Tensor | None,  # [V], float32 or float64
     targets: Tensor,  # [N]
-    ignore_index: int,
-    label_smoothing: float,
+    options: Options,
 ) -> Tensor:  # [N]
     """The loss of every row, 0 where it is ignored, from all logits in float32 (float64 for float64 inputs)."""
+    ignore_index, label_smoothing = options
     check_targets(targets, weight.shape[0], "rows of weight", ignore_index)
     dtype = hidden.dtype if hidden.itemsize == 8 else hidden.float().dtype
     with torch.autocast(hidden.device.type, enabled=False):  # which would multiply in half precision

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._checks import require_targets
-from mmkernels.info_nce.triton_kernels import cross_entropy_backward, cross_entropy_forward
+from mmkernels.info_nce.triton_kernels import CrossEntropy, cross_entropy_backward, cross_entropy_forward
 
 _NO_TARGET = -1
 
@@ -32,7 +32,8 @@ def linear_cross_entropy_forward(
     ignored = targets == ignore_index
     counted = targets.masked_fill(ignored, _NO_TARGET)
     bias = None if bias is None else bias.contiguous()
-    losses, lse, _ = cross_entropy_forward(hidden, weight, one, bias, counted, False, label_smoothing)
+    of = CrossEntropy(hidden, weight, one, bias, counted, None, False, label_smoothing)
+    losses, lse, _ = cross_entropy_forward(of)
     return losses.masked_fill_(ignored, 0.0), lse, no_products
 
 
@@ -60,8 +61,7 @@ def linear_cross_entropy_backward(
     bias = None if bias is None else bias.contiguous()
     one, columns = lse.new_ones(()), lse.new_empty(2, 0)
     of_hidden, of_weight, of_bias = output_mask
-    grad_hidden, grad_weight, _, grad_bias = cross_entropy_backward(
-        grads, hidden, weight, one, bias, counted, lse, columns, False, label_smoothing,
-        [of_hidden, of_weight, False, of_bias],
-    )  # fmt: skip
+    of = CrossEntropy(hidden, weight, one, bias, counted, None, False, label_smoothing)
+    mask = [of_hidden, of_weight, False, of_bias]
+    grad_hidden, grad_weight, _, grad_bias = cross_entropy_backward(of, grads, lse, columns, mask)
     return grad_hidden, grad_weight, grad_bias

@@ -1,4 +1,4 @@
-"""The registered ops, one pair a backend, and their fake kernels. Nothing here is differentiable."""
+"""The registered ops, one pair per backend, and their fake kernels. Nothing here is differentiable."""
 
 import torch
 from torch import Tensor
@@ -24,17 +24,17 @@ def _topk_fake(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 # The reference, too: its sizes depend on the values, and compiled code takes it whole.
 _BACKENDS = ("cpu", "triton", "reference")
-register("retrieval_ranks_{}", _RANKS, _ranks_fake, __package__, _BACKENDS)
-register("retrieval_topk_{}", _TOPK, _topk_fake, __package__, _BACKENDS)
+_ranks = register("retrieval_ranks_{}", _RANKS, _ranks_fake, __package__, _BACKENDS)
+_topk = register("retrieval_topk_{}", _TOPK, _topk_fake, __package__, _BACKENDS)
 library.impl("retrieval_ranks_reference", reference.retrieval_ranks, "CompositeExplicitAutograd")
 library.impl("retrieval_topk_reference", reference.retrieval_topk, "CompositeExplicitAutograd")
 
 
 def retrieval_ranks(queries: Tensor, keys: Tensor, targets: Tensor | None, backend: str) -> Tensor:
     """The rank of every query's target, [N] int64, on the backend named."""
-    return getattr(torch.ops.mmkernels, f"retrieval_ranks_{backend}")(queries, keys, targets)
+    return _ranks[backend](queries, keys, targets)
 
 
 def retrieval_topk(queries: Tensor, keys: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
     """Scores and indices of every query's k best keys, [N, k] each, on the backend named."""
-    return getattr(torch.ops.mmkernels, f"retrieval_topk_{backend}")(queries, keys, k)
+    return _topk[backend](queries, keys, k)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mmkernels import _backends
 from mmkernels._checks import as_scalar, check_matches, check_number, check_pairs, check_reduction, in_one_dtype
+from mmkernels._reduction import reduced
 from mmkernels.siglip import ops, reference
 
 
@@ -68,9 +69,6 @@ def siglip(
     queries, keys = in_one_dtype("queries", queries, "keys", keys)
     chosen = _backends.choose("siglip", impl, queries.device.type, queries.dtype)
     scale, bias = as_scalar(logit_scale, queries), as_scalar(logit_bias, queries)
-    if chosen != "reference":
-        return ops.siglip(queries, keys, scale, bias, reduction, chosen)
-    losses = reference.siglip(queries, keys, scale, bias)
-    if reduction == "none":
-        return losses
-    return losses.mean() if reduction == "mean" else losses.sum()
+    if chosen == "reference":
+        return reduced(reference.siglip(queries, keys, scale, bias), reduction)
+    return ops.siglip(queries, keys, scale, bias, reduction, chosen)

@@ -1,4 +1,4 @@
-"""The registered ops, one pair a backend, their fake kernels, and the autograd.Functions around them."""
+"""The registered ops, one pair per backend, their fake kernels, and the autograd.Functions around them."""
 
 from typing import Any, Literal
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mmkernels._autograd import refuse_second_derivatives
 from mmkernels._library import register
+from mmkernels._reduction import reduced
 
 _FP16_REACH = 2.0**15  # half of what float16 holds
 
@@ -40,8 +41,8 @@ def _gradients_fake(
     return scale.new_empty(queries.shape[0] if with_losses else 0), *grads
 
 
-register("siglip_{}_losses", _LOSSES, _losses_fake, __package__)
-register("siglip_{}_gradients", _GRADIENTS, _gradients_fake, __package__)
+_losses = register("siglip_{}_losses", _LOSSES, _losses_fake, __package__)
+_gradients = register("siglip_{}_gradients", _GRADIENTS, _gradients_fake, __package__)
 
 
 class _LossOfRows(torch.autograd.Function):
@@ -51,14 +52,13 @@ class _LossOfRows(torch.autograd.Function):
     def forward(ctx: Any, queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(queries, keys, scale, bias)
         ctx.backend = backend
-        return getattr(torch.ops.mmkernels, f"siglip_{backend}_losses")(queries, keys, scale, bias)
+        return _losses[backend](queries, keys, scale, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         inputs, mask = ctx.saved_tensors, list(ctx.needs_input_grad[:4])
-        gradients = getattr(torch.ops.mmkernels, f"siglip_{ctx.backend}_gradients")
         with torch.no_grad():
-            grads = gradients(grad_losses, *inputs, False, mask)[1:]
+            grads = _gradients[ctx.backend](grad_losses, *inputs, False, mask)[1:]
         if torch.is_grad_enabled():  # create_graph=True
             grads = refuse_second_derivatives("siglip", grads, grad_losses, *inputs)
         return *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), None
@@ -80,8 +80,7 @@ class _LossOfAll(torch.autograd.Function):
         unit = _fp16_unit(queries, keys, scale, weights) if queries.dtype == torch.float16 else None
         if unit is not None:
             weights = weights / unit
-        gradients = getattr(torch.ops.mmkernels, f"siglip_{backend}_gradients")
-        losses, *grads = gradients(weights, queries, keys, scale, bias, True, mask)
+        losses, *grads = _gradients[backend](weights, queries, keys, scale, bias, True, mask)
         ctx.save_for_backward(queries, keys, scale, bias, unit, *grads)
         return losses.mean() if mean else losses.sum()
 
@@ -130,7 +129,4 @@ def siglip(
     mask = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
     if any(mask) and reduction != "none":
         return _LossOfAll.apply(*inputs, reduction == "mean", backend, mask)
-    losses = _LossOfRows.apply(*inputs, backend)
-    if reduction == "none":
-        return losses
-    return losses.mean() if reduction == "mean" else losses.sum()
+    return reduced(_LossOfRows.apply(*inputs, backend), reduction)

@@ -6,7 +6,9 @@ from torch import Tensor
 
 from mmkernels import _backends
 from mmkernels._checks import check_matches, check_pairs, check_reduction, in_one_dtype
+from mmkernels._reduction import reduced
 from mmkernels.triplet import ops, reference
+from mmkernels.triplet.options import Options
 
 _MININGS = ("all", "hardest", "semi_hard")
 
@@ -71,12 +73,10 @@ def triplet(
     _check(queries, keys, margin, mining, symmetric, reduction)
     queries, keys = in_one_dtype("queries", queries, "keys", keys)
     chosen = _backends.choose("triplet", impl, queries.device.type, queries.dtype)
-    if chosen != "reference":
-        return ops.triplet(queries, keys, margin, mining, symmetric, reduction, chosen)
-    losses = reference.triplet(queries, keys, margin, mining, symmetric)
-    if reduction == "none":
-        return losses
-    return losses.mean() if reduction == "mean" else losses.sum()
+    options = Options(margin, mining, symmetric)
+    if chosen == "reference":
+        return reduced(reference.triplet(queries, keys, options), reduction)
+    return ops.triplet(queries, keys, options, reduction, chosen)
 
 
 def _check(queries: Tensor, keys: Tensor, margin: float, mining: str, symmetric: bool, reduction: str) -> None:

@@ -1,4 +1,4 @@
-"""The registered ops, three a backend, their fake kernels, and the autograd.Functions around them."""
+"""The registered ops, three per backend, their fake kernels, and the autograd.Functions around them."""
 
 from typing import Any
 
@@ -7,6 +7,8 @@ from torch import Tensor
 
 from mmkernels._autograd import refuse_second_derivatives
 from mmkernels._library import register
+from mmkernels._reduction import reduced
+from mmkernels.triplet.options import Options
 
 # losses [N], float32; worst [2, N], int32: the worst negative of each query and of each matched key where it costs
 # something, else -1; [1, N] unless symmetric, no columns for mining="all".
@@ -50,13 +52,9 @@ def _worst_gradients_fake(
     return queries.new_empty(queries.shape if of_queries else 0), keys.new_empty(keys.shape if of_keys else 0)
 
 
-register("triplet_{}_forward", _FORWARD, _forward_fake, __package__)
-register("triplet_{}_hinge_gradients", _HINGE_GRADIENTS, _hinge_gradients_fake, __package__)
-register("triplet_{}_worst_gradients", _WORST_GRADIENTS, _worst_gradients_fake, __package__)
-
-
-def _op(backend: str, name: str) -> Any:
-    return getattr(torch.ops.mmkernels, f"triplet_{backend}_{name}")
+_forward = register("triplet_{}_forward", _FORWARD, _forward_fake, __package__)
+_hinge_gradients = register("triplet_{}_hinge_gradients", _HINGE_GRADIENTS, _hinge_gradients_fake, __package__)
+_worst_gradients = register("triplet_{}_worst_gradients", _WORST_GRADIENTS, _worst_gradients_fake, __package__)
 
 
 def _finished(ctx: Any, grads: tuple[Tensor, ...], *sources: Tensor) -> tuple[Tensor | None, ...]:
@@ -69,14 +67,13 @@ def _finished(ctx: Any, grads: tuple[Tensor, ...], *sources: Tensor) -> tuple[Te
 class _SumOverAll(torch.autograd.Function):
     """The sum of the losses of all rows: their gradients up to one number, and so all in one pass.
 
-    They wait in float32: what the upstream gradient makes of them is rounded once, whatever its size.
+    They wait in float32: their product with the upstream gradient is rounded once, whatever its size.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, queries: Tensor, keys: Tensor, margin: float, symmetric: bool, backend: str, mask: list[bool]
-    ) -> Tensor:
-        losses, *grads = _op(backend, "hinge_gradients")(queries, keys, None, margin, symmetric, mask)
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, options: Options, backend: str, mask: list[bool]) -> Tensor:
+        margin, _, symmetric = options
+        losses, *grads = _hinge_gradients[backend](queries, keys, None, margin, symmetric, mask)
         ctx.save_for_backward(queries, keys, *grads)
         return losses.sum()
 
@@ -85,36 +82,35 @@ class _SumOverAll(torch.autograd.Function):
         queries, keys, *sums = ctx.saved_tensors
         with torch.no_grad():
             grads = tuple((grad_loss * grad).to(queries.dtype) for grad in sums)
-        return *_finished(ctx, grads, grad_loss, queries, keys), None, None, None, None
+        return *_finished(ctx, grads, grad_loss, queries, keys), None, None, None
 
 
 class _LossesOverAll(torch.autograd.Function):
     """The losses of all rows, each with an upstream gradient of its own."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, margin: float, symmetric: bool, backend: str) -> Tensor:
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, options: Options, backend: str) -> Tensor:
         ctx.save_for_backward(queries, keys)
-        ctx.options, ctx.backend = (margin, symmetric), backend
-        return _op(backend, "forward")(queries, keys, margin, "all", symmetric)[0]
+        ctx.options, ctx.backend = options, backend
+        return _forward[backend](queries, keys, *options)[0]
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys = ctx.saved_tensors
+        margin, _, symmetric = ctx.options
         mask = list(ctx.needs_input_grad[:2])
         with torch.no_grad():
-            _, *sums = _op(ctx.backend, "hinge_gradients")(queries, keys, grad_losses, *ctx.options, mask)
+            _, *sums = _hinge_gradients[ctx.backend](queries, keys, grad_losses, margin, symmetric, mask)
             grads = tuple(grad.to(queries.dtype) for grad in sums)
-        return *_finished(ctx, grads, grad_losses, queries, keys), None, None, None
+        return *_finished(ctx, grads, grad_losses, queries, keys), None, None
 
 
 class _LossesOverWorst(torch.autograd.Function):
-    """The losses of all rows, each of one negative a direction."""
+    """The losses of all rows, each of one negative per direction."""
 
     @staticmethod
-    def forward(
-        ctx: Any, queries: Tensor, keys: Tensor, margin: float, mining: str, symmetric: bool, backend: str
-    ) -> Tensor:
-        losses, worst = _op(backend, "forward")(queries, keys, margin, mining, symmetric)
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, options: Options, backend: str) -> Tensor:
+        losses, worst = _forward[backend](queries, keys, *options)
         ctx.save_for_backward(queries, keys, losses, worst)
         ctx.backend = backend
         return losses
@@ -124,22 +120,16 @@ class _LossesOverWorst(torch.autograd.Function):
         queries, keys, losses, worst = ctx.saved_tensors
         mask = list(ctx.needs_input_grad[:2])
         with torch.no_grad():
-            grads = _op(ctx.backend, "worst_gradients")(grad_losses, losses, queries, keys, worst, mask)
-        return *_finished(ctx, grads, grad_losses, queries, keys), None, None, None, None
+            grads = _worst_gradients[ctx.backend](grad_losses, losses, queries, keys, worst, mask)
+        return *_finished(ctx, grads, grad_losses, queries, keys), None, None
 
 
-def triplet(
-    queries: Tensor, keys: Tensor, margin: float, mining: str, symmetric: bool, reduction: str, backend: str
-) -> Tensor:
+def triplet(queries: Tensor, keys: Tensor, options: Options, reduction: str, backend: str) -> Tensor:
     """The loss, a scalar or [N], float32, on the backend named; differentiable."""
-    if mining != "all":
-        losses = _LossesOverWorst.apply(queries, keys, margin, mining, symmetric, backend)
-    elif reduction != "none" and torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad):
+    if options.mining != "all":
+        return reduced(_LossesOverWorst.apply(queries, keys, options, backend), reduction)
+    if reduction != "none" and torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad):
         mask = [queries.requires_grad, keys.requires_grad]
-        total = _SumOverAll.apply(queries, keys, margin, symmetric, backend, mask)
+        total = _SumOverAll.apply(queries, keys, options, backend, mask)
         return total / len(queries) if reduction == "mean" else total
-    else:
-        losses = _LossesOverAll.apply(queries, keys, margin, symmetric, backend)
-    if reduction == "none":
-        return losses
-    return losses.mean() if reduction == "mean" else losses.sum()
+    return reduced(_LossesOverAll.apply(queries, keys, options, backend), reduction)

@@ -4,18 +4,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkernels.triplet.options import Options
+
 
 def triplet(
     queries: Tensor,  # [N, D]
     keys: Tensor,  # [M, D]
-    margin: float,
-    mining: str,
-    symmetric: bool,
+    options: Options,
 ) -> Tensor:  # [N]
     """The loss of every query, from all similarities in float32 (float64 for float64 features)."""
     dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
     with torch.autocast(queries.device.type, enabled=False):  # which would multiply in half precision
         similarities = queries.to(dtype) @ keys.to(dtype).T  # [N, M]
+    margin, mining, symmetric = options
     losses = _losses_of_rows(similarities, margin, mining)
     if not symmetric:
         return losses

@@ -59,24 +59,29 @@ def info_nce_forward(
     if query_groups is not None and key_groups is not None:
         groups = number_groups(query_groups, key_groups)
         require_groups(groups, query_groups, key_groups, targets, symmetric)
-    found = cross_entropy_forward(queries, keys, scale, None, targets, symmetric, label_smoothing, groups)
-    return *found, scale.new_empty(0, len(queries))
+    of = CrossEntropy(queries, keys, scale, None, targets, groups, symmetric, label_smoothing)
+    return *cross_entropy_forward(of), scale.new_empty(0, len(queries))
 
 
-def cross_entropy_forward(
-    queries: Tensor,  # [N, D]
-    keys: Tensor,  # [M, D]
-    scale: Tensor,  # []
-    bias: Tensor | None,  # [M], only for rows alone
-    targets: Tensor | None,  # [N], -1: none; None: i
-    symmetric: bool,
-    label_smoothing: float,
-    groups: Groups | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As info_nce_forward; the logits are scale q.k + bias. The loss of a row without a target means nothing.
+class CrossEntropy(NamedTuple):
+    """The logits scale q.k + bias, and what their rows and columns should be."""
+
+    queries: Tensor  # [N, D]
+    keys: Tensor  # [M, D]
+    scale: Tensor  # []
+    bias: Tensor | None  # [M], only for rows alone
+    targets: Tensor | None  # [N], -1: none; None: i
+    groups: Groups | None
+    symmetric: bool
+    label_smoothing: float
+
+
+def cross_entropy_forward(of: CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
+    """As info_nce_forward. The loss of a row without a target means nothing.
 
     The log-sum-exps are in base 2, each as the rounded value and what rounding took.
     """
+    queries, keys, scale, bias, targets, groups, symmetric, label_smoothing = of
     N, M = queries.shape[0], keys.shape[0]
     config, precision = choose(queries)
     tile = config.forward
@@ -135,26 +140,20 @@ def info_nce_backward(
     groups = None
     if query_groups is not None and key_groups is not None:
         groups = number_groups(query_groups, key_groups)
-    arguments = (queries, keys, scale, None, targets, row_lse, col_lse, symmetric, label_smoothing)
-    return cross_entropy_backward(grad_losses, *arguments, [*output_mask, False], groups, num_grad_keys)[:3]
+    of = CrossEntropy(queries, keys, scale, None, targets, groups, symmetric, label_smoothing)
+    return cross_entropy_backward(of, grad_losses, row_lse, col_lse, [*output_mask, False], num_grad_keys)[:3]
 
 
 def cross_entropy_backward(
+    of: CrossEntropy,
     grad_losses: Tensor,  # [N], 0 where there is no target
-    queries: Tensor,  # [N, D]
-    keys: Tensor,  # [M, D]
-    scale: Tensor,  # []
-    bias: Tensor | None,  # [M], only for rows alone
-    targets: Tensor | None,  # [N], -1: none; None: i
     row_lse: Tensor,  # [2, N]
     col_lse: Tensor,  # [2, M]
-    symmetric: bool,
-    label_smoothing: float,
     output_mask: list[bool],
-    groups: Groups | None = None,
     num_grad_keys: int | None = None,  # None: all
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of queries, keys, scale and bias; an empty tensor for each false entry of output_mask."""
+    queries, keys, scale, _, targets, groups, symmetric, label_smoothing = of
     N, M = queries.shape[0], keys.shape[0]
     num_grad_keys = M if num_grad_keys is None else num_grad_keys
     grad_queries = queries.new_empty(queries.shape if output_mask[0] else 0)
@@ -183,10 +182,11 @@ def cross_entropy_backward(
                 grouped = len(groups.keys)
                 col_shares = col_weights[:grouped] * (1 - label_smoothing) / groups.of_key.clamp(min=1)
                 col_shares = F.pad(col_shares, (0, M - grouped))
+        of = of._replace(queries=padded_queries, keys=padded_keys)
+        row_ids, key_ids = (targets, targets) if groups is None else groups[:2]
         logits = _Logits(
-            padded_queries, padded_keys, scale, bias, targets, groups, row_lse, col_lse, weights, col_weights,
-            row_shares, col_shares, symmetric, label_smoothing, config, precision,
-        )  # fmt: skip
+            of, row_ids, key_ids, row_lse, col_lse, weights, col_weights, row_shares, col_shares, config, precision
+        )
         grad_scale = products_of_both(
             logits.fill, padded_queries, padded_keys, config.product, precision, factor,
             grad_queries if output_mask[0] else None, grad_keys if output_mask[1] else None, output_mask[2],
@@ -200,37 +200,32 @@ def cross_entropy_backward(
 class _Logits(NamedTuple):
     """All that the gradient of the logits is made from."""
 
-    queries: Tensor  # [N, D]
-    keys: Tensor  # [M, D]
-    scale: Tensor  # []
-    bias: Tensor | None  # [M]
-    targets: Tensor  # [N]
-    groups: Groups | None
+    of: CrossEntropy  # its features padded
+    row_ids: Tensor  # [N], the targets, or the groups by numbers
+    key_ids: Tensor  # [M] or fewer, the groups by numbers
     row_lse: Tensor  # [2, N]
     col_lse: Tensor  # [2, M]
     row_weights: Tensor  # [N], the gradient of the cross-entropy of each row
     col_weights: Tensor  # [M], of each column
     row_shares: Tensor  # [N], of groups: what each positive of a row takes off
     col_shares: Tensor  # [M], of a column
-    symmetric: bool
-    label_smoothing: float
     config: Config
     precision: str
 
     def fill(self, of_keys: bool, strip: Tensor, first: int, rows: int) -> None:
         """The strip's rows: rows `first` and following of dS (of_keys: of dS transposed), zero past its end."""
-        queries, keys, tile = self.queries, self.keys, self.config.of_grad_logits(self.groups is not None)
+        queries, keys, scale, bias, _, groups, symmetric, label_smoothing = self.of
+        tile = self.config.of_grad_logits(groups is not None)
         width = strip.shape[1]
         height, breadth = (width, rows) if of_keys else (rows, width)
-        row_ids, key_ids = (self.targets,) * 2 if self.groups is None else self.groups[:2]
         grad_logits_kernel[(triton.cdiv(height, tile.block_m) * triton.cdiv(breadth, tile.block_n),)](
-            queries, keys, self.scale, self.scale if self.bias is None else self.bias,
-            row_ids, key_ids, self.row_lse, self.col_lse, self.row_weights, self.col_weights,
+            queries, keys, scale, scale if bias is None else bias,
+            self.row_ids, self.key_ids, self.row_lse, self.col_lse, self.row_weights, self.col_weights,
             self.row_shares, self.col_shares, strip,
-            first, rows, len(queries), len(keys), len(key_ids), queries.shape[1], queries.stride(0), keys.stride(0),
-            width, float(self.label_smoothing),
-            SYMMETRIC=self.symmetric, OF_KEYS=of_keys, SMOOTHED=self.label_smoothing > 0,
-            BIAS=self.bias is not None, GROUPS=self.groups is not None,
+            first, rows, len(queries), len(keys), len(self.key_ids),
+            queries.shape[1], queries.stride(0), keys.stride(0), width, float(label_smoothing),
+            SYMMETRIC=symmetric, OF_KEYS=of_keys, SMOOTHED=label_smoothing > 0,
+            BIAS=bias is not None, GROUPS=groups is not None,
             PRECISION=self.precision, **launch_options(tile),
         )  # fmt: skip
 

@@ -1,0 +1,11 @@
+"""What a call of triplet asks for beside features."""
+
+from typing import NamedTuple
+
+
+class Options(NamedTuple):
+    """In the order of the registered ops."""
+
+    margin: float
+    mining: str
+    symmetric: bool
