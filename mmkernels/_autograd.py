@@ -1,18 +1,18 @@
-"""What the autograd Functions of the ops share."""
+"""Shared by the autograd Functions of the ops: which products they save, and the refusal of second derivatives."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# What a CPU op may hold beside inputs and gradients even where that is more than they take.
+# A CPU op may hold this much beside inputs and gradients, even where they are smaller.
 FREE_BYTES = 64 << 20
 # Below this many bytes a row of features it is faster to recompute the products than to store and load them.
 _LEAST_ROW_BYTES = 512
 
 
 def wants_backward(*inputs: Tensor | None) -> bool:
-    """Whether a backward pass can come."""
+    """Whether a backward pass can follow this call."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
@@ -34,8 +34,8 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 def refuse_second_derivatives(op: str, grads: tuple[Tensor, ...], *sources: Tensor) -> tuple[Tensor, ...]:
-    """Tie gradients to what they were made from, so that differentiating them raises and is never silently zero.
+    """Tie gradients to the tensors they depend on: differentiating them raises, and never silently gives zero.
 
-    torch's once_differentiable does so only where the incoming gradient itself requires one.
+    torch's once_differentiable raises only where the incoming gradient itself requires a gradient.
     """
     return _NoSecondDerivative.apply(op, len(grads), *grads, *sources)

@@ -1,4 +1,4 @@
-"""Which implementation of an op can run: loads the compiled library, asks for Triton, and says why not."""
+"""Which implementation of an op can run here, and why another cannot: loads the compiled library, looks for Triton."""
 
 import functools
 import importlib.util
@@ -91,7 +91,7 @@ def unavailable(impl: str, op: str | None = None) -> str | None:
 def refuses(op: str, impl: str, device_type: str, dtype: torch.dtype, limit: str | None = None) -> str | None:
     """Why `impl` of `op` cannot take tensors of this device and dtype here; None if it can.
 
-    `limit` is a reason of the call's own for which no compiled kernel takes it.
+    `limit`: why no compiled kernel can take this particular call, or None.
     """
     reason = unavailable(impl, op)
     if reason is not None or impl == "reference":
@@ -119,14 +119,14 @@ def choose(op: str, impl: str, device_type: str, dtype: torch.dtype, limit: str 
     raise RuntimeError(f"mmkernels.{op}: impl={impl!r} cannot run on {device_type} tensors of {dtype}:{reasons}")
 
 
-# What torch.compiler.assume_constant_result does, without its import of torch._dynamo: compiled code takes the choice
-# for a constant.
+# Compiled code takes the choice for a constant. torch.compiler.assume_constant_result sets this same mark, but imports
+# torch._dynamo.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
 def _choose_auto(op: str, device_type: str, dtype: torch.dtype, limit: str | None) -> str:
-    # The interpreter is there to be asked for: it is far slower than the eager reference.
+    # "auto" never takes the interpreter: it is far slower than the eager reference.
     names = [n for n in IMPLEMENTATIONS[op] if not (n == "triton" and triton_interprets())]
     chosen = next(name for name in names if refuses(op, name, device_type, dtype, limit) is None)
     logger.debug("%s on %s, %s: %s", op, device_type, dtype, chosen)

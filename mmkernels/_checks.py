@@ -1,4 +1,4 @@
-"""The checks of arguments that ops share: each names the argument, what was expected, what came and the remedy."""
+"""The checks of arguments that ops share. Each message names the argument, what was expected, what came, the remedy."""
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ def check_number(name: str, number: Tensor | float, device: torch.device) -> Non
 
 
 def check_indices(name: str, indices: Tensor, length: int) -> None:
-    """An int64 tensor [length]; what its values may be is the op's own matter."""
+    """An int64 tensor [length]; each op checks the values itself."""
     if not isinstance(indices, Tensor):
         raise TypeError(f"{name}: expected an int64 tensor, got {type(indices).__name__}")
     if indices.dtype != torch.int64:
@@ -120,7 +120,7 @@ def check_weights(queries: Tensor, weights: Tensor | None) -> None:
 
 
 def in_one_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in autocast's dtype where it is on and they are not float64; otherwise as they are, of one dtype."""
+    """Both cast to autocast's dtype where it is on and they are not float64; else unchanged, and they must agree."""
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
@@ -131,7 +131,7 @@ def in_one_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> tuple[
 
 
 def as_scalar(number: Tensor | float, features: Tensor) -> Tensor:
-    """The number as a tensor [] beside the features: float32, or float64 as they are."""
+    """The number as a tensor [] on the features' device: float64 if they are, else float32."""
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     if isinstance(number, Tensor):
         if number.ndim == 0 and number.dtype == dtype and number.device == features.device:
@@ -141,9 +141,9 @@ def as_scalar(number: Tensor | float, features: Tensor) -> Tensor:
 
 
 def check_targets(targets: Tensor, count: int, of: str, ignore_index: int | None = None) -> None:
-    """Raise ValueError if a target is not one of the `count` rows, and not ignored. Waits for the device."""
+    """Raise ValueError if a target is neither one of the `count` rows nor ignored. Waits for the device."""
     if torch.compiler.is_compiling():
-        return  # a value cannot be looked at while tracing; the indexing itself fails then
+        return  # tracing sees no values; the indexing itself fails at run time
     if ignore_index is not None:
         targets = targets[targets != ignore_index]
     if targets.numel() == 0:
@@ -154,7 +154,7 @@ def check_targets(targets: Tensor, count: int, of: str, ignore_index: int | None
 
 
 def require_targets(op: str, targets: Tensor, count: int, of: str, ignore_index: int | None = None) -> None:
-    """Raise if a target is out of range: at once on a CPU, on a GPU when the device gets there."""
+    """Raise if a target is out of range: at once on a CPU, through a device assertion on a GPU."""
     if not targets.is_cuda:
         check_targets(targets, count, of, ignore_index)
         return
@@ -165,6 +165,6 @@ def require_targets(op: str, targets: Tensor, count: int, of: str, ignore_index:
 
 
 def expected_targets(count: int, of: str, ignore_index: int | None = None) -> str:
-    """What targets must be, for a message."""
+    """The part of a message that says what targets must be."""
     ignored = "" if ignore_index is None else f", or ignore_index={ignore_index}"
     return f"targets: expected indices of the {count} {of}, 0 to {count - 1}{ignored}"

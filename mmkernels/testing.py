@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-# The unit roundoff of a result in this dtype.
+# The unit roundoff of each dtype.
 _ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
@@ -38,7 +38,7 @@ def features(
 def error_budget(
     eager: Tensor, exact: Tensor, dtype: torch.dtype, *, terms: float = 0.0, bits: float = 3.0
 ) -> tuple[float, float]:
-    """What an implementation may be off by: (largest error, root mean square error).
+    """How far an implementation may be off: (largest error, root mean square error).
 
     Twice the error of eager in the same precision plus a rounding band: 2^bits units of roundoff of the largest
     exact value, half of that for the root mean square. Where the result is a difference of larger terms, `terms` is
@@ -62,9 +62,9 @@ def assert_within_budget(
     """Raise AssertionError unless `actual` is finite and within the error budget around `exact`.
 
     Args:
-        actual: what the implementation under test gave.
-        eager: what eager PyTorch gives for the same inputs in the same precision.
-        exact: what float64 gives for the same inputs.
+        actual: the result of the implementation under test.
+        eager: the result of eager PyTorch for the same inputs in the same precision.
+        exact: the result in float64 for the same inputs.
         dtype: the precision of the computation; default: the dtype of `actual`.
         terms: the size of the terms that the result is a difference of, if they are larger than it.
         name: names the tensor in the message.

@@ -1,4 +1,4 @@
-"""Which tiles each GPU and dtype takes: a table, every line of which the compile check covers."""
+"""Which tiles each GPU and dtype takes: tables whose every line the compile check covers."""
 
 from typing import NamedTuple
 
@@ -14,15 +14,15 @@ class Config(NamedTuple):
     forward: Tile
     grad_logits: Tile
     product: Tile
-    lower: Tile | None = None  # of grad_logits with groups, where its own tile would spill
+    lower: Tile | None = None  # for grad_logits with groups, where its plain tile would spill
 
     def of_grad_logits(self, groups: bool) -> Tile:
         return self.lower if groups and self.lower is not None else self.grad_logits
 
 
-# Chosen from the compile check: the largest tiles without a spill. By precision: "half" is bf16 and fp16.
+# The largest tiles that the compile check shows without a spill. By precision: "half" is bf16 and fp16.
 CONFIGS: dict[str, dict[str, Config]] = {
-    # Shared memory stays below 99 KB, which the chips of 8.6, 8.9 and 12.0 have, too.
+    # Shared memory stays below 99 KB: chips of compute capability 8.6, 8.9 and 12.0 have no more.
     "sm_80": {
         "half": Config(
             Tile(128, 128, 32, 8, 4), Tile(128, 128, 32, 8, 4), Tile(128, 256, 32, 8, 4), Tile(64, 128, 32, 8, 4)
@@ -87,7 +87,7 @@ DISTILLATION_CONFIGS: dict[str, dict[str, DistillationConfig]] = {
 }
 
 
-# One tile for all kernels over pairs of an op that has other epilogues, where the one of forward would spill.
+# An op with an epilogue of its own takes one tile for all its kernels over pairs: this one where forward's would spill.
 _OWN_TILES: dict[str, dict[tuple[str, str], Tile]] = {
     "siglip": {
         ("sm_80", "ieee"): Tile(64, 64, 16, 4, 2),
@@ -105,7 +105,7 @@ def tile_of(op: str, family: str, precision: str) -> Tile:
 
 
 def choose_tile(op: str, features: Tensor) -> tuple[Tile, str]:
-    """The tile of such an op for the device and dtype, and how float32 is multiplied."""
+    """The tile of an op of `_OWN_TILES` for the device and dtype, and how float32 is multiplied."""
     _, precision = choose(features)
     half = features.dtype != torch.float32
     return tile_of(op, family_of(features.device), "half" if half else precision), precision
@@ -116,7 +116,7 @@ def choose(features: Tensor) -> tuple[Config, str]:
     family = family_of(features.device)
     if features.dtype != torch.float32:
         return CONFIGS[family]["half"], "ieee"
-    # Never TF32 itself: who allows it for torch's own products gets three of them, almost as exact as float32.
+    # Never TF32 alone: a user who allows it for torch's own products gets three of them, almost as exact as float32.
     asked = "tf32x3" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     precision = asked if asked in CONFIGS[family] else "ieee"
     return CONFIGS[family][precision], precision

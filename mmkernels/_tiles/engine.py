@@ -1,4 +1,5 @@
-"""What every loss over tiles of similarities needs: the walk, the tile, softmax statistics and their gradient.
+"""Every loss over tiles of similarities is built from this: the walk, the tile, softmax statistics, their gradient, and
+the place of a tile in a strip.
 
 Logits are in base 2 here: 2^x is one instruction. A loss adds its own epilogue to `similarities`.
 """
@@ -10,10 +11,11 @@ import triton.language as tl
 
 from mmkernels._tiles.triton import LOG2E, LOWEST, dot
 
-# A tile whose rows and columns all sum to over 2^-32 of its largest exponential needs one exponential an entry: then
-# s - peak rounds away no more than the logits were rounded by.
+# If every row and column of a tile sums to over 2^-32 of its largest exponential, one exponential per entry serves
+# both: s - peak then rounds away no more than the logits were already rounded by.
 LEAST_SUM = tl.constexpr(2.0**-32)
-# A tile whose log-sum-exps lie within 2^32 needs one exponential an entry in the backward pass, for the same reason.
+# If the log-sum-exps of a tile lie within 32 of each other, one exponential per entry serves the backward pass, for the
+# same reason.
 _BACKWARD_SPREAD = tl.constexpr(32.0)
 _BAND = tl.constexpr(8)
 
@@ -51,9 +53,9 @@ def similarities(
 
 @triton.jit
 def with_bias(s, bias, cols, num_y, BIAS: tl.constexpr):
-    """The logits in base 2 with the bias of their columns, if there is one; past the last column, with the last's."""
+    """The logits in base 2 plus the bias of their columns, if any. Columns past the end take the last column's bias."""
     if BIAS:
-        # A mask in its place would take the registers that some tiles have not left.
+        # A mask instead of the clamped index would spill: some tiles have no registers left for it.
         s += (tl.load(bias + tl.minimum(cols, num_y - 1)) * LOG2E)[None, :]
     return s
 
@@ -68,7 +70,7 @@ def halves(tile):
 
 @triton.jit
 def merge(m, z, m_other, z_other):
-    """The statistics (maximum m, sum z of 2^(s - m)) of two parts of a row together."""
+    """The statistics (maximum m, sum z of 2^(s - m)) of a row from those of its two parts."""
     top = tl.maximum(m, m_other)
     return top, z * tl.exp2(m - top) + z_other * tl.exp2(m_other - top)
 
@@ -77,7 +79,7 @@ def merge(m, z, m_other, z_other):
 def _scaled(peak, total):
     """(peak, total) with the power of two of the total moved into the peak: a logit near the true maximum."""
     exponent = total.to(tl.int32, bitcast=True) >> 23
-    # The bits of 2^-power; times a NaN that is a NaN, too.
+    # The bits of 2^-power. A NaN total stays NaN in the product.
     factor = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     return peak + (exponent - 127).to(tl.float32), total * factor
 
@@ -91,8 +93,8 @@ def tile_statistics(s, row_ok, col_ok, COLUMNS: tl.constexpr):
         row_z = tl.sum(e, 1)  # [BM]
         col_z = tl.sum(e, 0)  # [BN]
         least = tl.minimum(tl.min(tl.where(row_ok, row_z, 1.0), 0), tl.min(tl.where(col_ok, col_z, 1.0), 0))
-        # One exponential serves rows and columns where all of them reach near the maximum of the tile. A NaN makes the
-        # comparison false or stays in its own row and column.
+        # One exponential serves rows and columns if all of them come near the maximum of the tile. A NaN makes the
+        # comparison false, or stays in its own row and column.
         if least > LEAST_SUM:
             row_m, row_z = _scaled(peak, row_z)
             col_m, col_z = _scaled(peak, col_z)
@@ -111,7 +113,8 @@ def tile_statistics(s, row_ok, col_ok, COLUMNS: tl.constexpr):
 
 @triton.jit
 def softmax_grad(s, lse, rest, weight):
-    """u_i 2^(s - lse_i), [BM, BN]; lse + rest is the log-sum-exp: rounded at 100 it leaves probabilities 4e-6 off."""
+    """u_i 2^(s - lse_i), [BM, BN]. lse + rest is the log-sum-exp: lse alone, rounded at 100, would leave probabilities
+    4e-6 off."""
     return weight[:, None] * tl.exp2((s - lse[:, None]) - rest[:, None])
 
 
@@ -119,7 +122,8 @@ def softmax_grad(s, lse, rest, weight):
 def softmax_grad_both(
     s, row_lse, row_rest, col_lse, col_rest, row_weight, col_weight, row_ok, col_ok, exact,
 ):  # fmt: skip
-    """u_i 2^(s - lse_i) + w_j 2^(s - lse_j), [BM, BN]; `exact` > 0 asks for what can be compared with u_i and w_j."""
+    """u_i 2^(s - lse_i) + w_j 2^(s - lse_j), [BM, BN]; `exact` > 0 keeps the exponentials apart, so that u_i and w_j
+    can be subtracted without a loss."""
     highest = tl.maximum(
         tl.max(tl.where(row_ok, row_lse, float("-inf")), 0), tl.max(tl.where(col_ok, col_lse, float("-inf")), 0)
     )
@@ -127,8 +131,8 @@ def softmax_grad_both(
         tl.min(tl.where(row_ok, row_lse, float("inf")), 0), tl.min(tl.where(col_ok, col_lse, float("inf")), 0)
     )
     if (highest - lowest < _BACKWARD_SPREAD) & (exact == 0):
-        # 2^(s - c) (u_i 2^(c - lse_i) + w_j 2^(c - lse_j)): one exponential serves both softmaxes. c is an integer: to
-        # subtract it rounds little.
+        # 2^(s - c) (u_i 2^(c - lse_i) + w_j 2^(c - lse_j)): one exponential serves both softmaxes. c is an integer, so
+        # that subtracting it rounds little.
         c = tl.floor((highest + lowest) * 0.5)
         row_factor = row_weight * tl.exp2((c - row_lse) - row_rest)
         col_factor = col_weight * tl.exp2((c - col_lse) - col_rest)
@@ -141,7 +145,7 @@ def softmax_grad_both(
 
 @triton.jit
 def store_in_two(out, plane, index, value, ok):
-    """The value in float32, and `plane` further on what rounding took."""
+    """Stores the value rounded to float32 and, `plane` entries further, the rounding error."""
     rounded = value.to(tl.float32)
     tl.store(out + index, rounded, mask=ok)
     tl.store(out + plane + index, (value - rounded.to(tl.float64)).to(tl.float32), mask=ok)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from mmkernels._tiles.triton import Tile, round_up
 
-# scale * q.k is rounded before a maximum is taken from it: fused into one operation with the subtraction, the largest
-# logit less itself would not be zero, and a loss near zero at a large scale would be noise. Dots stay fused.
+# The compiler must round scale * q.k before a maximum is subtracted from it. Fused into one operation, the largest
+# logit minus itself would not be zero, and a loss near zero at a large scale would be noise. Dots stay fused.
 NO_FUSION = {"enable_fp_fusion": False}
 MERGE_STEP = 16  # depth of a step of the kernels without a dot product
 MERGE_BLOCK = 128  # and the entries of one of their programs

@@ -20,9 +20,9 @@ from mmkernels._tiles.triton import Tile, dot, round_up
 MERGE_ROWS = 32  # rows of a program of merge_product_kernel
 MERGE_FEATURES = 128  # and its features
 
-_STRIP_BYTES = 32 << 20  # about what the L2 cache of an H100 holds beside the features
+_STRIP_BYTES = 32 << 20  # fits beside the features into the L2 cache of an H100, 50 MB
 _STRIP_ROWS = 128  # the fewest rows of a strip
-_PRODUCT_PROGRAMS = 256  # programs that the product over a strip is split into, for lack of output tiles
+_PRODUCT_PROGRAMS = 256  # a product over a strip with fewer output tiles is split along its depth into so many
 _FP16_PEAK = 8192.0
 
 
@@ -46,7 +46,7 @@ def product_kernel(
     strip_ptrs = strip + tl.minimum(rows, strip_rows - 1).to(tl.int64)[:, None] * stride_strip + k[None, :]  # [BM, BK]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(first, end, BLOCK_K):
-        # The strip is zero past num_y; the last row of y stands in for rows that do not exist.
+        # The strip is zero past num_y, so that the last row of y may stand in for rows that do not exist.
         y_rows = tl.minimum(start + tl.arange(0, BLOCK_K), num_y - 1).to(tl.int64) * stride_y
         y_tile = tl.load(y + y_rows[:, None] + features[None, :], mask=inside, other=0.0)  # [BK, BN]
         acc = dot(tl.load(strip_ptrs), y_tile, acc, PRECISION)
@@ -111,7 +111,7 @@ def strip_products(
     num_y = y.shape[0]
     width = round_up(num_y, 64)
     strip_rows = min(_STRIP_BYTES // (x.element_size() * width), _STRIP_BYTES // (4 * D)) // _STRIP_ROWS * _STRIP_ROWS
-    # A quarter of dS at most: the whole of it is never stored, however small it is.
+    # A quarter of dS at most: it is never stored whole, however small it is.
     strip_rows = min(strip_rows, round_up(triton.cdiv(num_x, 4), _STRIP_ROWS))
     strip_rows = min(max(strip_rows, _STRIP_ROWS), num_x)
     tiles = triton.cdiv(strip_rows, product.block_m) * triton.cdiv(D, product.block_n)

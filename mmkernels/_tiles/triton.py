@@ -1,4 +1,4 @@
-"""What the Triton kernels of all ops share: how a kernel is compiled, which GPU it is for, and the dot product."""
+"""Shared by the Triton kernels of all ops: how a kernel is compiled, which GPU it is for, and the dot product."""
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
 
@@ -30,7 +30,7 @@ class Tile(NamedTuple):
 @triton.jit
 def dot(x, y, acc, PRECISION: tl.constexpr):
     """acc + x y, accumulated in float32; PRECISION says how float32 is multiplied."""
-    if _INTERPRETED:  # it multiplies the bits of bfloat16 as integers
+    if _INTERPRETED:  # the interpreter multiplies the bits of bfloat16 as integers
         x = x.to(tl.float32)
         y = y.to(tl.float32)
     return tl.dot(x, y, acc, input_precision=PRECISION)
@@ -38,14 +38,14 @@ def dot(x, y, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def ordered(x):
-    """An int32 that is ordered as the float32 is; both zeros are one."""
+    """int32 numbers in the order of the float32 numbers; both zeros map to one."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @functools.cache
 def family_of(device: torch.device) -> str:
-    """Which column of an op's table of configurations serves the device."""
+    """The key of an op's table of tiles that serves the device."""
     if device.type == "cpu":
         return "interpreter"
     if torch.version.hip is not None:

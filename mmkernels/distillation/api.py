@@ -41,8 +41,8 @@ def distillation(
         rows, columns = teacher.detach().softmax(1), teacher.detach().T.softmax(1)
         loss = (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, columns)) / 2
 
-    by one pass over tiles of both logits; nothing of size N x M is stored, forward or backward (on a CPU, where both
-    are no more than 64 MiB, it saves their products). Features are used as they come: normalise them first for cosine
+    by one pass over tiles of both logits; nothing of size N x M is stored, forward or backward (except on a CPU the
+    products of both, if they take no more than 64 MiB). Features are used as they come: normalise them first for cosine
     similarities.
 
     Args:

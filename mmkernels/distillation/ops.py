@@ -11,9 +11,9 @@ from mmkernels._library import register
 _INPUTS = "Tensor queries, Tensor keys, Tensor scale, Tensor teacher_queries, Tensor teacher_keys, Tensor teacher_scale"
 _STATISTICS = "Tensor row_lse, Tensor col_lse, Tensor teacher_row_lse, Tensor teacher_col_lse"
 # distilled [N], the cross-entropies under the teacher, and matched [N], those against the key of the same number (NaN
-# where there is none); row_lse [2, N], col_lse [2, M] ([2, 0] if not symmetric), each the rounded value and what
-# rounding took off; products [2, M, N], keys queries^T of the student and of the teacher if they are to be kept for the
-# backward pass, else [0, M, N]; float32
+# where there is none); row_lse [2, N], col_lse [2, M] ([2, 0] if not symmetric), each a rounded value and its rounding
+# error; products [2, M, N], keys queries^T of the student and of the teacher if the backward pass is to have them, else
+# [0, M, N]; all float32
 _FORWARD = (
     f"({_INPUTS}, bool symmetric, bool keep_products)"
     f" -> (Tensor distilled, Tensor matched, {_STATISTICS}, Tensor products)"

@@ -16,9 +16,9 @@ def distillation(
     teacher_scale: Tensor,  # []
     symmetric: bool,
 ) -> tuple[Tensor, Tensor]:  # [N], [N]
-    """The losses of every query under the teacher's softmax and, where there is one, against the key of its number
-    (else NaN)."""
-    with torch.autocast(queries.device.type, enabled=False):  # which would multiply in half precision
+    """For each query the loss under the teacher's softmax, and that against the key of its number (NaN if there is
+    none)."""
+    with torch.autocast(queries.device.type, enabled=False):  # autocast would multiply in half precision
         logits = scale * queries.to(scale.dtype) @ keys.to(scale.dtype).T  # [N, M]
         with torch.no_grad():
             teacher = teacher_scale * teacher_queries.to(scale.dtype) @ teacher_keys.to(scale.dtype).T

@@ -5,7 +5,7 @@ and joins what rows and columns need of both: the maximum m and the sum z of 2^(
 2^(t - n), and a, the sum of 2^(t - n) (s - m). The loss of a row is log2 z - a / y. Partial results, at most 32 for
 each row and each column, are merged in a fixed order.
 
-Backward, 4 G + 2 G': as that of cross_entropy.py, with the gradient of the logits from both tiles.
+Backward, 4 G + 2 G': strips as in info_nce, with the gradient of the logits from both tiles.
 
 No atomics: results are the same bits from run to run. Logits are in base 2 inside the kernels.
 """
@@ -41,7 +41,7 @@ _SUMS = 5  # of a row or a column: m, z, n, y, a
 
 @triton.jit
 def _join(m, z, n, y, a, m_other, z_other, n_other, y_other, a_other):
-    """The sums of two parts of a row together."""
+    """The sums of a row from those of its two parts."""
     top = tl.maximum(m, m_other)
     teacher_top = tl.maximum(n, n_other)
     factor = tl.exp2(n - teacher_top)
@@ -110,7 +110,7 @@ def _add_to_sums(
     if SYMMETRIC:
         col_y, col_a = _teacher_sums(s, t, col_m, peak, ok, 0)
         least = tl.minimum(least, tl.min(tl.where(col_ok, col_y, 1.0), 0))
-    # One exponential serves rows and columns where all of them reach near the maximum of the tile.
+    # One exponential serves rows and columns if all of them come near the maximum of the tile.
     if least <= LEAST_SUM:
         row_n = tl.maximum(tl.max(t, 1), LOWEST)
         row_y, row_a = _teacher_sums(s, t, row_m, row_n[:, None], ok, 1)
@@ -161,7 +161,7 @@ def distillation_forward_kernel(
         y = tl.zeros((BLOCK_M,), tl.float32)
         a = tl.zeros((BLOCK_M,), tl.float32)
         if SYMMETRIC:
-            # What other threads of this program wrote to col_partials for the tiles above is read below.
+            # Below, threads read what others of this program wrote to col_partials for the tiles above.
             tl.debug_barrier()
         for col_start in tl.range(first_col, end_col, BLOCK_N, disable_licm=True):
             cols = col_start + tl.arange(0, BLOCK_N)
@@ -173,7 +173,7 @@ def distillation_forward_kernel(
                 BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
             )  # fmt: skip
             first = row_start == first_row
-            # Half a tile at a time: what the second half takes is not held in registers during the first.
+            # Half a tile at a time, so that the first half need not share the registers with the second.
             HALF: tl.constexpr = BLOCK_N // 2
             s_left, s_right = halves(scale2 * student)
             t_left, t_right = halves(teacher_scale2 * teacher)
@@ -208,9 +208,9 @@ def finish_distillation_kernel(
     N, M, num_groups, num_splits, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """distilled_i = log z_i - a_i / y_i, matched_i = (m_i - s_ii) + log z_i; with SYMMETRIC (N = M) the mean with those
-    of column i. And the log-sum-exps [2, N], [2, M] of both softmaxes in base 2, rounded value and what rounding took.
+    of column i. And the log-sum-exps [2, N], [2, M] of both softmaxes in base 2, rounded value and rounding error.
 
-    In float64, as there is little of it: a loss near zero at large logits keeps its digits.
+    It computes in float64, as the work is small: a loss near zero at large logits keeps its digits.
     """
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = rows < N

@@ -52,8 +52,8 @@ def info_nce(
         labels = torch.arange(len(queries), device=queries.device)
         loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T[: len(queries)], labels)) / 2
 
-    by one pass over tiles of the logits; nothing of size N x M is stored, forward or backward (on a CPU, where it is no
-    more than 64 MiB, it saves a product). Queries and keys are used as they come: normalise them first for cosine
+    by one pass over tiles of the logits; nothing of size N x M is stored, forward or backward (except on a CPU the
+    products, if they take no more than 64 MiB). Queries and keys are used as they come: normalise them first for cosine
     similarities.
 
     Args:
@@ -73,7 +73,7 @@ def info_nce(
         query_queue: [R, D], further queries that are negatives alone, for the matched keys: each key is compared with
             [queries; query_queue] as each query is with [keys; key_queue]. No queue is compared with the other.
         weights: [N], floating-point, of each query's loss: "mean" divides by their sum, "sum" and "none" multiply.
-        reduction: "mean" or "sum" over the N queries, or "none" for one loss a query, [N].
+        reduction: "mean" or "sum" over the N queries, or "none" for one loss per query, [N].
         process_group: features of other ranks as further negatives; not implemented yet.
         impl: "auto" picks the best implementation that can run; a name runs that one or raises.
 
@@ -150,11 +150,11 @@ def _losses_with_queues(
     _require_matches(keys, options)
     if query_queue is None:
         return _losses(queries, keys, key_queue, logit_scale, options, impl)
-    # Two one-sided losses: the logits of one queue with the other are not made.
+    # Two one-sided losses, so that the logits of one queue with the other are never computed.
     scale = as_scalar(logit_scale, queries)
     rows = _losses(queries, keys, key_queue, scale, options._replace(symmetric=False), impl)
     targets, query_groups, key_groups, *_ = options
-    # embedding: rows by index, whose gradient is the same bits from run to run on a GPU, too.
+    # F.embedding takes rows by index, and its gradient has the same bits from run to run on a GPU, too.
     matched = keys[: queries.shape[0]] if targets is None else F.embedding(targets, keys)
     matched_groups = key_groups
     if key_groups is not None:
@@ -192,9 +192,9 @@ def _check_queues(queries: Tensor, key_queue: Tensor | None, query_queue: Tensor
 
 
 def _require_matches(keys: Tensor, options: Options) -> None:
-    """What the implementations check of values, for arguments that they do not see as the caller gave them."""
+    """Checks values as the implementations do, for arguments that they do not see as the caller gave them."""
     if torch.compiler.is_compiling():
-        return  # a value cannot be looked at while tracing
+        return  # tracing sees no values
     targets, query_groups, key_groups, symmetric, _ = options
     if targets is not None:
         require_targets("info_nce", targets, keys.shape[0], "keys")

@@ -1,4 +1,4 @@
-"""Several positives a query: those keys whose group is the query's own. What the implementations in Python share."""
+"""Several positives per query: the keys of the query's own group. Shared by the implementations in Python."""
 
 from typing import NamedTuple
 
@@ -16,8 +16,8 @@ class Groups(NamedTuple):
 
 
 def number_groups(query_groups: Tensor, key_groups: Tensor) -> Groups:
-    """Groups by their place among the keys' in ascending order; no wait for the device. A query without one has none
-    of its own."""
+    """Numbers each group by its first place among the sorted groups of the keys; never waits for the device. A query
+    whose group no key has gets a number with no keys."""
     keys, queries = key_groups.sort().values, query_groups.sort().values
 
     def range_in(groups: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def number_groups(query_groups: Tensor, key_groups: Tensor) -> Groups:
 def require_groups(
     groups: Groups, query_groups: Tensor, key_groups: Tensor, targets: Tensor | None, symmetric: bool
 ) -> None:
-    """Raise if a query or a matched key has no positive: at once on a CPU, on a GPU when the device gets there."""
+    """Raise if a query or a matched key has no positive: at once on a CPU, through a device assertion on a GPU."""
     matched = torch.arange(len(query_groups), device=key_groups.device) if targets is None else targets
     lonely_query = groups.of_query == 0
     lonely_key = groups.of_key[matched] == 0 if symmetric else None

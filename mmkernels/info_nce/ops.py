@@ -1,4 +1,4 @@
-"""The registered ops, one pair a backend, their fake kernels, and the autograd.Function around them."""
+"""The registered ops, one pair per backend, their fake kernels, and the autograd.Function around them."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from mmkernels._autograd import keeps_products, refuse_second_derivatives
 from mmkernels._library import register
 from mmkernels.info_nce.options import Options
 
-# losses [N]; row_lse [2, N], col_lse [2, M] ([2, 0] if not symmetric), each the rounded value and what rounding took
-# off; products [M, N], keys queries^T if they are to be kept for the backward pass, else [0, N]; float32
+# losses [N]; row_lse [2, N], col_lse [2, M] ([2, 0] if not symmetric), each a rounded value and its
+# rounding error; products [M, N], keys queries^T if the backward pass is to have them, else [0, N]; all float32
 _FORWARD = (
     "(Tensor queries, Tensor keys, Tensor scale, Tensor? targets, Tensor? query_groups, Tensor? key_groups,"
     " bool symmetric, float label_smoothing, bool keep_products)"

@@ -1,4 +1,4 @@
-"""What a call of info_nce asks for beside features and scale."""
+"""The arguments of info_nce beside features and scale."""
 
 from typing import NamedTuple
 

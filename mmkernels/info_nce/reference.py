@@ -16,7 +16,7 @@ def info_nce(
     scale: Tensor,  # []
     options: Options,
 ) -> Tensor:  # [N]
-    """The loss of every query, from the full matrix of logits in the dtype of `scale` (float32 or float64)."""
+    """One loss per query, from the full matrix of logits in the dtype of `scale` (float32 or float64)."""
     targets, query_groups, key_groups, symmetric, label_smoothing = options
     num_keys = keys.shape[0]
     all_keys = keys if key_queue is None else torch.cat([keys, key_queue])
@@ -25,11 +25,11 @@ def info_nce(
         targets = own
     else:
         check_targets(targets, num_keys, "keys")
-    with torch.autocast(queries.device.type, enabled=False):  # which would multiply in half precision
+    with torch.autocast(queries.device.type, enabled=False):  # autocast would multiply in half precision
         logits = scale * queries.to(scale.dtype) @ all_keys.to(scale.dtype).T  # [N, M + Q]
     row_targets, column_targets = targets, own
     if query_groups is not None and key_groups is not None:
-        if not torch.compiler.is_compiling():  # a value cannot be looked at while tracing
+        if not torch.compiler.is_compiling():  # tracing sees no values
             numbered = number_groups(query_groups, key_groups)
             require_groups(numbered, query_groups, key_groups, targets, symmetric)
         positive = F.pad(query_groups[:, None] == key_groups[None, :], (0, len(all_keys) - num_keys))

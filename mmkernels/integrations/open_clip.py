@@ -11,7 +11,7 @@ from mmkernels.siglip import siglip
 
 
 class ClipLoss(nn.Module):
-    """CLIP's symmetric loss in constant memory a row.
+    """CLIP's symmetric loss in constant memory per row.
 
     Replaces::
 
@@ -101,7 +101,7 @@ class DistillClipLoss(ClipLoss):
 
 
 class SigLipLoss(nn.Module):
-    """SigLIP's sigmoid loss in constant memory a row.
+    """SigLIP's sigmoid loss in constant memory per row.
 
     Replaces::
 

@@ -47,7 +47,7 @@ def linear_cross_entropy(
         ignore_index: rows with this target have loss 0 and no gradient, and "mean" does not count them.
         label_smoothing: in [0, 1], the share of the target that is spread evenly over all classes.
         reduction: "mean" over the rows that are not ignored (NaN if there is none, as torch has it), "sum", or
-            "none" for one loss a row, [N].
+            "none" for one loss per row, [N].
         impl: "auto" picks the best implementation that can run; a name runs that one or raises.
 
     Returns:

@@ -9,8 +9,8 @@ from mmkernels._autograd import FREE_BYTES, refuse_second_derivatives, wants_bac
 from mmkernels._library import register
 from mmkernels.linear_cross_entropy.options import Options
 
-# losses [N]; lse [2, N]: the rounded value and what rounding took off; products: hidden weight^T [N, V] if they are to
-# be kept for the backward pass, else [0, V]. These are float32, and so is the bias.
+# losses [N]; lse [2, N]: a rounded value and its rounding error; products: hidden weight^T [N, V] if the backward pass
+# is to have them, else [0, V]. These are float32, and so is the bias.
 _FORWARD = (
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, float label_smoothing,"
     " bool keep_products) -> (Tensor losses, Tensor lse, Tensor products)"
@@ -90,8 +90,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _keeps_products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether a backward pass can come that need not multiply again: the products take no more than the weight and its
-    gradient."""
+    """Whether to save products for the backward pass: up to the size of the weight and its gradient, or 64 MiB."""
     small = 4 * hidden.shape[0] * weight.shape[0] <= max(2 * weight.numel() * weight.itemsize, FREE_BYTES)
     return small and wants_backward(hidden, weight, bias)
 

@@ -1,4 +1,4 @@
-"""What a call of linear_cross_entropy asks for beside tensors."""
+"""The arguments of linear_cross_entropy beside tensors."""
 
 from typing import NamedTuple
 

@@ -15,11 +15,11 @@ def linear_cross_entropy(
     targets: Tensor,  # [N]
     options: Options,
 ) -> Tensor:  # [N]
-    """The loss of every row, 0 where it is ignored, from all logits in float32 (float64 for float64 inputs)."""
+    """One loss per row, 0 where it is ignored, from all logits in float32 (float64 for float64 inputs)."""
     ignore_index, label_smoothing = options
     check_targets(targets, weight.shape[0], "rows of weight", ignore_index)
     dtype = hidden.dtype if hidden.itemsize == 8 else hidden.float().dtype
-    with torch.autocast(hidden.device.type, enabled=False):  # which would multiply in half precision
+    with torch.autocast(hidden.device.type, enabled=False):  # autocast would multiply in half precision
         logits = F.linear(hidden.to(dtype), weight.to(dtype), bias)  # [N, V]
     return F.cross_entropy(
         logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"

@@ -1,6 +1,6 @@
-"""Linear cross-entropy in Triton: the rows' cross-entropy of the contrastive kernels, with a bias.
+"""Linear cross-entropy in Triton: the cross-entropy of info_nce's rows, with a bias.
 
-Ignored rows are computed, and count for nothing: which they are, the host need not wait to know.
+Ignored rows are computed and then set to 0, so that the host never waits to learn which they are.
 """
 
 import torch
@@ -55,7 +55,7 @@ def linear_cross_entropy_backward(
         zeros = [x.new_zeros(shape if wanted else 0) for (x, shape), wanted in zip(shapes, output_mask, strict=True)]
         return zeros[0], zeros[1], zeros[2]
     ignored = targets == ignore_index
-    # A mean over no row arrives here as infinity.
+    # The upstream gradient of a mean over no row is infinite.
     grads = grad_losses.masked_fill(ignored, 0.0)
     counted = targets.masked_fill(ignored, _NO_TARGET)
     bias = None if bias is None else bias.contiguous()

@@ -1,4 +1,4 @@
-"""Exact ranks and best keys of every query: the scores are never stored."""
+"""Exact ranks and best keys of each query; the scores are never stored."""
 
 from mmkernels.retrieval.api import retrieval_ranks, retrieval_topk
 

@@ -22,7 +22,7 @@ def _topk_fake(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return queries.new_empty(shape, dtype=dtype), queries.new_empty(shape, dtype=torch.int64)
 
 
-# The reference, too: its sizes depend on the values, and compiled code takes it whole.
+# The reference is an op, too: its sizes depend on the values, so that compiled code can only call it whole.
 _BACKENDS = ("cpu", "triton", "reference")
 _ranks = register("retrieval_ranks_{}", _RANKS, _ranks_fake, __package__, _BACKENDS)
 _topk = register("retrieval_topk_{}", _TOPK, _topk_fake, __package__, _BACKENDS)
@@ -31,10 +31,10 @@ library.impl("retrieval_topk_reference", reference.retrieval_topk, "CompositeExp
 
 
 def retrieval_ranks(queries: Tensor, keys: Tensor, targets: Tensor | None, backend: str) -> Tensor:
-    """The rank of every query's target, [N] int64, on the backend named."""
+    """The rank of each query's target, [N] int64, on the backend named."""
     return _ranks[backend](queries, keys, targets)
 
 
 def retrieval_topk(queries: Tensor, keys: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
-    """Scores and indices of every query's k best keys, [N, k] each, on the backend named."""
+    """Scores and indices of each query's k best keys, [N, k] each, on the backend named."""
     return _topk[backend](queries, keys, k)

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from mmkernels._checks import check_targets
 
-_CHUNK = 1 << 24  # scores held at once
+_CHUNK = 1 << 24  # scores held at once: 64 MiB of float32
 
 
 def score_chunks(queries: Tensor, keys: Tensor) -> Iterator[Tensor]:
-    """The scores [rows, M] of some queries after the others, in float32 (float64 for float64 inputs).
+    """The scores [rows, M] of a few queries at a time, in float32 (float64 for float64 inputs).
 
     Equal keys get the same bits: their score is computed once. A matrix product alone does not promise that.
     """

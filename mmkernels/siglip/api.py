@@ -20,7 +20,7 @@ def siglip(
     process_group: Any = None,
     impl: Literal["auto", "triton", "cpu", "reference"] = "auto",
 ) -> Tensor:
-    """Sigmoid loss: every pair of a query and a key is a question of its own, match or no match.
+    """Sigmoid loss: each pair of a query and a key is classified on its own, match or no match.
 
     Replaces::
 
@@ -38,8 +38,8 @@ def siglip(
         logit_scale: inverse temperature; a float or a tensor of one element, which then receives a gradient.
         logit_bias: added to every logit; a float or a tensor of one element, which then receives a gradient. SigLIP
             starts it at -10.
-        reduction: "sum" over all pairs, "mean" for that sum divided by N, or "none" for one loss a query, [N], each
-            the sum over its M pairs.
+        reduction: "sum" over all pairs, "mean" for that sum divided by N, or "none" for one loss per query, [N],
+            each the sum over its M pairs.
         process_group: features of other ranks as further negatives; not implemented yet.
         impl: "auto" picks the best implementation that can run; a name runs that one or raises.
 

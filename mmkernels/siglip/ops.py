@@ -9,12 +9,12 @@ from mmkernels._autograd import refuse_second_derivatives
 from mmkernels._library import register
 from mmkernels._reduction import reduced
 
-_FP16_REACH = 2.0**15  # half of what float16 holds
+_FP16_REACH = 2.0**15  # half of the largest float16 number, 65504
 
-# One loss a query, [N] float32.
+# One loss per query, [N] float32.
 _LOSSES = "(Tensor queries, Tensor keys, Tensor scale, Tensor bias) -> Tensor"
 # The gradients of sum_i weights[i] losses[i]: one for each true entry of output_mask (queries, keys, scale, bias), an
-# empty tensor for each false one. And the losses, if asked for: the pass has the logits anyway.
+# empty tensor for each false one. And, if asked for, the losses: the pass computes the logits anyway.
 _GRADIENTS = (
     "(Tensor weights, Tensor queries, Tensor keys, Tensor scale, Tensor bias, bool with_losses, bool[4] output_mask)"
     " -> (Tensor losses, Tensor grad_queries, Tensor grad_keys, Tensor grad_scale, Tensor grad_bias)"
@@ -46,7 +46,7 @@ _gradients = register("siglip_{}_gradients", _GRADIENTS, _gradients_fake, __pack
 
 
 class _LossOfRows(torch.autograd.Function):
-    """One loss a query: what arrives at each is known in the backward pass only, which makes the logits again."""
+    """One loss per query. The weight of each is known only in the backward pass, which recomputes the logits."""
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, backend: str) -> Tensor:
@@ -65,9 +65,9 @@ class _LossOfRows(torch.autograd.Function):
 
 
 class _LossOfAll(torch.autograd.Function):
-    """The sum or mean of all losses: every row weighs the same, so the forward pass makes the gradients, too.
+    """The sum or mean of all losses. Every row weighs the same, so the forward pass computes the gradients, too.
 
-    They are kept in the dtype of the features until the backward pass multiplies them by what arrives.
+    They are kept in the dtype of the features until the backward pass multiplies them by the upstream gradient.
     """
 
     @staticmethod
@@ -97,8 +97,8 @@ class _LossOfAll(torch.autograd.Function):
 
 
 def _fp16_unit(queries: Tensor, keys: Tensor, scale: Tensor, weights: Tensor) -> Tensor:
-    """The power of two in which the gradients are kept in float16: none overflows, and what a mean over many rows makes
-    small keeps its digits."""
+    """The power of two in whose units float16 gradients are kept: none overflows, and those that a mean over many rows
+    makes small keep their digits."""
 
     def reach(features: Tensor) -> Tensor:
         low, high = features.aminmax()
@@ -112,7 +112,7 @@ def _fp16_unit(queries: Tensor, keys: Tensor, scale: Tensor, weights: Tensor) ->
 def _times(grad: Tensor, factor: Tensor) -> Tensor:
     """A new tensor grad * factor, rounded once."""
     if grad.is_cpu or grad.dtype == torch.float32:
-        return grad * factor  # a CPU multiplies halves by a float32 number in float32
+        return grad * factor  # a CPU multiplies half-precision tensors by a float32 scalar in float32
     return (grad.float() * factor).to(grad.dtype)
 
 

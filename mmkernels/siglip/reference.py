@@ -11,8 +11,8 @@ def siglip(
     scale: Tensor,  # []
     bias: Tensor,  # []
 ) -> Tensor:  # [N]
-    """The loss of every query, from the full matrix of logits in the dtype of `scale` (float32 or float64)."""
-    with torch.autocast(queries.device.type, enabled=False):  # which would multiply in half precision
+    """One loss per query, from the full matrix of logits in the dtype of `scale` (float32 or float64)."""
+    with torch.autocast(queries.device.type, enabled=False):  # autocast would multiply in half precision
         logits = scale * queries.to(scale.dtype) @ keys.to(scale.dtype).T + bias  # [N, M]
     labels = 2 * torch.eye(*logits.shape, dtype=scale.dtype, device=scale.device) - 1
     return -F.logsigmoid(labels * logits).sum(1)

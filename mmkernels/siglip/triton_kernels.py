@@ -1,12 +1,12 @@
-"""The sigmoid loss in Triton, on the tiles and the strips of the contrastive kernels.
+"""The sigmoid loss in Triton, on the tiles and strips of mmkernels._tiles.
 
 G = 2 N M D FLOP. The losses alone: 1 G. The gradients: a strip of dS, the gradient of the logits, is stored in the
 dtype of the features, and dQ of the strip is a plain product dS K; strips of keys, stored transposed, give dK: 4 G in
 all. The pass over the queries' strips sums up the losses and the gradients of scale and bias from the same tiles, in
-float32: there is no forward pass beside it.
+float32: it needs no forward pass.
 
 Memory beyond inputs and outputs: 12 N bytes, partial sums of at most 16 MiB (of one tile's height of rows, if that is
-more), and one strip with its partial products, as in the contrastive kernels. No atomics: results are the same bits
+more), and one strip with its partial products, as for info_nce. No atomics: results are the same bits
 from run to run.
 """
 
@@ -29,7 +29,7 @@ _PROGRAMS = 1024  # that the tiles of a launch are spread over, if there are as 
 _TILES = 4  # that a program takes at most: longer sums in float32 would lose digits
 _PARTIAL_BYTES = 16 << 20  # sums of programs that are held at once
 
-# What a program sums up over its tiles, one value a row.
+# The sums of a program over its tiles, one value per row each.
 _LOSS = tl.constexpr(0)
 _GRAD = tl.constexpr(1)
 _GRAD_BY_PRODUCT = tl.constexpr(2)
@@ -111,7 +111,7 @@ def pairs_kernel(
             x, y, rows, col_start + tl.arange(0, BLOCK_N),
             num_x, num_y, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
-        # A quarter of a tile at a time: what the next ones take is not held in registers meanwhile.
+        # A quarter of a tile at a time, so that it need not share the registers with the others.
         left, right = halves(tile)
         for quarter in tl.static_range(4):
             if quarter % 2 == 0:
@@ -133,7 +133,7 @@ def pairs_kernel(
 
 
 def siglip_losses(queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """The loss of every query, [N]."""
+    """One loss per query, [N]."""
     pairs = _Pairs(queries, keys, scale, bias, scale)
     with on_device(queries.device):
         return pairs.sum_up(True, False)[0].clone()
@@ -185,7 +185,7 @@ def siglip_gradients(
 
 
 class _Pairs:
-    """All pairs of queries and keys. What a pass over them sums up is of each row: see pairs_kernel."""
+    """All pairs of queries and keys. A pass over them gives sums per row: see pairs_kernel."""
 
     def __init__(self, queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, weights: Tensor) -> None:
         self.queries, self.keys = aligned(queries), aligned(keys)
@@ -194,7 +194,7 @@ class _Pairs:
         self.tile, self.precision = choose_tile("siglip", queries)
 
     def sum_up(self, losses: bool, grads: bool) -> Tensor:
-        """The sums asked for of every query, [3, N]."""
+        """For each query the sums asked for, [3, N]."""
         tile = self.tile
         sums = self.scale.new_empty(3, len(self.queries))
         splits = triton.cdiv(triton.cdiv(len(self.keys), tile.block_n), _TILES)
@@ -204,7 +204,7 @@ class _Pairs:
         return sums
 
     def products(self, of_keys: bool, factor: Tensor, grad: Tensor, losses: bool, grads: bool) -> Tensor:
-        """Fill grad = factor * dS K (of_keys: dS^T Q). The sums asked for on the way, of every row of that side."""
+        """Fill grad = factor * dS K (of_keys: dS^T Q). Returns the sums asked for, of each row of that side."""
         x, y = (self.keys, self.queries) if of_keys else (self.queries, self.keys)
         sums = self.scale.new_empty(3, len(x))
         fill = functools.partial(self._launch, of_keys, losses, grads, sums)

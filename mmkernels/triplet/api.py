@@ -50,7 +50,7 @@ def triplet(
             Of equally similar ones the first counts.
         symmetric: average with the loss of the other direction, in which key i < N has the other queries for its
             negatives. False keeps the queries' direction alone.
-        reduction: "mean" or "sum" over the N rows, or "none" for one loss a row, [N].
+        reduction: "mean" or "sum" over the N rows, or "none" for one loss per row, [N].
         impl: "auto" picks the best implementation that can run; a name runs that one or raises.
 
     Returns:

@@ -58,7 +58,7 @@ _worst_gradients = register("triplet_{}_worst_gradients", _WORST_GRADIENTS, _wor
 
 
 def _finished(ctx: Any, grads: tuple[Tensor, ...], *sources: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of a backward pass: those that are needed, tied to what they were made from."""
+    """The gradients of a backward pass: those that are needed, tied to the tensors they depend on."""
     if torch.is_grad_enabled():  # create_graph=True
         grads = refuse_second_derivatives("triplet", grads, *sources)
     return tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))

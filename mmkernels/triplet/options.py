@@ -1,4 +1,4 @@
-"""What a call of triplet asks for beside features."""
+"""The arguments of triplet beside features."""
 
 from typing import NamedTuple
 

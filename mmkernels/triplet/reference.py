@@ -12,9 +12,9 @@ def triplet(
     keys: Tensor,  # [M, D]
     options: Options,
 ) -> Tensor:  # [N]
-    """The loss of every query, from all similarities in float32 (float64 for float64 features)."""
+    """One loss per query, from all similarities in float32 (float64 for float64 features)."""
     dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
-    with torch.autocast(queries.device.type, enabled=False):  # which would multiply in half precision
+    with torch.autocast(queries.device.type, enabled=False):  # autocast would multiply in half precision
         similarities = queries.to(dtype) @ keys.to(dtype).T  # [N, M]
     margin, mining, symmetric = options
     losses = _losses_of_rows(similarities, margin, mining)
@@ -32,7 +32,7 @@ def _losses_of_rows(similarities: Tensor, margin: float, mining: str) -> Tensor:
         return hinges.sum(1)
     counts = ~own
     if mining == "semi_hard":
-        # Said so that a NaN counts: it is the worst of all.
+        # Negated comparisons, so that a NaN counts: it is the worst of all.
         counts &= ~(similarities >= positives) & ~(above <= 0)
     worst = similarities.masked_fill(~counts, -torch.inf).argmax(1, keepdim=True)
     return torch.where(counts.any(1), hinges.gather(1, worst)[:, 0], 0.0)

@@ -64,7 +64,7 @@ def info_nce_forward(
 
 
 class CrossEntropy(NamedTuple):
-    """The logits scale q.k + bias, and what their rows and columns should be."""
+    """The logits scale q.k + bias, and the targets of their rows and columns."""
 
     queries: Tensor  # [N, D]
     keys: Tensor  # [M, D]
@@ -79,7 +79,7 @@ class CrossEntropy(NamedTuple):
 def cross_entropy_forward(of: CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
     """As info_nce_forward. The loss of a row without a target means nothing.
 
-    The log-sum-exps are in base 2, each as the rounded value and what rounding took.
+    The log-sum-exps are in base 2, each as a rounded value and its rounding error.
     """
     queries, keys, scale, bias, targets, groups, symmetric, label_smoothing = of
     N, M = queries.shape[0], keys.shape[0]
@@ -207,7 +207,7 @@ class _Logits(NamedTuple):
     col_lse: Tensor  # [2, M]
     row_weights: Tensor  # [N], the gradient of the cross-entropy of each row
     col_weights: Tensor  # [M], of each column
-    row_shares: Tensor  # [N], of groups: what each positive of a row takes off
+    row_shares: Tensor  # [N], of groups: what each positive of a row subtracts
     col_shares: Tensor  # [M], of a column
     config: Config
     precision: str

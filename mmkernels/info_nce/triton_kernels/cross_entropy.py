@@ -39,7 +39,7 @@ def _add_to_statistics(
         of_group = tl.where(_same_group(target, key_groups, cols, num_grouped), s, 0.0)
         p += tl.sum(of_group, 1)
         if SYMMETRIC:
-            # One of a pair, for what is said of pairs below.
+            # One plane of a pair is used, for the reason given at the pairs below.
             col_p = tl.sum(of_group, 0)
             one = tl.arange(0, 2)[None, :] == 0
             at_p = col_out + 2 * col_plane + cols[:, None] + tl.arange(0, 2)[None, :]  # [BN, 2]
@@ -55,7 +55,7 @@ def _add_to_statistics(
     m, z = merge(m, z, row_m, row_z)
     if SYMMETRIC:
         old = cols < tl.where(first, 0, M)
-        # Both statistics in one tile, so that they are spread over the threads: each alone would be held by all.
+        # Both statistics lie in one tile, which the compiler spreads over the threads: each alone would be held by all.
         pair = tl.arange(0, 2)
         at = col_out + cols[:, None] + pair[None, :] * col_plane  # [BN, 2]
         none = tl.where(pair == 0, LOWEST, 0.0)
@@ -70,7 +70,7 @@ def _add_half(
     s, bias, m, z, p, rows, target, key_groups, positives, col_out, col_plane, col_start, N, M, num_grouped, first,
     SYMMETRIC: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """_add_to_statistics; with GROUPS, which take more registers, in two steps."""
+    """_add_to_statistics; in two steps with GROUPS, whose sums take more registers."""
     if GROUPS:
         STEP: tl.constexpr = WIDTH // 2
         left, right = halves(s)
@@ -134,7 +134,7 @@ def forward_kernel(
         z = tl.zeros((BLOCK_M,), tl.float32)
         p = tl.zeros((BLOCK_M,), tl.float32)
         if SYMMETRIC:
-            # What other threads of this program wrote to col_partials for the tiles above is read below.
+            # Below, threads read what others of this program wrote to col_partials for the tiles above.
             tl.debug_barrier()
         for col_start in tl.range(first_col, end_col, BLOCK_N, disable_licm=True):
             tile = similarities(
@@ -142,7 +142,7 @@ def forward_kernel(
                 N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
             )  # fmt: skip
             first = row_start == first_row
-            # Half a tile at a time: what the second half takes is not held in registers during the first.
+            # Half a tile at a time, so that the first half need not share the registers with the second.
             HALF: tl.constexpr = BLOCK_N // 2
             left, right = halves(scale2 * tile)
             m, z, p = _add_half(
@@ -202,8 +202,8 @@ def finish_forward_kernel(
 ):  # fmt: skip
     """losses_i = a ((m_i - p_i) + log z_i + eps (p_i - mean_j s_ij)), likewise for column t_i; and the log-sum-exps.
 
-    row_lse [2, N] and col_lse [2, M], in base 2, are the rounded value and what rounding took.
-    In float64, as there is little of it: a loss near zero at large logits keeps its digits.
+    row_lse [2, N] and col_lse [2, M], in base 2, are a rounded value and its rounding error.
+    It computes in float64, as the work is small: a loss near zero at large logits keeps its digits.
     With GROUPS p is the mean over the positives, of_query [N] and of_key [M] in number.
     mean_j s_ij = (scale <q_i, sum of the keys> + sum of the bias) / M needs no tile of logits.
     """
@@ -328,7 +328,7 @@ def grad_logits_kernel(
     u, w: row_weights, col_weights, the gradients of the cross-entropies of rows and columns. Without SYMMETRIC there is
     no w, and 1 in place of 2. With GROUPS (`targets` are the rows' groups) the third term is -(row_shares_i +
     col_shares_j) at every pair of one group. All terms meet in float32, and dS is rounded once. The tile of logits is
-    made as in the forward pass for both sides: the very bits that the log-sum-exps were made from.
+    computed as in the forward pass for both sides: its bits are those that gave the log-sum-exps.
     """
     first_row, first_col, row_in_strip, col_in_strip, height, width, stride_row, stride_col = strip_place(
         tl.program_id(0), first, length, stride_strip, OF_KEYS, BLOCK_M, BLOCK_N

@@ -1,14 +1,14 @@
-"""The triplet loss in Triton, on the tiles of the contrastive kernels.
+"""The triplet loss in Triton, on the tiles and strips of mmkernels._tiles.
 
 The positives come first, from the tiles on the diagonal. Then, with G = 2 N M D FLOP:
 
 "all": without a gradient 1 G, every tile adds its hinges to sums of rows and columns. With one 3 G in one pass: for a
 strip of queries the gradient of the similarities, one number for each hinge above 0, is stored in the dtype of the
 features (exactly, if the rows have no weights of their own); dQ of the strip is a plain product dS K, and dS^T Q is
-added to dK. What the positives take is known when the last hinge is, and added last.
+added to dK. The positives' part depends on every hinge, and is added last.
 
 "hardest", "semi_hard": 1 G finds the worst negative of every row and column. The gradient of the similarities then has
-at most three entries a row: dQ and dK are sparse products, O(N D).
+at most three entries per row: dQ and dK are sparse products, O(N D).
 
 Memory beyond inputs and outputs, in bytes, e = bytes of an element:
     all, loss        16 min(32, N / tile) N
@@ -150,7 +150,7 @@ class _Strips:
         self.columns = self.rows
 
     def fill(self, strip: Tensor, first: int, rows: int) -> None:
-        """Rows `first` and following of the gradient into the strip; what they give to the keys is added there."""
+        """Rows `first` and following of the gradient into the strip; adds their part to the gradient of the keys."""
         tile = self.tile
         queries, keys, width, D = self.queries, self.keys, strip.shape[1], self.queries.shape[1]
         groups = triton.cdiv(rows, tile.block_m)
@@ -181,7 +181,7 @@ def triplet_worst_gradients(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of queries and keys; an empty tensor for each false entry of output_mask."""
     N, M, directions = queries.shape[0], keys.shape[0], worst.shape[0]
-    # 0 times a loss: what a NaN has made of it reaches the gradients.
+    # 0 times a loss carries its NaN to the gradients.
     weights = grad_losses.float() / directions + 0.0 * losses
     own = torch.arange(N, device=worst.device, dtype=torch.int32)
     counts = worst >= 0  # [directions, N]

@@ -138,14 +138,14 @@ def hinges_kernel(
         row_count = tl.zeros((BLOCK_M,), tl.float32)
         anew = (row_start == first_row) & (first == 0)
         if SYMMETRIC:
-            # What other threads of this program wrote to col_partials for the tiles above is read below.
+            # Below, threads read what others of this program wrote to col_partials for the tiles above.
             tl.debug_barrier()
         for col_start in tl.range(first_col, end_col, BLOCK_N, disable_licm=True):
             tile = similarities(
                 queries, keys, rows, col_start + tl.arange(0, BLOCK_N),
                 N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
             )  # fmt: skip
-            # An eighth of a tile at a time: what the next takes is not held in registers during this one.
+            # An eighth of a tile at a time, so that it need not share the registers with the next.
             QUARTER: tl.constexpr = BLOCK_N // 4
             left, right = halves(tile)
             first_quarter, second_quarter = halves(left)
@@ -219,7 +219,7 @@ def transposed_product_kernel(
 def finish_gradients_kernel(
     grad, x, of_positives, factor, num_x, N, num_features, stride_x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """grad_i = factor (grad_i - of_positives_i x_i): of every hinge above 0 the positive takes the opposite."""
+    """grad_i = factor (grad_i - of_positives_i x_i): each hinge above 0 takes from its positive."""
     tiles = tl.cdiv(num_features, BLOCK_N)
     rows = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     features = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -297,7 +297,7 @@ def worst_kernel(
         best = tl.full((BLOCK_M,), -_INFINITY, tl.float32)
         index = tl.zeros((BLOCK_M,), tl.int32)
         if SYMMETRIC:
-            # What other threads of this program wrote for the tiles above is read below.
+            # Below, threads read what others of this program wrote for the tiles above.
             tl.debug_barrier()
         for col_start in tl.range(first_col, end_col, BLOCK_N, disable_licm=True):
             tile = similarities(
@@ -305,7 +305,7 @@ def worst_kernel(
                 N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
             )  # fmt: skip
             anew = row_start == first_row
-            # Half a tile at a time: what the second half takes is not held in registers during the first.
+            # Half a tile at a time, so that the first half need not share the registers with the second.
             HALF: tl.constexpr = BLOCK_N // 2
             left, right = halves(tile)
             best, index = _add_worst(
