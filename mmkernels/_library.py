@@ -1,4 +1,4 @@
-"""How every op is registered with torch: its schema, its fake kernel and, for Triton, what launches its kernels."""
+"""How every op is registered with torch: its schema, its fake kernel and, for Triton, its launcher."""
 
 import functools
 import importlib
@@ -44,5 +44,5 @@ def register(
 
 @functools.cache
 def _triton_kernels(package: str) -> Any:
-    # The first call imports Triton, and not the import of mmkernels: that imports torch alone.
+    # Triton is imported by the first call that runs it, so that importing mmkernels imports torch alone.
     return importlib.import_module(f"{package}.triton_kernels")

@@ -87,7 +87,7 @@ def merge_product_kernel(
 def fp16_unit(peak: Tensor) -> Tensor:
     """The unit of dS in float16, where |dS| <= 5 peak: peak / 8192.
 
-    The largest then fits, 40960 < 65504, and what falls below the least normal number is under 1e-8 of the peak.
+    The largest then fits, 40960 < 65504, and numbers below the least normal one, 6.1e-5, are under 1e-8 of the peak.
     """
     return torch.where(peak > 0, peak, 1.0) / _FP16_PEAK
 
@@ -160,7 +160,7 @@ def products_of_both(
     key_sums: Tensor | None = None,
 ) -> Tensor:
     """Fill the gradients of both sides, and key_sums with the sums of dS over the queries. Returns the gradient of the
-    scale over that of `factor`, or an empty tensor unless of_scale."""
+    scale in the unit of dS, []; an empty tensor unless of_scale."""
     # <Q, dQ> = <K, dK>: the scale takes its gradient from whichever product is made anyway, and whole.
     whole = grad_keys is not None and len(grad_keys) == len(keys)
     for_queries = grad_queries is not None or (of_scale and not whole)

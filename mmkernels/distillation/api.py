@@ -75,10 +75,12 @@ def distillation(
 
     Source: Hinton et al. 2015 (arXiv:1503.02531); of contrastive logits: open_clip's DistillClipLoss.
     """
-    _check(queries, keys, logit_scale, teacher_queries, teacher_keys, teacher_scale, symmetric)
+    check_pairs(queries, keys)
     check_reduction(reduction)
     check_weights(queries, weights)
-    losses, _ = _losses(queries, keys, logit_scale, teacher_queries, teacher_keys, teacher_scale, symmetric, impl)
+    losses, _ = distillation_losses(
+        queries, keys, logit_scale, teacher_queries, teacher_keys, teacher_scale, symmetric, impl
+    )
     return reduced(losses, reduction, weights)
 
 
@@ -93,20 +95,9 @@ def distillation_losses(
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """For each query the loss under the teacher and that of info_nce, [N] each, from the same tiles."""
-    _check(queries, keys, logit_scale, teacher_queries, teacher_keys, teacher_scale, symmetric)
-    return _losses(queries, keys, logit_scale, teacher_queries, teacher_keys, teacher_scale, symmetric, impl)
-
-
-def _losses(
-    queries: Tensor,
-    keys: Tensor,
-    logit_scale: Tensor | float,
-    teacher_queries: Tensor,
-    teacher_keys: Tensor,
-    teacher_scale: Tensor | float,
-    symmetric: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
+    check_pairs(queries, keys)
+    check_number("logit_scale", logit_scale, queries.device)
+    _check_teacher(queries, keys, teacher_queries, teacher_keys, teacher_scale, symmetric)
     given = queries
     queries, keys = in_one_dtype("queries", given, "keys", keys)
     _, teacher_queries = in_one_dtype("queries", given, "teacher_queries", teacher_queries.detach())
@@ -119,17 +110,14 @@ def _losses(
     return ops.distillation(*arguments, chosen)
 
 
-def _check(
+def _check_teacher(
     queries: Tensor,
     keys: Tensor,
-    logit_scale: Tensor | float,
     teacher_queries: Tensor,
     teacher_keys: Tensor,
     teacher_scale: Tensor | float,
     symmetric: bool,
 ) -> None:
-    check_pairs(queries, keys)
-    check_number("logit_scale", logit_scale, queries.device)
     for name, features, of, rows in (
         ("teacher_queries", teacher_queries, "queries", queries.shape[0]),
         ("teacher_keys", teacher_keys, "keys", keys.shape[0]),
