@@ -1,4 +1,4 @@
-"""From one loss per row to what `reduction` asks for."""
+"""Reduces one loss per row as `reduction` asks."""
 
 from torch import Tensor
 

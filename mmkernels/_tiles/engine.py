@@ -182,7 +182,7 @@ def strip_place(
 @triton.jit
 def store_in_strip(strip, grad, rows, cols, inside, height, width, stride_row, stride_col):
     """dS of a tile at its rows and columns of the strip, rounded once."""
-    # Past the ends of the logits the strip is zero: the product reads it unmasked.
+    # The strip is zero past the ends of the logits, because the product reads it unmasked.
     grad = tl.where(inside, grad, 0.0)
     out = strip + rows.to(tl.int64)[:, None] * stride_row + cols.to(tl.int64)[None, :] * stride_col
     tl.store(out, grad.to(strip.dtype.element_ty), mask=(rows < height)[:, None] & (cols < width)[None, :])

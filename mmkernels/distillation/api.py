@@ -94,7 +94,7 @@ def distillation_losses(
     symmetric: bool = True,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """For each query the loss under the teacher and that of info_nce, [N] each, from the same tiles."""
+    """The loss of each query under the teacher and that of info_nce, [N] each, from the same tiles."""
     check_pairs(queries, keys)
     check_number("logit_scale", logit_scale, queries.device)
     _check_teacher(queries, keys, teacher_queries, teacher_keys, teacher_scale, symmetric)

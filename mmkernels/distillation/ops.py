@@ -112,7 +112,7 @@ def distillation(
     symmetric: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """For each query the loss under the teacher and that against its own key, [N] float32 each, on the backend named.
+    """The loss of each query under the teacher and that against its own key, [N] float32 each, on the backend named.
 
     Differentiable in queries, keys and scale; the teacher gets no gradient.
     """

@@ -16,8 +16,10 @@ def distillation(
     teacher_scale: Tensor,  # []
     symmetric: bool,
 ) -> tuple[Tensor, Tensor]:  # [N], [N]
-    """For each query the loss under the teacher's softmax, and that against the key of its number (NaN if there is
-    none)."""
+    """The losses of each query: under the teacher's softmax, and against the key of its number (NaN if there is none).
+
+    They come from the full matrices of logits in the dtype of `scale` (float32 or float64).
+    """
     with torch.autocast(queries.device.type, enabled=False):  # autocast would multiply in half precision
         logits = scale * queries.to(scale.dtype) @ keys.to(scale.dtype).T  # [N, M]
         with torch.no_grad():

@@ -137,7 +137,7 @@ def distillation_forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums of a group of rows against a split of the columns: row_partials [5, num_splits, N] and col_partials
-    [5, num_groups, M]; positives [N] takes s[i, i] from the very tile that the sums saw.
+    [5, num_groups, M]; positives [N] takes s[i, i] from the same tile as the sums.
 
     The columns' sums grow in col_partials itself: this program alone owns its part of them.
     """
@@ -356,7 +356,7 @@ def distillation_forward(
 
 
 class _Logits(NamedTuple):
-    """All that the gradient of the student's logits is made from."""
+    """All that the gradient of the student's logits depends on."""
 
     queries: Tensor  # [N, D]
     keys: Tensor  # [M, D]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Options(NamedTuple):
-    """In the order of the registered ops: first the tensors, then the plain numbers."""
+    """The order is that of the registered ops: first the tensors, then the plain numbers."""
 
     targets: Tensor | None = None  # [N], int64; None: key i for query i
     query_groups: Tensor | None = None  # [N], int64

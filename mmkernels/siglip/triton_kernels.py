@@ -69,7 +69,7 @@ def _add_pairs(
             grad *= tl.load(weights + cols, mask=cols < num_y, other=0.0)[None, :]
         else:
             grad *= tl.load(weights + rows, mask=rows < num_x, other=0.0)[:, None]
-        # Past the ends of the logits the strip is zero: the product reads it unmasked.
+        # The strip is zero past the ends of the logits, because the product reads it unmasked.
         grad = tl.where(inside, grad, 0.0)
         if SUMS:
             grad_sum += tl.sum(grad, 1)
@@ -194,7 +194,7 @@ class _Pairs:
         self.tile, self.precision = choose_tile("siglip", queries)
 
     def sum_up(self, losses: bool, grads: bool) -> Tensor:
-        """For each query the sums asked for, [3, N]."""
+        """The sums asked for, [3, N], of each query."""
         tile = self.tile
         sums = self.scale.new_empty(3, len(self.queries))
         splits = triton.cdiv(triton.cdiv(len(self.keys), tile.block_n), _TILES)

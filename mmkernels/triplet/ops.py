@@ -13,13 +13,13 @@ from mmkernels.triplet.options import Options
 # losses [N], float32; worst [2, N], int32: the worst negative of each query and of each matched key where it costs
 # something, else -1; [1, N] unless symmetric, no columns for mining="all".
 _FORWARD = "(Tensor queries, Tensor keys, float margin, str mining, bool symmetric) -> (Tensor losses, Tensor worst)"
-# For mining="all", in one pass: losses [N] and the gradients of their sum, weighted if there are weights [N]; all in
+# mining="all" takes one pass: losses [N] and the gradients of their sum, weighted if there are weights [N]; all in
 # float32. One gradient for each true entry of output_mask (queries, keys), an empty tensor for each false one.
 _HINGE_GRADIENTS = (
     "(Tensor queries, Tensor keys, Tensor? weights, float margin, bool symmetric, bool[2] output_mask)"
     " -> (Tensor losses, Tensor grad_queries, Tensor grad_keys)"
 )
-# For the other minings, in the dtype of the features.
+# The gradients of the other minings, in the dtype of the features.
 _WORST_GRADIENTS = (
     "(Tensor grad_losses, Tensor losses, Tensor queries, Tensor keys, Tensor worst, bool[2] output_mask)"
     " -> (Tensor grad_queries, Tensor grad_keys)"

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Options(NamedTuple):
-    """In the order of the registered ops."""
+    """The order is that of the registered ops."""
 
     margin: float
     mining: str

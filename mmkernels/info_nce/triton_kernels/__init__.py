@@ -77,7 +77,7 @@ class CrossEntropy(NamedTuple):
 
 
 def cross_entropy_forward(of: CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
-    """As info_nce_forward. The loss of a row without a target means nothing.
+    """Losses and log-sum-exps as info_nce_forward returns them. The loss of a row without a target means nothing.
 
     The log-sum-exps are in base 2, each as a rounded value and its rounding error.
     """
@@ -198,7 +198,7 @@ def cross_entropy_backward(
 
 
 class _Logits(NamedTuple):
-    """All that the gradient of the logits is made from."""
+    """All that the gradient of the logits depends on."""
 
     of: CrossEntropy  # its features padded
     row_ids: Tensor  # [N], the targets, or the groups by numbers

@@ -109,7 +109,7 @@ def forward_kernel(
     """Statistics of a group of rows against a split of the columns.
 
     row_partials [2, num_splits, N] and col_partials [2, num_groups, M] take (m, z), z = sum of 2^(s - m); positives [N]
-    takes s[i, targets[i]], from the very tile that the statistics saw; a target of -1 is none. The columns' statistics
+    takes s[i, targets[i]], from the same tile as the statistics; a target of -1 is none. The columns' statistics
     grow in col_partials itself: this program alone owns its part of them.
 
     With GROUPS the positives of a row are the columns of its group, `targets` [N] against key_groups [num_grouped], and

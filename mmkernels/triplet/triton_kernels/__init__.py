@@ -145,7 +145,7 @@ class _Strips:
         tiles = triton.cdiv(round_up(len(keys), 64), self.tile.block_n)
         self.tiles_per_split = triton.cdiv(tiles, _MAX_SPLITS)
         self.splits = triton.cdiv(tiles, self.tiles_per_split)
-        # Of the hinges the sums and how many are above 0.
+        # The sums of the hinges, and the counts of those above 0.
         self.rows = positives.new_empty(2, self.splits, len(queries))
         self.columns = self.rows
 
@@ -229,5 +229,5 @@ def _positives(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def _losses(rows: Tensor, columns: Tensor, symmetric: bool) -> Tensor:
-    """From the partial sums of the hinges."""
+    """The losses [N] from the partial sums of the hinges."""
     return (rows[0].sum(0) + columns[0].sum(0)) / 2 if symmetric else rows[0].sum(0)

@@ -17,7 +17,7 @@ def positives_kernel(
     queries, keys, positives, N, M, D, stride_q, stride_k,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """positives [N] = <q_i, k_i>, from the tiles on the diagonal: the very bits that the other kernels see."""
+    """positives [N] = <q_i, k_i>, from the tiles on the diagonal: the same bits as in the other kernels."""
     first_row = tl.program_id(0) * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     for col_start in tl.range(first_row, tl.minimum(first_row + BLOCK_M, N), BLOCK_N, disable_licm=True):
@@ -111,7 +111,7 @@ def hinges_kernel(
     SYMMETRIC: tl.constexpr, GRADIENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The hinges of rows first to first + height - 1, a group of them against a split of the columns a program.
+    """The hinges of rows first to first + height - 1, one group of them against one split of the columns per program.
 
     row_partials [2, num_splits, N] and col_partials [2, all_groups, N] take the sum of the hinges of a row and of a
     column and, with GRADIENT, how many are above 0. The columns' grow in col_partials itself, over the rows of a group
