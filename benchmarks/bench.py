@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.peers import contrastive_losses
+from benchmarks.info_nce.peers import contrastive_losses
 from mmkernels.testing import features
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.peers_beam_search import beam_steps, captioner_loops, gpt2_loops
+from benchmarks.beam_search.peers import beam_steps, captioner_loops, gpt2_loops
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

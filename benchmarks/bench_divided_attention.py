@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.peers import attentions
+from benchmarks.info_nce.peers import attentions
 
 NAMES = list(attentions("time", 8, 12))
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.peers import classification_losses
-from benchmarks.report_linear_cross_entropy import inputs
+from benchmarks.info_nce.peers import classification_losses
+from benchmarks.linear_cross_entropy.report import inputs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.peers_retrieval import rankers, searches
-from benchmarks.report_retrieval import inputs
+from benchmarks.retrieval.peers import rankers, searches
+from benchmarks.retrieval.report import inputs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

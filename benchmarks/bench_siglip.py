@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.peers import sigmoid_losses
-from benchmarks.report_siglip import REPORT
+from benchmarks.info_nce.peers import sigmoid_losses
+from benchmarks.siglip.report import REPORT
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.peers_triplet import triplet_losses
-from benchmarks.report_triplet import REPORTS
+from benchmarks.triplet.peers import triplet_losses
+from benchmarks.triplet.report import REPORTS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

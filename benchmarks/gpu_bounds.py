@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_bounds [OP ...] [--targets sm_90 gfx942] [--all] [--json FILE]
 
 Registers, spills, shared memory and instructions come from the compiled code. The time is a bound: FLOPs and bytes
-over the limits of the datasheet. Nothing here is measured. Each op brings its forms in gpu_bounds_<op>.py.
+over the limits of the datasheet. Nothing here is measured. Each op brings its forms in <op>/gpu_bounds.py.
 """
 
 import argparse
@@ -132,7 +132,7 @@ class Problem(NamedTuple):
 def forms(op: str) -> Any:
     """The module of an op's forms: cases(gpus), kernel(name), argument(case, name), problems(case), is_main(case), and
     GROWING, the constants that only ever add to a kernel."""
-    return importlib.import_module(f"benchmarks.gpu_bounds_{op}")
+    return importlib.import_module(f"benchmarks.{op}.gpu_bounds")
 
 
 def compile_case(case: Case) -> Compiled:

@@ -105,7 +105,7 @@ def compare(
 
 def checks(op: str) -> Any:
     """The module of an op's checks: check_parity(device), measure_all(device, quick), and a NOTE on its table."""
-    return importlib.import_module(f"benchmarks.gpu_check_{op}")
+    return importlib.import_module(f"benchmarks.{op}.gpu_check")
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:

@@ -23,11 +23,11 @@ from mmkernels import _backends
 
 mpl.use("Agg")
 
-# An op's report is benchmarks/report_<op>.py: CELLS and QUICK, measure(*cell, seconds) with the rows of one cell,
+# An op's report is benchmarks/<op>/report.py: CELLS and QUICK, measure(*cell, seconds) with the rows of one cell,
 # finish(rows) once all are measured, table_of(rows), draw(rows, path).
 OPS = (
     "info_nce",
-    "soft_targets",
+    "distillation",
     "siglip",
     "divided_attention",
     "linear_cross_entropy",
@@ -60,7 +60,7 @@ def main(
         "torch": torch.__version__,
     }
     for op in ops or OPS:
-        report = importlib.import_module(f"benchmarks.report_{op}")
+        report = importlib.import_module(f"benchmarks.{op}.report")
         cells = report.QUICK if quick else report.CELLS
         results: list[dict[str, Any]] = []
         with Progress(console=console) as progress:

@@ -7,8 +7,8 @@ import matplotlib.pyplot as plt
 import torch
 from rich.table import Table
 
-from benchmarks.peers_beam_search import beam_steps, captioner_loops, gpt2_loops
-from benchmarks.timing import bandwidth, interleaved, median
+from benchmarks.beam_search.peers import beam_steps, captioner_loops, gpt2_loops
+from benchmarks.harness.timing import bandwidth, interleaved, median
 
 # GPT-2 of two layers by its width: at 64 its forward is about two thirds of Hugging Face's time.
 GPT2 = {"GPT-2, 64 wide": 64, "GPT-2, 256 wide": 256}

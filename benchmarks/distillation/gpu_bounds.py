@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
-from benchmarks.gpu_bounds_info_nce import argument as plain_argument
-from benchmarks.gpu_bounds_info_nce import case
+from benchmarks.info_nce.gpu_bounds import argument as plain_argument
+from benchmarks.info_nce.gpu_bounds import case
 from mmkernels._tiles.configs import DISTILLATION_CONFIGS
 from mmkernels._tiles.launch import MERGE_BLOCK
 from mmkernels.distillation import triton_kernels as distillation

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import mmkernels
 from benchmarks.gpu_check import DTYPES, measure
-from benchmarks.peers import attentions
+from benchmarks.info_nce.peers import attentions
 from mmkernels.divided_attention.ops import layout_of
 
 NOTE = (

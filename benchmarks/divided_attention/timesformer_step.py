@@ -1,6 +1,6 @@
 """A training step of TimeSformer-B on this CPU: the op against Hugging Face's model, time and peak memory.
 
-python -m benchmarks.bench_timesformer [--batch 1] [--bf16] [--seconds 60]
+python -m benchmarks.divided_attention.timesformer_step [--batch 1] [--bf16] [--seconds 60]
 """
 
 import os
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.timing import interleaved, median
+from benchmarks.harness.timing import interleaved, median
 from mmkernels import _backends
 from mmkernels.integrations.transformers import patch_timesformer
 from mmkernels.testing import peak_allocated

@@ -9,8 +9,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.peak import cpu_peak
-from benchmarks.timing import interleaved, median
+from benchmarks.harness.peak import cpu_peak
+from benchmarks.harness.timing import interleaved, median
 from mmkernels.testing import features, peak_allocated
 
 SIZE = 512  # features

@@ -2,8 +2,8 @@
 
 import torch
 
-from benchmarks.pairs import PairsReport
-from benchmarks.peers import contrastive_losses
+from benchmarks.harness.pairs import PairsReport
+from benchmarks.info_nce.peers import contrastive_losses
 from mmkernels._autograd import keeps_products
 
 

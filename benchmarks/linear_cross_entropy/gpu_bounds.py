@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterable
 
 from benchmarks.gpu_bounds import GPUS, Case, Problem
-from benchmarks.gpu_bounds_info_nce import GROWING, argument, case, kernel, tiles_of_logits, work
+from benchmarks.info_nce.gpu_bounds import GROWING, argument, case, kernel, tiles_of_logits, work
 from mmkernels._tiles.configs import CONFIGS
 
 __all__ = ["GROWING", "argument", "cases", "is_main", "kernel", "problems"]

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
-from benchmarks.gpu_bounds_info_nce import case
+from benchmarks.info_nce.gpu_bounds import case
 from mmkernels._tiles.configs import tile_of
 from mmkernels.retrieval import triton_kernels
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_check import DTYPES, judged, measure
-from benchmarks.gpu_check_info_nce import gemm_rate
-from benchmarks.peers_retrieval import rankers, searches
+from benchmarks.info_nce.gpu_check import gemm_rate
+from benchmarks.retrieval.peers import rankers, searches
 
 NOTE = "Memory: the most beyond inputs. Share of G: one product at the rate of torch's own."
 

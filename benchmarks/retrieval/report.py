@@ -7,9 +7,9 @@ import matplotlib.pyplot as plt
 import torch
 from rich.table import Table
 
-from benchmarks.peak import cpu_peak
-from benchmarks.peers_retrieval import rankers, searches, torchmetrics_recalls
-from benchmarks.timing import interleaved, median
+from benchmarks.harness.peak import cpu_peak
+from benchmarks.harness.timing import interleaved, median
+from benchmarks.retrieval.peers import rankers, searches, torchmetrics_recalls
 from mmkernels.testing import features, peak_allocated
 
 SIZE = 512  # features

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
-from benchmarks.gpu_bounds_info_nce import argument as argument_of_info_nce
-from benchmarks.gpu_bounds_info_nce import case
+from benchmarks.info_nce.gpu_bounds import argument as argument_of_info_nce
+from benchmarks.info_nce.gpu_bounds import case
 from mmkernels._tiles.configs import CONFIGS, tile_of
 from mmkernels.siglip import triton_kernels
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import mmkernels
 from benchmarks.gpu_check import DTYPES, compare, judged, measure
-from benchmarks.gpu_check_info_nce import gemm_rate
-from benchmarks.peers import sigmoid_losses
+from benchmarks.info_nce.gpu_check import gemm_rate
+from benchmarks.info_nce.peers import sigmoid_losses
 from mmkernels.testing import features
 
 NOTE = "Memory: the most beyond inputs and gradients. Share of 4 G: four products at the rate of torch's own."

@@ -2,8 +2,8 @@
 
 import torch
 
-from benchmarks.pairs import PairsReport
-from benchmarks.peers import sigmoid_losses
+from benchmarks.harness.pairs import PairsReport
+from benchmarks.info_nce.peers import sigmoid_losses
 
 REPORT = PairsReport("Sigmoid loss (SigLIP)", lambda *_: 3, sigmoid_losses, (10.0, -10.0))
 # (dtype, N, peers too): past 8192 a peer takes many seconds and some gigabytes.

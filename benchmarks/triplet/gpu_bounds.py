@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
-from benchmarks.gpu_bounds_info_nce import case
+from benchmarks.info_nce.gpu_bounds import case
 from mmkernels._tiles import launch, products
 from mmkernels._tiles.configs import CONFIGS, tile_of
 from mmkernels.triplet.triton_kernels import kernels

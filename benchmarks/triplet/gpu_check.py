@@ -9,8 +9,8 @@ from torch import Tensor
 
 import mmkernels
 from benchmarks.gpu_check import DTYPES, compare, judged, measure
-from benchmarks.gpu_check_info_nce import gemm_rate
-from benchmarks.peers_triplet import triplet_losses
+from benchmarks.info_nce.gpu_check import gemm_rate
+from benchmarks.triplet.peers import triplet_losses
 from mmkernels.testing import features
 
 NOTE = (

@@ -8,8 +8,8 @@ import matplotlib.pyplot as plt
 import torch
 from rich.console import Group
 
-from benchmarks.pairs import SIZE, PairsReport
-from benchmarks.peers_triplet import Loss, triplet_losses
+from benchmarks.harness.pairs import SIZE, PairsReport
+from benchmarks.triplet.peers import Loss, triplet_losses
 
 # pytorch-metric-learning lists all triplets by way of an N x N x N tensor.
 LARGEST_LIST_OF_TRIPLETS = 512

@@ -18,7 +18,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 ROOT = Path(__file__).parents[2]
 import mmkernels
-from benchmarks import gpu_bounds, gpu_bounds_beam_search
+from benchmarks import gpu_bounds
+from benchmarks.beam_search import gpu_bounds as gpu_bounds_beam_search
 from mmkernels import _backends
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"

@@ -9,7 +9,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from benchmarks import gpu_bounds, gpu_bounds_divided_attention
+from benchmarks import gpu_bounds
+from benchmarks.divided_attention import gpu_bounds as gpu_bounds_divided_attention
 
 
 def check(cases):

@@ -13,7 +13,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
-from benchmarks import gpu_bounds, gpu_bounds_info_nce
+from benchmarks import gpu_bounds
+from benchmarks.info_nce import gpu_bounds as gpu_bounds_info_nce
 
 
 def check(cases):

@@ -8,7 +8,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from benchmarks import gpu_bounds, gpu_bounds_linear_cross_entropy
+from benchmarks import gpu_bounds
+from benchmarks.linear_cross_entropy import gpu_bounds as gpu_bounds_linear_cross_entropy
 
 
 def check(cases):
