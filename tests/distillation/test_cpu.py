@@ -1,4 +1,4 @@
-"""distillation on the CPU: numbers, gradients, memory, compilation and the refusal of bad input."""
+"""distillation on the CPU: numbers, gradients and memory; tests/contract.py has the rest."""
 
 import itertools
 
@@ -148,19 +148,6 @@ def test_no_gradient_reaches_the_teacher():
 
 
 @needs_library
-def test_second_backward_and_double_backward():
-    queries, keys, teacher_queries, teacher_keys = Case(100, 100, 32, 16).inputs(torch.float32)
-    leaves = queries.requires_grad_(), keys.requires_grad_()
-    loss = mmkernels.distillation(*leaves, 10.0, teacher_queries, teacher_keys, 20.0, impl="cpu")
-    first = torch.autograd.grad(loss, leaves, retain_graph=True)
-    for a, b in zip(first, torch.autograd.grad(2 * loss, leaves, retain_graph=True), strict=True):
-        torch.testing.assert_close(2 * a, b, rtol=1e-6, atol=0)
-    (grad,) = torch.autograd.grad(loss, queries, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivatives are not implemented; impl='reference'"):
-        grad.sum().backward()
-
-
-@needs_library
 def test_same_bits_whatever_the_number_of_threads():
     inputs = Case(900, 900, 64, 48).inputs(torch.bfloat16)
     threads = torch.get_num_threads()
@@ -230,97 +217,6 @@ def test_memory_stays_below_the_inputs(dtype):
         torch.set_num_threads(before)
     gradients = sum(x.nbytes for x in leaves)
     assert 0 < peak - gradients <= gradients
-
-
-@needs_library
-def test_opcheck():
-    for dtype, symmetric in itertools.product([torch.float32, torch.bfloat16], [True, False]):
-        queries, keys, *teacher = Case(70, 70 if symmetric else 80, 33, 20).inputs(dtype)
-        common = (queries, keys, torch.tensor(5.0), *teacher, torch.tensor(7.0))
-        for keep in (True, False):
-            torch.library.opcheck(torch.ops.mmkernels.distillation_cpu_forward, (*common, symmetric, keep))
-        keep = dtype == torch.float32
-        distilled, _, *kept = torch.ops.mmkernels.distillation_cpu_forward(*common, symmetric, keep)
-        for mask in ([True, True, True], [False, True, False]):
-            grads = torch.ones_like(distilled), torch.zeros_like(distilled)
-            arguments = (*grads, *common, *kept, symmetric, mask)
-            torch.library.opcheck(torch.ops.mmkernels.distillation_cpu_backward, arguments)
-
-
-@needs_library
-def test_compile_whole_graph_with_dynamic_shapes():
-    def loss(queries, keys, *teacher):
-        return mmkernels.distillation(F.normalize(queries, dim=1), F.normalize(keys, dim=1), 10.0, *teacher, 20.0)
-
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
-    for n in (33, 130):
-        inputs = Case(n, n, 128, 16).inputs(torch.float32)
-        results = []
-        for call in (loss, compiled):
-            leaves = [x.clone().requires_grad_() for x in inputs[:2]]
-            results.append(torch.autograd.grad(call(*leaves, *inputs[2:]), leaves))
-        for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("impl", [pytest.param("cpu", marks=needs_library), "reference"])
-def test_autocast(impl, dtype):
-    inputs = Case(100, 100, 32, 16).inputs(torch.float32)
-
-    def loss(queries, keys, *teacher):
-        return mmkernels.distillation(queries, keys, 10.0, *teacher, 20.0, impl=impl)
-
-    with torch.autocast("cpu", dtype=dtype):
-        under_autocast = loss(*inputs)
-    assert under_autocast.dtype == torch.float32
-    assert torch.equal(under_autocast, loss(*(x.to(dtype) for x in inputs)))
-
-
-def bad_inputs():
-    q, k, t = torch.zeros(4, 8), torch.zeros(6, 8), torch.zeros(4, 5)
-    good = {"queries": q, "keys": q, "logit_scale": 1.0, "teacher_queries": t, "teacher_keys": t, "teacher_scale": 1.0}
-    return {
-        "queries: expected a tensor": (TypeError, good | {"queries": [1.0]}),
-        "logit_scale: expected a float or a tensor of one element, got str": (TypeError, good | {"logit_scale": "1"}),
-        "reduction: expected 'none', 'mean' or 'sum'": (ValueError, good | {"reduction": "max"}),
-        r"weights: expected shape \(4,\)": (ValueError, good | {"weights": torch.ones(3)}),
-        "teacher_scale: expected a float or a tensor of one element, got NoneType": (
-            TypeError,
-            good | {"teacher_scale": None},
-        ),
-        "teacher_queries: expected a tensor": (TypeError, good | {"teacher_queries": [1.0]}),
-        "teacher_keys: expected float32": (TypeError, good | {"teacher_keys": t.long()}),
-        "teacher_keys: expected 2 dimensions": (ValueError, good | {"teacher_keys": t[0]}),
-        "teacher_queries: expected 4 rows, one for each of the queries, got 3": (
-            ValueError,
-            good | {"teacher_queries": t[:3]},
-        ),
-        "teacher_keys: expected 6 rows": (ValueError, good | {"keys": k, "symmetric": False}),
-        "teacher_keys: expected D >= 1 as in teacher_queries, 5, got 4": (
-            ValueError,
-            good | {"teacher_keys": t[:, :4]},
-        ),
-        "teacher_keys: expected D >= 1 as in teacher_queries, 0, got 0": (
-            ValueError,
-            good | {"teacher_queries": t[:, :0], "teacher_keys": t[:, :0]},
-        ),
-        "teacher_queries: expected the dtype of queries": (TypeError, good | {"teacher_queries": t.half()}),
-        "teacher_keys: expected device cpu": (ValueError, good | {"teacher_keys": t.to("meta")}),
-        "teacher_scale: expected one element": (ValueError, good | {"teacher_scale": torch.ones(2)}),
-        "keys: expected 4 rows, one for each query, with a teacher": (
-            ValueError,
-            good | {"keys": k, "teacher_keys": torch.zeros(6, 5)},
-        ),
-        "impl: expected 'auto' or one of 'triton', 'cpu', 'reference'": (ValueError, good | {"impl": "cuda"}),
-    }
-
-
-@pytest.mark.parametrize("text", bad_inputs())
-def test_bad_input_is_named(text):
-    error, arguments = bad_inputs()[text]
-    with pytest.raises(error, match=text):
-        mmkernels.distillation(**arguments)
 
 
 @pytest.mark.parametrize("fault", ["zero", "another teacher"])

@@ -1,4 +1,4 @@
-"""divided_attention on the CPU: numbers, gradients, memory, compilation and the refusal of bad input."""
+"""divided_attention on the CPU: numbers, gradients and memory; tests/contract.py has the rest."""
 
 import dataclasses
 import itertools
@@ -257,32 +257,7 @@ def test_time_of_timesformer_leaves_the_class_token_out():
     assert grad[:, 0].eq(0).all()
 
 
-# ---- Autograd, threads, compilation
-
-
-@pytest.mark.parametrize("case", FEW, ids=str)
-@needs_library
-def test_second_backward_with_retain_graph(case):
-    qkv = case.inputs(torch.float32).requires_grad_()
-    out = attend(qkv, case)
-    (first,) = torch.autograd.grad(out, qkv, weights_of(out), retain_graph=True)
-    (second,) = torch.autograd.grad(2 * out, qkv, weights_of(out))
-    assert torch.equal(2 * first, second)
-
-
-@needs_library
-def test_double_backward_is_refused_and_the_reference_offers_it():
-    def second_derivative(impl):
-        qkv = Case(4, 3, "space").inputs(torch.float32).requires_grad_()
-        out = attend(qkv, Case(4, 3, "space"), impl)
-        (grad,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
-        return torch.autograd.grad(grad.square().sum(), qkv)[0]
-
-    with pytest.raises(
-        RuntimeError, match="divided_attention: second derivatives are not implemented; impl='reference'"
-    ):
-        second_derivative("cpu")
-    assert second_derivative("reference").abs().max() > 0
+# ---- Threads
 
 
 @pytest.mark.parametrize("case", [dataclasses.replace(c, positions=60, batch=3, heads=5) for c in FEW], ids=str)
@@ -299,59 +274,6 @@ def test_same_bits_whatever_the_number_of_threads(case):
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.parametrize("case", FEW, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@needs_library
-def test_opcheck(case, dtype):
-    qkv, mask, seed = case.inputs(dtype), case.frame_mask(), torch.tensor([SEED])
-    layout = (case.frames, case.heads, case.axis, case.cls_mode, case.token_order, 0.25, case.dropout_p)
-    torch.library.opcheck(torch.ops.mmkernels.divided_attention_cpu_forward, (qkv, mask, seed, *layout))
-    out, lse = torch.ops.mmkernels.divided_attention_cpu_forward(qkv, mask, seed, *layout)
-    arguments = (torch.ones_like(out), qkv, out, lse, mask, seed, *layout)
-    torch.library.opcheck(torch.ops.mmkernels.divided_attention_cpu_backward, arguments)
-
-
-@needs_library
-def test_compile_whole_graph_with_dynamic_shapes():
-    def call(x, mask):
-        return mmkernels.divided_attention(
-            x * 2, num_frames=mask.shape[1], num_heads=2, axis="space", frame_mask=mask, impl="cpu"
-        ).square()
-
-    compiled = torch.compile(call, fullgraph=True, dynamic=True)
-    for positions, frames, batch in ((5, 3, 2), (20, 4, 3), (7, 8, 2)):
-        x = torch.randn(batch, 1 + positions * frames, 48)
-        mask = torch.arange(frames) < torch.arange(1, batch + 1)[:, None]
-        inputs = [x.clone().requires_grad_() for _ in range(2)]
-        outs = [function(i, mask) for function, i in zip((compiled, call), inputs, strict=True)]
-        for out in outs:
-            out.sum().backward()
-        torch.testing.assert_close(*outs)
-        torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("impl", [pytest.param("cpu", marks=needs_library), "reference"])
-def test_autocast(impl, dtype):
-    case = Case(20, 5, "space")
-    qkv = case.inputs(torch.float32).requires_grad_()
-    with torch.autocast("cpu", dtype=dtype):
-        out, lse = attend(qkv, case, impl, return_lse=True)
-    assert out.dtype == dtype
-    assert lse.dtype == torch.float32
-    for a, b in zip((out, lse), attend(qkv.to(dtype), case, impl, return_lse=True), strict=True):
-        assert torch.equal(a, b)
-    out.float().sum().backward()
-    assert qkv.grad.dtype == torch.float32
-
-
-def test_float64_runs_in_the_reference():
-    case = Case(4, 3, "space")
-    assert attend(case.inputs(torch.float64), case, "auto").dtype == torch.float64
-    with pytest.raises(RuntimeError, match=r"(?s)impl='cpu' cannot run.*cpu: .*float64.*reference: can run"):
-        attend(case.inputs(torch.float64), case)
 
 
 def test_larger_heads_run_in_the_reference():
@@ -452,86 +374,6 @@ def test_maps_refuse_bad_tokens():
         with pytest.raises(error, match=text):
             mmkernels.divided_attention_maps(qkv, tokens, **case.options)
     assert mmkernels.divided_attention_maps(qkv, torch.tensor([], dtype=torch.int64), **case.options).shape[2] == 0
-
-
-# ---- Bad input
-
-
-def bad_inputs():
-    x, mask = torch.zeros(2, 13, 48), torch.ones(2, 3, dtype=torch.bool)
-    return {
-        "qkv: expected a tensor, got list": (TypeError, [1.0], {}),
-        "qkv: expected float32, bfloat16": (TypeError, x.long(), {}),
-        "qkv: expected 3 dimensions": (ValueError, x[0], {}),
-        "axis: expected one of 'time', 'space', 'joint', got 'depth'": (ValueError, x, {"axis": "depth"}),
-        "cls_mode: expected one of .* got 'mean'": (ValueError, x, {"cls_mode": "mean"}),
-        "token_order: expected one of 'nt', 'tn', got 'th'": (ValueError, x, {"token_order": "th"}),
-        "num_frames: expected an int, got float": (TypeError, x, {"num_frames": 3.0}),
-        "num_frames: expected at least 1, got 0": (ValueError, x, {"num_frames": 0}),
-        "num_heads: expected an int, got bool": (TypeError, x, {"num_heads": True}),
-        "num_heads: expected at least 1, got -2": (ValueError, x, {"num_heads": -2}),
-        r"qkv: expected a last dimension of 3 \* num_heads \* D = 21 D, got 48": (ValueError, x, {"num_heads": 7}),
-        "qkv: expected a last dimension of .* got 0": (ValueError, x[..., :0], {}),
-        "num_frames: 13 tokens, the class token among them, are not a whole number of patches for each of 5 frames": (
-            ValueError,
-            x,
-            {"num_frames": 5},
-        ),
-        "num_frames: 13 tokens are not a whole number .* cls_mode='none'": (ValueError, x, {"cls_mode": "none"}),
-        "num_frames: 1 tokens": (ValueError, x[:, :1], {}),
-        "scale: expected a float, got str": (TypeError, x, {"scale": "1"}),
-        "frame_mask: expected a bool tensor, got list": (TypeError, x, {"frame_mask": [True]}),
-        "frame_mask: expected bool, True for a real frame, got torch.float32": (
-            TypeError,
-            x,
-            {"frame_mask": mask.float()},
-        ),
-        r"frame_mask: expected shape \[B, T\] = \(2, 3\), got \(3, 2\)": (ValueError, x, {"frame_mask": mask.T}),
-        "frame_mask: expected device cpu": (ValueError, x, {"frame_mask": mask.to("meta")}),
-        "dropout_p: expected a float, got NoneType": (TypeError, x, {"dropout_p": None}),
-        r"dropout_p: expected a value in \[0, 1\), got 1.0": (ValueError, x, {"dropout_p": 1.0}),
-        r"dropout_p: expected a value in \[0, 1\), got nan": (ValueError, x, {"dropout_p": float("nan")}),
-        "dropout_seed: expected an int or an int64 tensor, got str": (
-            TypeError,
-            x,
-            {"dropout_p": 0.1, "dropout_seed": "1"},
-        ),
-        "dropout_seed: expected an int or an int64 tensor, got bool": (
-            TypeError,
-            x,
-            {"dropout_p": 0.1, "dropout_seed": True},
-        ),
-        "dropout_seed: expected an int64 tensor, got torch.float32": (
-            TypeError,
-            x,
-            {"dropout_p": 0.1, "dropout_seed": torch.zeros(1)},
-        ),
-        "dropout_seed: expected one element": (
-            ValueError,
-            x,
-            {"dropout_p": 0.1, "dropout_seed": torch.zeros(2, dtype=torch.int64)},
-        ),
-        "dropout_seed: expected a value of 64 bits": (ValueError, x, {"dropout_p": 0.1, "dropout_seed": 2**63}),
-        "impl: expected 'auto' or one of": (ValueError, x, {"impl": "cuda13"}),
-    }
-
-
-@pytest.mark.parametrize("impl", ["auto", "reference"])
-@pytest.mark.parametrize("text", bad_inputs())
-def test_bad_input_is_named(text, impl):
-    error, qkv, options = bad_inputs()[text]
-    with pytest.raises(error, match=text):
-        mmkernels.divided_attention(qkv, **{"num_frames": 3, "num_heads": 2, "axis": "time", "impl": impl, **options})
-
-
-def test_bad_input_is_named_under_compile():
-    def call(x):
-        return mmkernels.divided_attention(x, num_frames=5, num_heads=2, axis="time")
-
-    with pytest.raises(ValueError, match="num_frames: 13 tokens"):
-        torch.compile(call)(torch.zeros(2, 13, 48))
-    with pytest.raises(Exception, match="num_frames: 13 tokens"):
-        torch.compile(call, fullgraph=True)(torch.zeros(2, 13, 48))
 
 
 # ---- The budget itself

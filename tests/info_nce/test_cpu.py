@@ -1,4 +1,4 @@
-"""info_nce on the CPU: numbers, gradients, memory, compilation and the refusal of bad input."""
+"""info_nce on the CPU: numbers, gradients and memory; tests/contract.py has the rest."""
 
 import itertools
 
@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 import mmkernels
-from mmkernels import _backends
 from mmkernels.info_nce import ops
 from mmkernels.testing import assert_within_budget, features, peak_allocated
 from tests.cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
@@ -196,28 +195,6 @@ def test_gradient_of_the_scale_is_the_product_with_the_features():
     torch.testing.assert_close(grad_scale.double(), by_queries, rtol=1e-5, atol=1e-7)
 
 
-@needs_library
-def test_second_backward_with_retain_graph():
-    queries, keys = (x.requires_grad_() for x in Case(100, 100, 32).inputs(torch.float32))
-    loss = mmkernels.info_nce(queries, keys, 10.0, impl="cpu")
-    first = torch.autograd.grad(loss, (queries, keys), retain_graph=True)
-    second = torch.autograd.grad(2 * loss, (queries, keys))
-    for a, b in zip(first, second, strict=True):
-        torch.testing.assert_close(2 * a, b, rtol=1e-6, atol=0)
-
-
-@needs_library
-def test_double_backward_is_refused_and_the_reference_offers_it():
-    def second_derivative(impl):
-        queries, keys = (x.requires_grad_() for x in Case(10, 10, 8).inputs(torch.float32))
-        (grad,) = torch.autograd.grad(mmkernels.info_nce(queries, keys, 2.0, impl=impl), queries, create_graph=True)
-        return torch.autograd.grad(grad.square().sum(), keys)[0]
-
-    with pytest.raises(RuntimeError, match="second derivatives are not implemented; impl='reference'"):
-        second_derivative("cpu")
-    assert second_derivative("reference").abs().max() > 0
-
-
 @pytest.mark.parametrize("groups", [False, True])
 @needs_library
 def test_same_bits_whatever_the_number_of_threads(groups):
@@ -340,68 +317,6 @@ def test_products_are_kept_where_they_are_small():
 
 
 @needs_library
-def test_opcheck():
-    for dtype, symmetric in itertools.product([torch.float32, torch.bfloat16], [True, False]):
-        queries, keys = Case(70, 80, 33).inputs(dtype)
-        groups = (torch.arange(70) % 9, torch.arange(75) % 9) if dtype == torch.float32 else (None, None)
-        common = (queries, keys, torch.tensor(5.0), torch.arange(70), *groups)
-        for keep in (True, False):
-            torch.library.opcheck(torch.ops.mmkernels.info_nce_cpu_forward, (*common, symmetric, 0.1, keep))
-        losses, *kept = torch.ops.mmkernels.info_nce_cpu_forward(*common, symmetric, 0.1, dtype == torch.float32)
-        for mask, num_grad_keys in (([True, True, True], 80), ([False, True, False], 75)):
-            arguments = (torch.ones_like(losses), *common, *kept, symmetric, 0.1, num_grad_keys, mask)
-            torch.library.opcheck(torch.ops.mmkernels.info_nce_cpu_backward, arguments)
-
-
-@needs_library
-def test_compile_whole_graph_with_dynamic_shapes():
-    def loss(queries, keys, scale):
-        return mmkernels.info_nce(F.normalize(queries, dim=1), F.normalize(keys, dim=1), scale.exp(), impl="cpu")
-
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
-    for n in (33, 64, 130):
-        eager_inputs = [torch.randn(n, 128, requires_grad=True), torch.randn(n + 5, 128, requires_grad=True)]
-        eager_inputs.append(torch.tensor(1.5, requires_grad=True))
-        inputs = [x.detach().clone().requires_grad_() for x in eager_inputs]
-        compiled(*inputs).backward()
-        loss(*eager_inputs).backward()
-        for a, b in zip(inputs, eager_inputs, strict=True):
-            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
-
-
-@needs_library
-def test_compile_whole_graph_with_groups_queues_and_weights():
-    groups = {"query_groups": torch.arange(40) % 7, "key_groups": torch.arange(45) % 7}
-    options = groups | {"weights": torch.rand(40), "key_queue": torch.randn(9, 24), "query_queue": torch.randn(11, 24)}
-
-    def loss(queries, keys, key_queue):
-        return mmkernels.info_nce(queries, keys, 2.0, **(options | {"key_queue": key_queue}))
-
-    compiled = torch.compile(loss, fullgraph=True)
-    rows = [torch.randn(40, 24), torch.randn(45, 24), torch.randn(9, 24)]
-    results = []
-    for call in (loss, compiled):
-        leaves = [x.clone().requires_grad_() for x in rows]
-        results.append(torch.autograd.grad(call(*leaves), leaves))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("impl", [pytest.param("cpu", marks=needs_library), "reference"])
-def test_autocast(impl, dtype):
-    queries, keys = (x.requires_grad_() for x in Case(100, 100, 32).inputs(torch.float32))
-    queue = features(30, 32, seed=9)
-    with torch.autocast("cpu", dtype=dtype):
-        loss = mmkernels.info_nce(queries, keys, 10.0, key_queue=queue, query_queue=queue, impl=impl)
-    assert loss.dtype == torch.float32
-    queue, halves = queue.to(dtype), (queries.to(dtype), keys.to(dtype))
-    assert torch.equal(loss, mmkernels.info_nce(*halves, 10.0, key_queue=queue, query_queue=queue, impl=impl))
-    loss.backward()
-    assert queries.grad.dtype == torch.float32
-
-
-@needs_library
 def test_a_scale_of_any_form():
     queries, keys = Case(20, 20, 8).inputs(torch.float32)
     expected = mmkernels.info_nce(queries, keys, 3.0)
@@ -411,152 +326,6 @@ def test_a_scale_of_any_form():
     mmkernels.info_nce(queries, keys, scale).backward()
     assert scale.grad.shape == (1,)
     assert scale.grad.dtype == torch.float16
-
-
-def test_float64_runs_in_the_reference():
-    queries, keys = Case(20, 20, 8).inputs(torch.float64)
-    assert mmkernels.info_nce(queries, keys, 3.0).dtype == torch.float64
-    with pytest.raises(RuntimeError, match=r"(?s)impl='cpu' cannot run.*triton:.*cpu: .*float64.*reference: can run"):
-        mmkernels.info_nce(queries, keys, 3.0, impl="cpu")
-
-
-def bad_inputs():
-    q, k = torch.zeros(4, 8), torch.zeros(6, 8)
-
-    def groups(of_queries, of_keys, **options):
-        return {"query_groups": of_queries, "key_groups": of_keys, **options}
-
-    return {
-        "queries: expected a tensor": (TypeError, ([1.0], k, 1.0), {}),
-        "keys: expected float32, bfloat16": (TypeError, (q, k.long(), 1.0), {}),
-        "keys: expected the dtype of queries": (TypeError, (q, k.half(), 1.0), {}),
-        "queries: expected 2 dimensions": (ValueError, (q[0], k, 1.0), {}),
-        "keys: expected 2 dimensions": (ValueError, (q, k[None], 1.0), {}),
-        "queries: expected at least one row": (ValueError, (q[:0], k, 1.0), {}),
-        "keys: expected at least one row": (ValueError, (q, k[:0], 1.0), {}),
-        "queries: expected D >= 1": (ValueError, (q[:, :0], k[:, :0], 1.0), {}),
-        "keys: expected D = 8": (ValueError, (q, k[:, :5], 1.0), {}),
-        "keys: expected device cpu": (ValueError, (q, k.to("meta"), 1.0), {}),
-        "logit_scale: expected one element": (ValueError, (q, k, torch.ones(2)), {}),
-        "logit_scale: expected a floating": (TypeError, (q, k, torch.tensor(3)), {}),
-        "logit_scale: expected a float or": (TypeError, (q, k, "3"), {}),
-        "targets: 6 queries and 4 keys": (ValueError, (k, q, 1.0), {}),
-        "targets: expected an int64 tensor": (TypeError, (q, k, 1.0), {"targets": [0, 1, 2, 3]}),
-        "targets: expected int64": (TypeError, (q, k, 1.0), {"targets": torch.zeros(4)}),
-        r"targets: expected shape \(4,\)": (ValueError, (q, k, 1.0), {"targets": torch.zeros(6).long()}),
-        "targets: expected indices of the 6 keys, 0 to 5, got 6": (
-            ValueError,
-            (q, k, 1.0),
-            {"targets": torch.tensor([0, 6, 1, 2])},
-        ),
-        "0 to 5, got -1": (ValueError, (q, k, 1.0), {"targets": torch.tensor([0, -1, 1, 2])}),
-        "label_smoothing: expected a float": (TypeError, (q, k, 1.0), {"label_smoothing": None}),
-        r"label_smoothing: expected a value in \[0, 1\], got 1.5": (ValueError, (q, k, 1.0), {"label_smoothing": 1.5}),
-        r"label_smoothing: expected a value in \[0, 1\], got nan": (
-            ValueError,
-            (q, k, 1.0),
-            {"label_smoothing": float("nan")},
-        ),
-        "reduction: expected": (ValueError, (q, k, 1.0), {"reduction": "avg"}),
-        "impl: expected 'auto' or one of": (ValueError, (q, k, 1.0), {"impl": "cuda13"}),
-        "key_groups: expected int64 ids, as both sides": (
-            ValueError,
-            (q, k, 1.0),
-            {"query_groups": torch.zeros(4).long()},
-        ),
-        "query_groups: expected int64 ids, as both sides": (
-            ValueError,
-            (q, k, 1.0),
-            {"key_groups": torch.zeros(6).long()},
-        ),
-        "query_groups: expected an int64 tensor": (TypeError, (q, k, 1.0), groups([1] * 4, torch.ones(6).long())),
-        "key_groups: expected int64, got torch.int32": (
-            TypeError,
-            (q, k, 1.0),
-            groups(torch.ones(4).long(), torch.ones(6).int()),
-        ),
-        r"key_groups: expected shape \(6,\)": (
-            ValueError,
-            (q, k, 1.0),
-            groups(torch.ones(4).long(), torch.ones(4).long()),
-        ),
-        "key_groups: expected device cpu": (
-            ValueError,
-            (q, k, 1.0),
-            groups(torch.ones(4).long(), torch.ones(6, device="meta").long()),
-        ),
-        "query 2 is of group -7, and no key is": (
-            ValueError,
-            (q, k, 1.0),
-            groups(torch.tensor([3, 4, -7, 9]), torch.tensor([9, 3, 4, 4, 10, 1])),
-        ),
-        "key_groups: key 1 is matched by query 1, and its group is that of no query": (
-            ValueError,
-            (q, k, 1.0),
-            groups(torch.tensor([3, 4, 4, 9]), torch.tensor([9, 5, 4, 3, 10, 1])),
-        ),
-        "key_groups: key 5 is matched by query 0": (
-            ValueError,
-            (q, k, 1.0),
-            groups(torch.tensor([3, 4, 4, 9]), torch.tensor([9, 5, 4, 3, 10, 1]), targets=torch.tensor([5, 0, 2, 3])),
-        ),
-        "key_groups: key 1 is matched": (
-            ValueError,
-            (q, k, 1.0),
-            groups(torch.tensor([3, 4, 4, 9]), torch.tensor([9, 5, 4, 3, 10, 1]), query_queue=q),
-        ),
-        "key_queue: expected a tensor": (TypeError, (q, k, 1.0), {"key_queue": [1.0]}),
-        "key_queue: expected float32, bfloat16": (TypeError, (q, k, 1.0), {"key_queue": k.long()}),
-        "key_queue: expected the dtype of queries": (TypeError, (q, k, 1.0), {"key_queue": k.half()}),
-        "key_queue: expected D = 8": (ValueError, (q, k, 1.0), {"key_queue": k[:, :5]}),
-        "query_queue: expected the dtype of queries": (TypeError, (q, k, 1.0), {"query_queue": k.half()}),
-        "query_queue: expected 2 dimensions": (ValueError, (q, k, 1.0), {"query_queue": k[0]}),
-        "query_queue: expected device cpu": (ValueError, (q, k, 1.0), {"query_queue": k.to("meta")}),
-        "query_queue: expected None with symmetric=False": (
-            ValueError,
-            (q, k, 1.0),
-            {"query_queue": q, "symmetric": False},
-        ),
-        "the 6 keys, 0 to 5, got 7": (
-            ValueError,
-            (q, k, 1.0),
-            {"targets": torch.tensor([0, 7, 1, 2]), "key_queue": k},
-        ),
-        "weights: expected a floating-point tensor, got list": (TypeError, (q, k, 1.0), {"weights": [1.0] * 4}),
-        "weights: expected a floating-point tensor, got torch.int64": (
-            TypeError,
-            (q, k, 1.0),
-            {"weights": torch.ones(4).long()},
-        ),
-        r"weights: expected shape \(4,\)": (ValueError, (q, k, 1.0), {"weights": torch.ones(6)}),
-        "weights: expected device cpu": (ValueError, (q, k, 1.0), {"weights": torch.ones(4, device="meta")}),
-        "process_group": (NotImplementedError, (q, k, 1.0), {"process_group": object()}),
-    }
-
-
-@pytest.mark.parametrize("impl", ["auto", "reference"])
-@pytest.mark.parametrize("text", bad_inputs())
-def test_bad_input_is_named(text, impl):
-    error, arguments, options = bad_inputs()[text]
-    with pytest.raises(error, match=text):
-        mmkernels.info_nce(*arguments, **{"impl": impl, **options})
-
-
-def test_bad_input_is_named_under_compile():
-    compiled = torch.compile(lambda q, k: mmkernels.info_nce(q, k, 1.0))
-    with pytest.raises(ValueError, match="keys: expected D = 8"):
-        compiled(torch.zeros(4, 8), torch.zeros(6, 5))
-    whole = torch.compile(lambda q, k: mmkernels.info_nce(q, k, 1.0), fullgraph=True)
-    with pytest.raises(Exception, match="keys: expected D = 8"):
-        whole(torch.zeros(4, 8), torch.zeros(6, 5))
-
-
-def test_triton_is_refused_with_every_reason():
-    if torch.cuda.is_available() or _backends.triton_interprets():
-        pytest.skip("Triton can run here")
-    queries, keys = Case(4, 4, 4).inputs(torch.float32)
-    with pytest.raises(RuntimeError, match=r"(?s)impl='triton' cannot run.*triton: .+cpu: .+reference: can run"):
-        mmkernels.info_nce(queries, keys, 1.0, impl="triton")
 
 
 @pytest.mark.parametrize("fault", ["zero", "off by one"])

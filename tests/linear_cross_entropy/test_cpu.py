@@ -1,4 +1,4 @@
-"""linear_cross_entropy on the CPU: numbers, gradients, memory, compilation and the refusal of bad input."""
+"""linear_cross_entropy on the CPU: numbers, gradients and memory; tests/contract.py has the rest."""
 
 import itertools
 
@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 import mmkernels
-from mmkernels import _backends
 from mmkernels.linear_cross_entropy import ops
 from mmkernels.testing import assert_within_budget, features, peak_allocated
 from tests.cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
@@ -191,32 +190,6 @@ def test_a_weight_tied_to_the_embedding():
 
 
 @needs_library
-def test_second_backward_with_retain_graph():
-    *leaves, targets = Case(100, 150, 32, ignored="some").inputs(torch.float32)
-    leaves = [x.requires_grad_() for x in leaves]
-    loss = mmkernels.linear_cross_entropy(*leaves[:2], targets, bias=leaves[2], impl="cpu")
-    first = torch.autograd.grad(loss, leaves, retain_graph=True)
-    second = torch.autograd.grad(2 * loss, leaves)
-    for a, b in zip(first, second, strict=True):
-        torch.testing.assert_close(2 * a, b, rtol=1e-6, atol=0)
-
-
-@needs_library
-def test_double_backward_is_refused_and_the_reference_offers_it():
-    def second_derivative(impl, with_bias):
-        hidden, weight, bias, targets = Case(10, 12, 8).inputs(torch.float32)
-        leaves = [x.requires_grad_() for x in (hidden, weight)]
-        loss = mmkernels.linear_cross_entropy(*leaves, targets, bias=bias if with_bias else None, impl=impl)
-        (grad,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
-        return torch.autograd.grad(grad.square().sum(), leaves[1])[0]
-
-    for with_bias in (True, False):
-        with pytest.raises(RuntimeError, match="second derivatives are not implemented; impl='reference'"):
-            second_derivative("cpu", with_bias)
-        assert second_derivative("reference", with_bias).abs().max() > 0
-
-
-@needs_library
 def test_same_bits_whatever_the_number_of_threads():
     inputs = Case(900, 3000, 64, ignored="some").inputs(torch.bfloat16)
     threads = torch.get_num_threads()
@@ -298,122 +271,6 @@ def test_products_are_kept_where_they_are_small(dtype):
     assert not kept(rows + 1, 30000, 600)
     with torch.no_grad():
         assert not kept(64, 64, 64)
-
-
-@needs_library
-def test_opcheck():
-    ops = torch.ops.mmkernels
-    for dtype, with_bias, ignored in itertools.product(DTYPES[:2], [True, False], ["some", "all"]):
-        hidden, weight, bias, targets = Case(70, 80, 33, ignored=ignored).inputs(dtype)
-        common = (hidden, weight, bias.float() if with_bias else None, targets)
-        for keep, mask in itertools.product([True, False], ([True, True, with_bias], [False, True, False])):
-            torch.library.opcheck(ops.linear_cross_entropy_cpu_forward, (*common, -100, 0.1, keep))
-            losses, *kept = ops.linear_cross_entropy_cpu_forward(*common, -100, 0.1, keep)
-            arguments = (torch.ones_like(losses), *common, *kept, -100, 0.1, mask)
-            torch.library.opcheck(ops.linear_cross_entropy_cpu_backward, arguments)
-
-
-@needs_library
-def test_compile_whole_graph_with_dynamic_shapes():
-    def loss(hidden, weight, bias, targets):
-        return mmkernels.linear_cross_entropy(hidden.tanh(), 2 * weight, targets, bias=bias, impl="cpu")
-
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
-    for n in (33, 64, 130):
-        *leaves, targets = Case(n, n + 17, 24, ignored="some").inputs(torch.float32)
-        grads = []
-        for function in (compiled, loss):
-            inputs = [x.detach().clone().requires_grad_() for x in leaves]
-            function(*inputs, targets).backward()
-            grads.append([x.grad for x in inputs])
-        for a, b in zip(*grads, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("impl", [pytest.param("cpu", marks=needs_library), "reference"])
-def test_autocast(impl, dtype):
-    *leaves, targets = Case(100, 150, 32).inputs(torch.float32)
-    hidden, weight, bias = (x.requires_grad_() for x in leaves)
-    with torch.autocast("cpu", dtype=dtype):
-        loss = mmkernels.linear_cross_entropy(hidden, weight, targets, bias=bias, impl=impl)
-    assert loss.dtype == torch.float32
-    expected = mmkernels.linear_cross_entropy(hidden.to(dtype), weight.to(dtype), targets, bias=bias, impl=impl)
-    assert torch.equal(loss, expected)
-    loss.backward()
-    assert {hidden.grad.dtype, weight.grad.dtype, bias.grad.dtype} == {torch.float32}
-
-
-def test_float64_runs_in_the_reference():
-    hidden, weight, bias, targets = Case(20, 20, 8).inputs(torch.float64)
-    assert mmkernels.linear_cross_entropy(hidden, weight, targets, bias=bias.float()).dtype == torch.float64
-    with pytest.raises(RuntimeError, match=r"(?s)impl='cpu' cannot run.*triton:.*cpu: .*float64.*reference: can run"):
-        mmkernels.linear_cross_entropy(hidden, weight, targets, impl="cpu")
-
-
-def bad_inputs():
-    h, w, t, b = torch.zeros(4, 8), torch.zeros(6, 8), torch.zeros(4).long(), torch.zeros(6)
-    return {
-        "hidden: expected a tensor": (TypeError, ([1.0], w, t), {}),
-        "weight: expected float32, bfloat16": (TypeError, (h, w.long(), t), {}),
-        "weight: expected the dtype of hidden": (TypeError, (h, w.half(), t), {}),
-        r"hidden: expected 2 dimensions .*flatten": (ValueError, (h[None], w, t), {}),
-        "weight: expected 2 dimensions": (ValueError, (h, w[0], t), {}),
-        "weight: expected at least one class": (ValueError, (h, w[:0], t), {}),
-        "hidden: expected D >= 1": (ValueError, (h[:, :0], w[:, :0], t), {}),
-        "weight: expected D = 8": (ValueError, (h, w[:, :5], t), {}),
-        "weight: expected device cpu": (ValueError, (h, w.to("meta"), t), {}),
-        "bias: expected device cpu": (ValueError, (h, w, t), {"bias": b.to("meta")}),
-        "bias: expected a tensor or None": (TypeError, (h, w, t), {"bias": 1.0}),
-        "bias: expected a floating-point": (TypeError, (h, w, t), {"bias": b.long()}),
-        r"bias: expected shape \(6,\)": (ValueError, (h, w, t), {"bias": b[:5]}),
-        "targets: expected an int64 tensor": (TypeError, (h, w, [0, 1, 2, 3]), {}),
-        "targets: expected int64": (TypeError, (h, w, t.int()), {}),
-        r"targets: expected shape \(4,\)": (ValueError, (h, w, t[:3]), {}),
-        "targets: expected indices of the 6 rows of weight, 0 to 5, or ignore_index=-100, got 6": (
-            ValueError,
-            (h, w, torch.tensor([0, 6, 1, -100])),
-            {},
-        ),
-        "0 to 5, or ignore_index=-1, got -100": (
-            ValueError,
-            (h, w, torch.tensor([0, -100, 1, -1])),
-            {"ignore_index": -1},
-        ),
-        "ignore_index: expected an int": (TypeError, (h, w, t), {"ignore_index": None}),
-        "label_smoothing: expected a float": (TypeError, (h, w, t), {"label_smoothing": None}),
-        r"label_smoothing: expected a value in \[0, 1\], got 1.5": (ValueError, (h, w, t), {"label_smoothing": 1.5}),
-        r"label_smoothing: expected a value in \[0, 1\], got nan": (
-            ValueError,
-            (h, w, t),
-            {"label_smoothing": float("nan")},
-        ),
-        "reduction: expected": (ValueError, (h, w, t), {"reduction": "avg"}),
-        "impl: expected 'auto' or one of": (ValueError, (h, w, t), {"impl": "cuda13"}),
-    }
-
-
-@pytest.mark.parametrize("impl", ["auto", "reference"])
-@pytest.mark.parametrize("text", bad_inputs())
-def test_bad_input_is_named(text, impl):
-    error, arguments, options = bad_inputs()[text]
-    with pytest.raises(error, match=text):
-        mmkernels.linear_cross_entropy(*arguments, **{"impl": impl, **options})
-
-
-def test_bad_input_is_named_under_compile():
-    targets = torch.zeros(4).long()
-    compiled = torch.compile(lambda h, w: mmkernels.linear_cross_entropy(h, w, targets), fullgraph=True)
-    with pytest.raises(Exception, match="weight: expected D = 8"):
-        compiled(torch.zeros(4, 8), torch.zeros(6, 5))
-
-
-def test_triton_is_refused_with_every_reason():
-    if torch.cuda.is_available() or _backends.triton_interprets():
-        pytest.skip("Triton can run here")
-    hidden, weight, _, targets = Case(4, 4, 4).inputs(torch.float32)
-    with pytest.raises(RuntimeError, match=r"(?s)impl='triton' cannot run.*triton: .+cpu: .+reference: can run"):
-        mmkernels.linear_cross_entropy(hidden, weight, targets, impl="triton")
 
 
 @pytest.mark.parametrize("fault", ["zero", "off by one"])

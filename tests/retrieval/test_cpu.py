@@ -1,10 +1,9 @@
-"""retrieval_ranks and retrieval_topk on the CPU: numbers, ties, memory, compilation and the refusal of bad input."""
+"""retrieval_ranks and retrieval_topk on the CPU: numbers, ties and memory; tests/contract.py has the rest."""
 
 import pytest
 import torch
 
 import mmkernels
-from mmkernels import _backends
 from mmkernels.retrieval import reference
 from mmkernels.testing import assert_within_budget, features, peak_allocated
 from tests.cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
@@ -231,77 +230,3 @@ def test_compile_whole_graph_with_dynamic_shapes(impl):
         given = (queries, distinct[place], targets, k)
         for a, b in zip(compiled(*given), search(*given), strict=True):
             assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("impl", IMPLS)
-def test_autocast(impl, dtype):
-    queries, keys = features(100, 32), features(400, 32, seed=1)  # so many that ranks in float32 differ
-
-    def search(queries, keys):
-        return mmkernels.retrieval_ranks(queries, keys, impl=impl), *mmkernels.retrieval_topk(
-            queries, keys, 4, impl=impl
-        )
-
-    with torch.autocast("cpu", dtype=dtype):
-        found = search(queries, keys)
-    assert found[1].dtype == torch.float32
-    assert all(torch.equal(a, b) for a, b in zip(found, search(queries.to(dtype), keys.to(dtype)), strict=True))
-
-
-def bad_inputs():
-    q, k, t = torch.zeros(4, 8), torch.zeros(6, 8), torch.zeros(4).long()
-    both = {
-        "queries: expected a tensor": (TypeError, ([1.0], k)),
-        "keys: expected float32, bfloat16": (TypeError, (q, k.long())),
-        "keys: expected the dtype of queries": (TypeError, (q, k.half())),
-        "queries: expected 2 dimensions": (ValueError, (q[0], k)),
-        "queries: expected at least one row": (ValueError, (q[:0], k)),
-        "keys: expected at least one row": (ValueError, (q, k[:0])),
-        "queries: expected D >= 1": (ValueError, (q[:, :0], k[:, :0])),
-        "keys: expected D = 8": (ValueError, (q, k[:, :5])),
-        "keys: expected device cpu": (ValueError, (q, k.to("meta"))),
-        "impl: expected 'auto' or one of": (ValueError, (q, k)),
-    }
-    ranks = {
-        "targets: 6 queries and 4 keys do not match": (ValueError, (k, q)),
-        "targets: expected an int64 tensor": (TypeError, (q, k, [0, 1, 2, 3])),
-        "targets: expected int64": (TypeError, (q, k, t.int())),
-        r"targets: expected shape \(4,\)": (ValueError, (q, k, t[:3])),
-        "targets: expected device cpu": (ValueError, (q, k, t.to("meta"))),
-        "targets: expected indices of the 6 keys, 0 to 5, got 6": (ValueError, (q, k, torch.tensor([0, 6, 1, 2]))),
-        "targets: expected indices of the 6 keys, 0 to 5, got -1": (ValueError, (q, k, torch.tensor([0, -1, 1, 2]))),
-    }
-    topk = {
-        "k: expected an int": (TypeError, (q, k, 2.0)),
-        "k: expected 1 to 6, the number of keys, got 0": (ValueError, (q, k, 0)),
-        "k: expected 1 to 6, the number of keys, got 7": (ValueError, (q, k, 7)),
-    }
-    return [
-        *((mmkernels.retrieval_ranks, text, *bad) for text, bad in (both | ranks).items()),
-        *((mmkernels.retrieval_topk, text, bad[0], (*bad[1], 1)) for text, bad in both.items()),
-        *((mmkernels.retrieval_topk, text, *bad) for text, bad in topk.items()),
-    ]
-
-
-@pytest.mark.parametrize("impl", ["auto", "reference"])
-@pytest.mark.parametrize(
-    ("call", "text", "error", "arguments"), bad_inputs(), ids=lambda x: x if isinstance(x, str) else ""
-)
-def test_bad_input_is_named(call, text, error, arguments, impl):
-    with pytest.raises(error, match=text):
-        call(*arguments, impl="cuda13" if text.startswith("impl") else impl)
-
-
-def test_bad_input_is_named_under_compile():
-    compiled = torch.compile(lambda q, k: mmkernels.retrieval_ranks(q, k), fullgraph=True)
-    with pytest.raises(Exception, match="keys: expected D = 8"):
-        compiled(torch.zeros(4, 8), torch.zeros(6, 5))
-
-
-def test_triton_is_refused_with_every_reason():
-    if torch.cuda.is_available() or _backends.triton_interprets():
-        pytest.skip("Triton can run here")
-    queries = features(4, 4)
-    with pytest.raises(RuntimeError, match=r"(?s)impl='triton' cannot run.*triton: .+cpu: .+reference: can run"):
-        mmkernels.retrieval_ranks(queries, queries, impl="triton")

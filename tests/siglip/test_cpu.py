@@ -1,4 +1,4 @@
-"""siglip on the CPU: numbers, gradients, memory, compilation and the refusal of bad input."""
+"""siglip on the CPU: numbers, gradients and memory; tests/contract.py has the rest."""
 
 import itertools
 
@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 import mmkernels
-from mmkernels import _backends
 from mmkernels.testing import assert_within_budget, features, peak_allocated
 from tests.cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
 from tests.op_arguments import output_masks
@@ -177,38 +176,6 @@ def test_gradient_of_the_scale_is_the_product_with_the_features():
     torch.testing.assert_close(grad_scale.double(), by_queries, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@needs_library
-def test_second_backward_with_retain_graph(reduction, dtype):
-    inputs = Case(100, 100, 32).inputs(dtype)
-    leaves = [x.requires_grad_() for x in inputs[:2]] + [torch.tensor(x, requires_grad=True) for x in inputs[2:]]
-    loss = mmkernels.siglip(*leaves, reduction=reduction, impl="cpu").sum()
-    first = torch.autograd.grad(loss, leaves, retain_graph=True)
-    kept = [x.clone() for x in first]
-    second = torch.autograd.grad(2 * loss, leaves, retain_graph=True)
-    third = torch.autograd.grad(loss, leaves)
-    for a, b, c, d in zip(first, second, third, kept, strict=True):
-        torch.testing.assert_close(2 * a, b, rtol=1e-6, atol=2.0**-24 if dtype == torch.float16 else 0)
-        assert torch.equal(a, c)
-        assert torch.equal(a, d)  # what was handed out is not written again
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@needs_library
-def test_double_backward_is_refused_and_the_reference_offers_it(reduction):
-    def second_derivative(impl):
-        queries, keys, scale, bias = Case(10, 10, 8).inputs(torch.float32)
-        leaves = [queries.requires_grad_(), keys.requires_grad_()]
-        loss = mmkernels.siglip(*leaves, scale, bias, reduction=reduction, impl=impl).sum()
-        (grad,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
-        return torch.autograd.grad(grad.square().sum(), leaves[1])[0]
-
-    with pytest.raises(RuntimeError, match="second derivatives are not implemented; impl='reference'"):
-        second_derivative("cpu")
-    assert second_derivative("reference").abs().max() > 0
-
-
 @needs_library
 def test_same_bits_whatever_the_number_of_threads():
     inputs = Case(1100, 1300, 64).inputs(torch.bfloat16)
@@ -310,49 +277,6 @@ def test_65536_pairs_in_the_memory_of_their_inputs_at_any_number_of_threads():
 
 
 @needs_library
-def test_opcheck():
-    ops = torch.ops.mmkernels
-    for dtype in (torch.float32, torch.bfloat16):
-        queries, keys, scale, bias = Case(70, 80, 33).inputs(dtype)
-        common = (queries, keys, torch.tensor(scale), torch.tensor(bias))
-        torch.library.opcheck(ops.siglip_cpu_losses, common)
-        for losses, mask in itertools.product([True, False], ([True] * 4, [False, True, False, True], [False] * 4)):
-            torch.library.opcheck(ops.siglip_cpu_gradients, (torch.ones(70), *common, losses, mask))
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@needs_library
-def test_compile_whole_graph_with_dynamic_shapes(reduction):
-    def loss(queries, keys, scale, bias):
-        queries, keys = F.normalize(queries, dim=1), F.normalize(keys, dim=1)
-        return mmkernels.siglip(queries, keys, scale.exp(), bias, reduction=reduction, impl="cpu").sum()
-
-    torch.compiler.reset()
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
-    for n in (33, 64, 130):
-        eager_inputs = [torch.randn(n, 24, requires_grad=True), torch.randn(n + 5, 24, requires_grad=True)]
-        eager_inputs += [torch.tensor(1.5, requires_grad=True), torch.tensor(-5.0, requires_grad=True)]
-        inputs = [x.detach().clone().requires_grad_() for x in eager_inputs]
-        compiled(*inputs).backward()
-        loss(*eager_inputs).backward()
-        for a, b in zip(inputs, eager_inputs, strict=True):
-            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("impl", [pytest.param("cpu", marks=needs_library), "reference"])
-def test_autocast(impl, dtype):
-    queries, keys, scale, bias = Case(100, 100, 32).inputs(torch.float32)
-    queries, keys = queries.requires_grad_(), keys.requires_grad_()
-    with torch.autocast("cpu", dtype=dtype):
-        loss = mmkernels.siglip(queries, keys, scale, bias, impl=impl)
-    assert loss.dtype == torch.float32
-    assert torch.equal(loss, mmkernels.siglip(queries.to(dtype), keys.to(dtype), scale, bias, impl=impl))
-    loss.backward()
-    assert queries.grad.dtype == torch.float32
-
-
-@needs_library
 def test_scale_and_bias_of_any_form():
     queries, keys, *_ = Case(20, 20, 8).inputs(torch.float32)
     expected = mmkernels.siglip(queries, keys, 3.0, -2.0)
@@ -364,61 +288,6 @@ def test_scale_and_bias_of_any_form():
     mmkernels.siglip(queries, keys, 3.0, bias).backward()
     assert bias.grad.shape == (1,)
     assert bias.grad.dtype == torch.float16
-
-
-def test_float64_runs_in_the_reference():
-    queries, keys, *_ = Case(20, 20, 8).inputs(torch.float64)
-    assert mmkernels.siglip(queries, keys, 3.0).dtype == torch.float64
-    with pytest.raises(RuntimeError, match=r"(?s)impl='cpu' cannot run.*triton:.*cpu: .*float64.*reference: can run"):
-        mmkernels.siglip(queries, keys, 3.0, impl="cpu")
-
-
-def test_triton_is_refused_with_every_reason():
-    if torch.cuda.is_available() or _backends.triton_interprets():
-        pytest.skip("Triton can run here")
-    queries, keys, *_ = Case(4, 4, 4).inputs(torch.float32)
-    with pytest.raises(RuntimeError, match=r"(?s)impl='triton' cannot run.*triton: .+cpu: .+reference: can run"):
-        mmkernels.siglip(queries, keys, 1.0, impl="triton")
-
-
-def bad_inputs():
-    q, k = torch.zeros(4, 8), torch.zeros(6, 8)
-    return {
-        "queries: expected a tensor": (TypeError, ([1.0], k, 1.0), {}),
-        "keys: expected float32, bfloat16": (TypeError, (q, k.long(), 1.0), {}),
-        "keys: expected the dtype of queries": (TypeError, (q, k.half(), 1.0), {}),
-        "queries: expected 2 dimensions": (ValueError, (q[0], k, 1.0), {}),
-        "keys: expected 2 dimensions": (ValueError, (q, k[None], 1.0), {}),
-        "queries: expected at least one row": (ValueError, (q[:0], k, 1.0), {}),
-        "keys: expected at least one row": (ValueError, (q, k[:0], 1.0), {}),
-        "queries: expected D >= 1": (ValueError, (q[:, :0], k[:, :0], 1.0), {}),
-        "keys: expected D = 8": (ValueError, (q, k[:, :5], 1.0), {}),
-        "keys: expected device cpu": (ValueError, (q, k.to("meta"), 1.0), {}),
-        "keys: expected at least N = 6 rows, .* got 4": (ValueError, (k, q, 1.0), {}),
-        "logit_scale: expected one element": (ValueError, (q, k, torch.ones(2)), {}),
-        "logit_scale: expected a floating": (TypeError, (q, k, torch.tensor(3)), {}),
-        "logit_scale: expected a float or": (TypeError, (q, k, "3"), {}),
-        "logit_bias: expected one element": (ValueError, (q, k, 1.0, torch.ones(2)), {}),
-        "logit_bias: expected a floating": (TypeError, (q, k, 1.0, torch.tensor(3)), {}),
-        "logit_bias: expected a float or": (TypeError, (q, k, 1.0, None), {}),
-        "reduction: expected": (ValueError, (q, k, 1.0), {"reduction": "avg"}),
-        "impl: expected 'auto' or one of": (ValueError, (q, k, 1.0), {"impl": "cuda13"}),
-        "process_group": (NotImplementedError, (q, k, 1.0), {"process_group": object()}),
-    }
-
-
-@pytest.mark.parametrize("impl", ["auto", "reference"])
-@pytest.mark.parametrize("text", bad_inputs())
-def test_bad_input_is_named(text, impl):
-    error, arguments, options = bad_inputs()[text]
-    with pytest.raises(error, match=text):
-        mmkernels.siglip(*arguments, **{"impl": impl, **options})
-
-
-def test_bad_input_is_named_under_compile():
-    compiled = torch.compile(lambda q, k: mmkernels.siglip(q, k, 1.0), fullgraph=True)
-    with pytest.raises(Exception, match="keys: expected D = 8"):
-        compiled(torch.zeros(4, 8), torch.zeros(6, 5))
 
 
 @pytest.mark.parametrize("fault", ["zero", "off by one"])

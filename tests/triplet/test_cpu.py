@@ -1,8 +1,7 @@
-"""triplet on the CPU: numbers, gradients, memory, compilation and the refusal of bad input."""
+"""triplet on the CPU: numbers, gradients and memory; tests/contract.py has the rest."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import mmkernels
 from mmkernels.testing import assert_within_budget, features, peak_allocated
@@ -178,21 +177,6 @@ def test_no_gradients_are_made_where_none_can_be_asked_for():
     assert asked == []
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("mining", MININGS)
-@needs_library
-def test_second_backward_with_retain_graph(mining, reduction):
-    queries, keys = (x.requires_grad_() for x in Case(100, 100, 32).inputs(torch.float32))
-    loss = mmkernels.triplet(queries, keys, mining=mining, reduction=reduction, impl="cpu").sum()
-    first = torch.autograd.grad(loss, (queries, keys), retain_graph=True)
-    second = torch.autograd.grad(2 * loss, (queries, keys), retain_graph=True)
-    third = torch.autograd.grad(loss, (queries, keys))
-    for a, b, c in zip(first, second, third, strict=True):
-        assert a.abs().max() > 0
-        assert torch.equal(2 * a, b)
-        assert torch.equal(a, c)
-
-
 @pytest.mark.parametrize("scale", [2.0**16, 2.0**-10])
 @needs_library
 def test_a_loss_scale_loses_no_digits_in_half_precision(scale):
@@ -203,21 +187,6 @@ def test_a_loss_scale_loses_no_digits_in_half_precision(scale):
     grads = torch.autograd.grad(scale * mmkernels.triplet(*leaves, impl="cpu"), leaves)
     for a, b in zip(grads, exact, strict=True):
         torch.testing.assert_close(a.double(), 2 * scale * b, rtol=2**-11, atol=2**-25 * 1.01)
-
-
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("mining", MININGS)
-@needs_library
-def test_double_backward_is_refused_and_the_reference_offers_it(mining, reduction):
-    def second_derivative(impl):
-        queries, keys = (x.requires_grad_() for x in Case(10, 10, 8).inputs(torch.float32))
-        losses = mmkernels.triplet(queries, keys, margin=1.0, mining=mining, reduction=reduction, impl=impl)
-        (grad,) = torch.autograd.grad(losses.sum(), queries, create_graph=True)
-        return torch.autograd.grad(grad.square().sum(), keys)[0]
-
-    with pytest.raises(RuntimeError, match="second derivatives are not implemented; impl='reference'"):
-        second_derivative("cpu")
-    assert second_derivative("reference").abs().max() > 0
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
@@ -290,38 +259,6 @@ def test_memory(dtype):
     assert memory_beyond_inputs_and_gradients(queries, keys, "all") < waiting + scratch + statistics
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@needs_library
-def test_opcheck(dtype, symmetric):
-    ops = torch.ops.mmkernels
-    queries, keys = Case(70, 80, 33).inputs(dtype)
-    for mining in MININGS:
-        torch.library.opcheck(ops.triplet_cpu_forward, (queries, keys, 0.2, mining, symmetric))
-    losses, worst = ops.triplet_cpu_forward(queries, keys, 0.2, "hardest", symmetric)
-    for mask in ([True, True], [False, True]):
-        for weights in (None, torch.ones(70)):
-            torch.library.opcheck(ops.triplet_cpu_hinge_gradients, (queries, keys, weights, 0.2, symmetric, mask))
-        arguments = (torch.ones_like(losses), losses, queries, keys, worst, mask)
-        torch.library.opcheck(ops.triplet_cpu_worst_gradients, arguments)
-
-
-@pytest.mark.parametrize("mining", ["all", "hardest"])
-@needs_library
-def test_compile_whole_graph_with_dynamic_shapes(mining):
-    def loss(queries, keys):
-        return mmkernels.triplet(F.normalize(queries, dim=1), F.normalize(keys, dim=1), mining=mining, impl="cpu")
-
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
-    for n in (33, 64, 130):
-        eager_inputs = [torch.randn(n, 24, requires_grad=True), torch.randn(n + 5, 24, requires_grad=True)]
-        inputs = [x.detach().clone().requires_grad_() for x in eager_inputs]
-        compiled(*inputs).backward()
-        loss(*eager_inputs).backward()
-        for a, b in zip(inputs, eager_inputs, strict=True):
-            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("mining", MININGS)
 def test_reductions_are_torchs(mining):
     queries, keys = Case(100, 120, 30).inputs(torch.float32)
@@ -329,69 +266,6 @@ def test_reductions_are_torchs(mining):
     assert losses.shape == (100,)
     torch.testing.assert_close(mmkernels.triplet(queries, keys, mining=mining), losses.mean())
     torch.testing.assert_close(mmkernels.triplet(queries, keys, mining=mining, reduction="sum"), losses.sum())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("impl", [pytest.param("cpu", marks=needs_library), "reference"])
-def test_autocast(impl, dtype):
-    queries, keys = (features(100, 32, seed=seed).requires_grad_() for seed in (0, 1))
-    with torch.autocast("cpu", dtype=dtype):
-        loss = mmkernels.triplet(queries, keys, impl=impl)
-    assert loss.dtype == torch.float32
-    assert torch.equal(loss, mmkernels.triplet(queries.to(dtype), keys.to(dtype), impl=impl))
-    loss.backward()
-    assert queries.grad.dtype == torch.float32
-
-
-def bad_inputs():
-    q, k = torch.zeros(4, 8), torch.zeros(6, 8)
-    return {
-        "queries: expected a tensor": (TypeError, ([1.0], k), {}),
-        "keys: expected float32, bfloat16": (TypeError, (q, k.long()), {}),
-        "keys: expected the dtype of queries": (TypeError, (q, k.half()), {}),
-        "queries: expected 2 dimensions": (ValueError, (q[0], k), {}),
-        "keys: expected at least one row": (ValueError, (q, k[:0]), {}),
-        "queries: expected D >= 1": (ValueError, (q[:, :0], k[:, :0]), {}),
-        "keys: expected D = 8": (ValueError, (q, k[:, :5]), {}),
-        "keys: expected device cpu": (ValueError, (q, k.to("meta")), {}),
-        "keys: expected at least N = 6 rows, .* got 4": (ValueError, (k, q), {}),
-        "margin: expected a float, got Tensor": (TypeError, (q, k), {"margin": torch.tensor(0.2)}),
-        "margin: expected a finite value of at least 0, got -0.1": (ValueError, (q, k), {"margin": -0.1}),
-        "margin: expected a finite value of at least 0, got nan": (ValueError, (q, k), {"margin": float("nan")}),
-        "margin: expected a finite value of at least 0, got inf": (ValueError, (q, k), {"margin": float("inf")}),
-        "mining: expected one of 'all', 'hardest', 'semi_hard', got 'semihard'": (
-            ValueError,
-            (q, k),
-            {"mining": "semihard"},
-        ),
-        "symmetric: expected a bool, got int": (TypeError, (q, k), {"symmetric": 1}),
-        "reduction: expected": (ValueError, (q, k), {"reduction": "avg"}),
-        "impl: expected 'auto' or one of": (ValueError, (q, k), {"impl": "cuda13"}),
-    }
-
-
-@pytest.mark.parametrize("impl", ["auto", "reference"])
-@pytest.mark.parametrize("text", bad_inputs())
-def test_bad_input_is_named(text, impl):
-    error, arguments, options = bad_inputs()[text]
-    with pytest.raises(error, match=text):
-        mmkernels.triplet(*arguments, **{"impl": impl, **options})
-
-
-def test_bad_input_is_named_under_compile():
-    compiled = torch.compile(lambda q, k: mmkernels.triplet(q, k))
-    with pytest.raises(ValueError, match="keys: expected D = 8"):
-        compiled(torch.zeros(4, 8), torch.zeros(6, 5))
-    whole = torch.compile(lambda q, k: mmkernels.triplet(q, k, margin=-1.0), fullgraph=True)
-    with pytest.raises(Exception, match="margin: expected a finite value"):
-        whole(torch.zeros(4, 8), torch.zeros(6, 8))
-
-
-def test_float64_runs_in_the_reference():
-    queries, keys = Case(20, 20, 8).inputs(torch.float64)
-    assert mmkernels.triplet(queries, keys).dtype == torch.float64
-    with pytest.raises(RuntimeError, match=r"(?s)impl='cpu' cannot run.*cpu: .*float64.*reference: can run"):
-        mmkernels.triplet(queries, keys, impl="cpu")
 
 
 @pytest.mark.parametrize("fault", ["zero", "off by one"])

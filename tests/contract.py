@@ -1,0 +1,188 @@
+"""What every op must do, over a spec of each op: tests/<op>/spec.py says how it is called, tests/test_contract.py runs
+the checks below on it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.op_arguments import op_calls
+
+# Sizes of one compiled graph: less than a vector tile, a panel, more than one.
+SIZES = (33, 64, 130)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One way to call an op."""
+
+    make: Callable[[torch.dtype, int], tuple[list[Tensor], list[Tensor]]]  # differentiable tensors, and the others
+    run: Callable[..., Any]  # run(impl, *differentiable, *others)
+
+    def outputs(self, impl: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        result = self.run(impl, *tensors)
+        return tuple(result) if isinstance(result, tuple) else (result,)
+
+
+@dataclass(frozen=True)
+class Spec:
+    op: str  # as _backends.IMPLEMENTATIONS names it
+    calls: dict[str, Call]
+    # The public call, and what it must refuse: the words of the message (a regular expression) -> the error, the
+    # arguments, the options.
+    public: Callable[..., Any]
+    bad_inputs: Callable[[], dict[str, tuple[type[Exception], tuple, dict[str, Any]]]]
+    differentiable: bool = True
+    traced: str = "keys: expected D = 8"  # the words of the bad input that is tried under torch.compile
+
+
+def total(outputs: tuple[Tensor, ...]) -> Tensor:
+    """A number whose gradient arrives at every entry of the first output with a weight of its own."""
+    first = outputs[0]
+    weights = torch.linspace(0.5, 1.5, first.numel(), dtype=torch.float64).view_as(first)
+    return (first.double() * weights).sum()
+
+
+def learning(tensors: list[Tensor], needed: Callable[[int], bool] = lambda index: True) -> list[Tensor]:
+    return [x.detach().clone().requires_grad_(needed(index)) for index, x in enumerate(tensors)]
+
+
+def check_opcheck(spec: Spec, call: Call, dtype: torch.dtype) -> None:
+    """torch.library.opcheck of every op that a call and its backward pass dispatch, for all gradients, one and none."""
+    found = []
+    for needed in (lambda index: True, lambda index: index == 1, lambda index: False):
+        leaves, others = call.make(dtype, 70)
+        leaves = learning(leaves, lambda index, needed=needed: spec.differentiable and needed(index))
+        with op_calls() as calls:
+            outputs = call.outputs("cpu", *leaves, *others)
+            if outputs[0].requires_grad:
+                total(outputs).backward()
+        found += calls
+    assert found, "no registered op ran"
+    for function, arguments in found:
+        detached = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+        torch.library.opcheck(function, detached)
+
+
+def check_compile(spec: Spec, call: Call, backend: str) -> None:
+    """One graph, forward and backward, for several sizes, that gives what the eager call gives."""
+    torch.compiler.reset()
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return call.outputs("cpu", *(x * 1 if x.is_floating_point() else x for x in tensors))
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=backend)
+    for size in SIZES:
+        leaves, others = call.make(torch.float32, size)
+        results = []
+        for function in (run, compiled):
+            own = learning(leaves, lambda _: spec.differentiable)
+            outputs = function(*own, *others)
+            grads = torch.autograd.grad(total(outputs), own) if spec.differentiable else ()
+            results.append((*outputs, *grads))
+        for eager, graph in zip(*results, strict=True):
+            torch.testing.assert_close(graph, eager, rtol=1e-4, atol=1e-6)
+
+
+def check_autocast(spec: Spec, call: Call, impl: str, dtype: torch.dtype) -> None:
+    """The features are cast, other numbers and the losses stay float32, each gradient has the dtype of its leaf."""
+    leaves, others = call.make(torch.float32, 100)
+    own = learning(leaves, lambda _: spec.differentiable)
+    with torch.autocast("cpu", dtype=dtype):
+        actual = call.outputs(impl, *own, *others)
+    cast = [x.to(dtype) if x.is_floating_point() and x.ndim > 1 else x for x in (*leaves, *others)]
+    for a, b in zip(actual, call.outputs(impl, *cast), strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    if spec.differentiable:
+        total(actual).backward()
+        assert all(x.grad.dtype == x.dtype for x in own)
+
+
+def check_second_backward(call: Call, dtype: torch.dtype) -> None:
+    """A graph that is retained gives the same gradients again, and does not write into those it has given."""
+    leaves, others = call.make(dtype, 100)
+    own = learning(leaves)
+    loss = total(call.outputs("cpu", *own, *others))
+    first = torch.autograd.grad(loss, own, retain_graph=True)
+    kept = [x.clone() for x in first]
+    doubled = torch.autograd.grad(2 * loss, own, retain_graph=True)
+    third = torch.autograd.grad(loss, own)
+    for a, b, c, d in zip(first, doubled, third, kept, strict=True):
+        assert a.abs().max() > 0
+        torch.testing.assert_close(2 * a, b, rtol=1e-6, atol=2.0**-24 if dtype == torch.float16 else 0)
+        assert torch.equal(a, c)
+        assert torch.equal(a, d)
+
+
+def check_double_backward(spec: Spec, call: Call) -> None:
+    """The compiled kernels refuse a second derivative by name; the reference has it."""
+
+    def second_derivatives(impl: str, through: int) -> list[Tensor]:
+        leaves, others = call.make(torch.float32, 10)
+        own = learning(leaves)
+        (grad,) = torch.autograd.grad(total(call.outputs(impl, *own, *others)), own[through], create_graph=True)
+        return [x for x in torch.autograd.grad(grad.square().sum(), own, allow_unused=True) if x is not None]
+
+    for through in range(len(call.make(torch.float32, 10)[0])):
+        with pytest.raises(RuntimeError, match=f"{spec.op}: second derivatives are not implemented; impl='reference'"):
+            second_derivatives("cpu", through)
+    assert any(x.abs().max() > 0 for x in second_derivatives("reference", 0))
+
+
+def check_nan(call: Call) -> None:
+    """A NaN in any differentiable tensor: no output is a number where the reference has none, and it reaches the
+    gradients. Which entries of them it reaches, and what infinities do, differs: the tests of each op say it."""
+    for where in range(len(call.make(torch.float32, 70)[0])):
+        results = []
+        for impl in ("cpu", "reference"):
+            leaves, others = call.make(torch.float32, 70)
+            leaves[where].view(-1)[leaves[where].numel() * 5 // 7] = torch.nan
+            own = learning(leaves)
+            outputs = call.outputs(impl, *own, *others)
+            results.append(outputs)
+            assert not all(x.isfinite().all() for x in torch.autograd.grad(total(outputs), own)), where
+        assert any(x.isnan().any() for x in results[1])
+        for a, b in zip(*results, strict=True):
+            assert (b.isnan() <= ~a.isfinite()).all(), f"tensor {where}"
+
+
+def check_float64(spec: Spec, call: Call) -> None:
+    """impl="auto" takes the reference, an explicit choice raises with every backend's reason."""
+    leaves, others = call.make(torch.float64, 20)
+    floats = [x.dtype for x in call.outputs("auto", *leaves, *others) if x.is_floating_point()]
+    assert not floats or floats[0] == torch.float64
+    with pytest.raises(RuntimeError, match=r"(?s)impl='cpu' cannot run.*triton:.*cpu: .*float64.*reference: can run"):
+        call.outputs("cpu", *leaves, *others)
+
+
+def check_triton_is_refused(call: Call) -> None:
+    leaves, others = call.make(torch.float32, 20)
+    with pytest.raises(RuntimeError, match=r"(?s)impl='triton' cannot run.*triton: .+cpu: .+reference: can run"):
+        call.outputs("triton", *leaves, *others)
+
+
+def check_bad_input(spec: Spec, words: str, impl: str) -> None:
+    error, arguments, options = spec.bad_inputs()[words]
+    with pytest.raises(error, match=words):
+        spec.public(*arguments, **{"impl": impl, **options})
+
+
+def check_bad_input_under_compile(spec: Spec) -> None:
+    """A wrong shape is refused in the same words while it is traced, and by the same error where graphs may break."""
+    error, arguments, options = spec.bad_inputs()[spec.traced]
+    tensors = {**dict(enumerate(arguments)), **options}
+    names = [name for name, value in tensors.items() if isinstance(value, Tensor)]
+
+    def call(*given: Tensor) -> Any:
+        all_arguments = tensors | dict(zip(names, given, strict=True))
+        positional = [all_arguments.pop(index) for index in range(len(arguments))]
+        return spec.public(*positional, **all_arguments)
+
+    for fullgraph, expected in ((True, Exception), (False, error)):
+        torch.compiler.reset()
+        with pytest.raises(expected, match=spec.traced):
+            torch.compile(call, fullgraph=fullgraph, backend="eager")(*(tensors[name] for name in names))

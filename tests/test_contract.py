@@ -1,0 +1,87 @@
+"""Every op keeps the contract of tests/contract.py, on every implementation that runs on a CPU."""
+
+import pytest
+import torch
+
+from mmkernels import _backends
+from tests import contract
+from tests.cpu_variants import DTYPES, needs_library
+from tests.distillation.spec import DISTILLATION
+from tests.divided_attention.spec import DIVIDED_ATTENTION
+from tests.info_nce.spec import INFO_NCE
+from tests.linear_cross_entropy.spec import LINEAR_CROSS_ENTROPY
+from tests.retrieval.spec import RETRIEVAL_RANKS, RETRIEVAL_TOPK
+from tests.siglip.spec import SIGLIP
+from tests.triplet.spec import TRIPLET
+
+SPECS = [
+    INFO_NCE, DISTILLATION, SIGLIP, TRIPLET, LINEAR_CROSS_ENTROPY, RETRIEVAL_RANKS, RETRIEVAL_TOPK, DIVIDED_ATTENTION,
+]  # fmt: skip
+IMPLS = [pytest.param("cpu", marks=needs_library), "reference"]
+CALLS = [pytest.param(spec, call, id=f"{spec.op}-{name}") for spec in SPECS for name, call in spec.calls.items()]
+LEARNING = [case for case in CALLS if case.values[0].differentiable]
+FIRST = [pytest.param(spec, next(iter(spec.calls.values())), id=spec.op) for spec in SPECS]
+BAD = [pytest.param(spec, words, id=f"{spec.op}-{words}") for spec in SPECS for words in spec.bad_inputs()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(("spec", "call"), CALLS)
+@needs_library
+def test_opcheck(spec, call, dtype):
+    contract.check_opcheck(spec, call, dtype)
+
+
+@pytest.mark.parametrize(("spec", "call"), CALLS)
+@needs_library
+def test_compile_whole_graph_with_dynamic_shapes(spec, call):
+    """The first call of each op under inductor; opcheck sees the strides that inductor alone relies on."""
+    contract.check_compile(spec, call, "inductor" if call is next(iter(spec.calls.values())) else "aot_eager")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("spec", "call"), CALLS)
+def test_autocast(spec, call, impl, dtype):
+    contract.check_autocast(spec, call, impl, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("spec", "call"), LEARNING)
+@needs_library
+def test_second_backward_with_retain_graph(spec, call, dtype):
+    contract.check_second_backward(call, dtype)
+
+
+@pytest.mark.parametrize(("spec", "call"), LEARNING)
+@needs_library
+def test_double_backward_is_refused_and_the_reference_offers_it(spec, call):
+    contract.check_double_backward(spec, call)
+
+
+@pytest.mark.parametrize(("spec", "call"), LEARNING)
+@needs_library
+def test_nan_in_nan_out(spec, call):
+    contract.check_nan(call)
+
+
+@pytest.mark.parametrize(("spec", "call"), FIRST)
+@needs_library
+def test_float64_runs_in_the_reference(spec, call):
+    contract.check_float64(spec, call)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or _backends.triton_interprets(), reason="Triton can run here")
+@pytest.mark.parametrize(("spec", "call"), FIRST)
+def test_triton_is_refused_with_every_reason(spec, call):
+    contract.check_triton_is_refused(call)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize(("spec", "words"), BAD)
+def test_bad_input_is_named(spec, words, impl):
+    contract.check_bad_input(spec, words, impl)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.op)
+def test_bad_input_is_named_under_compile(spec):
+    contract.check_bad_input_under_compile(spec)

@@ -1,0 +1,56 @@
+"""How triplet is called, and what it refuses: the spec that tests/contract.py holds it to."""
+
+import torch
+
+import mmkernels
+from mmkernels.testing import features
+from tests.contract import Call, Spec
+from tests.triplet.cases import MININGS
+
+
+def rows(dtype, n):
+    queries = features(n, 33, dtype, seed=1)
+    return [queries, features(n + 10, 33, dtype, seed=2, like=queries, mean_cosine=0.3)], []
+
+
+def call(mining, reduction, symmetric):
+    # At this margin every query has negatives that cost something, semi-hard ones among them.
+    options = {"margin": 1.0, "mining": mining, "reduction": reduction, "symmetric": symmetric}
+    return Call(rows, lambda impl, *tensors: mmkernels.triplet(*tensors, impl=impl, **options))
+
+
+CALLS = {
+    f"{mining}-{reduction}": call(mining, reduction, symmetric=reduction == "mean")
+    for mining in MININGS
+    for reduction in ("mean", "none")
+}
+
+
+def bad_inputs():
+    q, k = torch.zeros(4, 8), torch.zeros(6, 8)
+    return {
+        "queries: expected a tensor": (TypeError, ([1.0], k), {}),
+        "keys: expected float32, bfloat16": (TypeError, (q, k.long()), {}),
+        "keys: expected the dtype of queries": (TypeError, (q, k.half()), {}),
+        "queries: expected 2 dimensions": (ValueError, (q[0], k), {}),
+        "keys: expected at least one row": (ValueError, (q, k[:0]), {}),
+        "queries: expected D >= 1": (ValueError, (q[:, :0], k[:, :0]), {}),
+        "keys: expected D = 8": (ValueError, (q, k[:, :5]), {}),
+        "keys: expected device cpu": (ValueError, (q, k.to("meta")), {}),
+        "keys: expected at least N = 6 rows, .* got 4": (ValueError, (k, q), {}),
+        "margin: expected a float, got Tensor": (TypeError, (q, k), {"margin": torch.tensor(0.2)}),
+        "margin: expected a finite value of at least 0, got -0.1": (ValueError, (q, k), {"margin": -0.1}),
+        "margin: expected a finite value of at least 0, got nan": (ValueError, (q, k), {"margin": float("nan")}),
+        "margin: expected a finite value of at least 0, got inf": (ValueError, (q, k), {"margin": float("inf")}),
+        "mining: expected one of 'all', 'hardest', 'semi_hard', got 'semihard'": (
+            ValueError,
+            (q, k),
+            {"mining": "semihard"},
+        ),
+        "symmetric: expected a bool, got int": (TypeError, (q, k), {"symmetric": 1}),
+        "reduction: expected": (ValueError, (q, k), {"reduction": "avg"}),
+        "impl: expected 'auto' or one of": (ValueError, (q, k), {"impl": "cuda13"}),
+    }
+
+
+TRIPLET = Spec("triplet", CALLS, mmkernels.triplet, bad_inputs)
