@@ -1,17 +1,52 @@
-"""What the tests of Triton kernels in Triton's interpreter share: the process that chooses it, and guard bands."""
+"""What the tests of Triton kernels in Triton's interpreter share: the process that chooses it, its dot product, its
+patches, and guard bands."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GUARD = 1 << 15  # bytes, more than any block
 NAN = 0xFF  # bytes that are a NaN in every floating dtype
+
+
+def product_in_order(x: np.ndarray, y: np.ndarray, acc: np.ndarray) -> np.ndarray:
+    """x y + acc of matrices, in acc's dtype: rounds each product, adds them in the order of k, adds acc at the end."""
+    columns = np.ascontiguousarray(x.T, acc.dtype)  # [K, M]
+    rows = np.ascontiguousarray(y, acc.dtype)  # [K, N]
+    total, term = np.zeros_like(acc), np.empty_like(acc)
+    for column, row in zip(columns, rows, strict=True):
+        total += np.multiply(column[:, None], row, out=term)
+    return total + acc
+
+
+def _create_dot(self, x, y, acc, input_precision, max_num_imprecise_acc):
+    """tl.dot. The interpreter's own is numpy's matrix product, whose bits differ with the processor and with an
+    element's place in the tile: equal features would not have equal products."""
+    return interpreter.TensorHandle(product_in_order(x.data, y.data, acc.data), acc.dtype.scalar)
+
+
+def _patch_interpreter() -> None:
+    """For this process: dot products in the order of k, and Triton's language replaced once, not for each call of a
+    function in a kernel, which is most of the interpreter's time."""
+    interpreter.InterpreterBuilder.create_dot = _create_dot
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
+
+
+if INTERPRETED and importlib.util.find_spec("triton"):
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    _patch_interpreter()
 
 
 def run_interpreted(file: str, *options: str) -> None:
