@@ -9,7 +9,6 @@ over the limits of the datasheet. Nothing here is measured. Each op brings its f
 import argparse
 import concurrent.futures
 import dataclasses
-import importlib
 import json
 import multiprocessing
 import os
@@ -17,122 +16,14 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-OPS = (
-    "info_nce",
-    "distillation",
-    "siglip",
-    "divided_attention",
-    "linear_cross_entropy",
-    "triplet",
-    "retrieval",
-    "beam_search",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Gpu:
-    """One target of the compiler and the datasheet of its best-known chip."""
-
-    chip: str
-    target: GPUTarget
-    shared_limit: int  # bytes a block may take
-    shared_unit: int  # bytes of a multiprocessor
-    max_warps: int  # of a multiprocessor
-    peak: dict[str, float]  # FLOP/s by precision
-    bandwidth: float  # bytes/s
-    matrix: str  # instructions of the matrix units, as a regular expression
-    small_matrix: str  # those for tiles of less than 64 rows
-
-
-# NVIDIA A100 (80 GB SXM), H100 (SXM), B200 and AMD MI300X datasheets, without sparsity. A tf32x3 product takes three.
-GPUS: dict[str, Gpu] = {
-    "sm_80": Gpu(
-        "A100", GPUTarget("cuda", 80, 32), 163 << 10, 164 << 10, 64,
-        {"half": 312e12, "tf32x3": 156e12 / 3, "ieee": 19.5e12}, 2.04e12, r"\bHMMA\.", r"\bHMMA\.",
-    ),
-    "sm_90": Gpu(
-        "H100", GPUTarget("cuda", 90, 32), 227 << 10, 228 << 10, 64,
-        {"half": 989e12, "tf32x3": 494e12 / 3, "ieee": 67e12}, 3.35e12, r"\bHGMMA\.", r"\bHMMA\.",
-    ),
-    "sm_100": Gpu(
-        "B200", GPUTarget("cuda", 100, 32), 227 << 10, 228 << 10, 64,
-        {"half": 2250e12, "tf32x3": 1125e12 / 3, "ieee": 75e12}, 8.0e12, r"\bUTC\w*MMA\b", r"\bHMMA\.",
-    ),
-    "gfx942": Gpu(
-        "MI300X", GPUTarget("hip", "gfx942", 64), 64 << 10, 64 << 10, 32,
-        {"half": 1307e12, "ieee": 163.4e12}, 5.3e12, r"\bv_mfma_", r"\bv_mfma_",
-    ),
-}  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One compiled form of a kernel: everything that the compiler is told."""
-
-    op: str
-    kernel: str
-    gpu: str
-    precision: str  # half, tf32x3, ieee
-    dtype: str  # bf16, fp16, fp32
-    constants: tuple[tuple[str, Any], ...]
-    num_warps: int
-    num_stages: int
-    options: tuple[tuple[str, Any], ...] = ()  # others that the launcher gives
-    has_dot: bool = False
-    may_spill: bool = False
-
-    @property
-    def name(self) -> str:
-        flags = [key.lower() for key, value in self.constants if value is True]
-        return "-".join([self.kernel.removesuffix("_kernel"), self.dtype, self.precision, self.gpu, *flags])
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """What the compiled code takes."""
-
-    registers: int
-    spilled: int  # bytes of local memory (stack, spills) of a thread
-    shared: int  # bytes of a block
-    tensor_memory: int  # columns, sm_100
-    matrix_instructions: int
-    tf32_instructions: int
-    blocks: int  # resident on a multiprocessor
-    occupancy: float
-
-
-class Argument(NamedTuple):
-    """How the compiler is told of an argument that is no constant."""
-
-    type: str
-    divisible: bool = False  # its value, or the address that it is, is a multiple of 16
-
-
-class Problem(NamedTuple):
-    """What one kernel does for a call of the op."""
-
-    name: str
-    flops: float
-    bytes: float  # the least memory traffic
-
-    def bound(self, case: Case) -> tuple[float, str]:
-        """Seconds that the datasheet allows at best, and which limit that is."""
-        gpu = GPUS[case.gpu]
-        compute = self.flops / gpu.peak[case.precision if case.has_dot else "ieee"]
-        memory = self.bytes / gpu.bandwidth
-        return max(compute, memory), "compute" if compute >= memory else "memory"
-
-
-def forms(op: str) -> Any:
-    """The module of an op's forms: cases(gpus), kernel(name), argument(case, name), problems(case), is_main(case), and
-    GROWING, the constants that only ever add to a kernel."""
-    return importlib.import_module(f"benchmarks.{op}.gpu_bounds")
+from benchmarks import registry
+from benchmarks.harness.gpu_forms import GPUS, Case, Compiled, Gpu
+from benchmarks.registry import FOLDERS
 
 
 def compile_case(case: Case) -> Compiled:
@@ -148,7 +39,7 @@ def assembly(case: Case) -> Any:
 
 
 def _compiled(case: Case) -> Any:
-    op = forms(case.op)
+    op = registry.gpu_bounds(case.op)
     kernel = op.kernel(case.kernel)
     constants = {name: value for name, value in case.constants if name in kernel.arg_names}
     signature, attributes = {}, {}
@@ -253,7 +144,7 @@ def heaviest(chosen: list[Case]) -> list[Case]:
     rivals: dict[Case, list[dict[str, Any]]] = {}
 
     def split(case: Case) -> tuple[Case, dict[str, Any]]:
-        growing = forms(case.op).GROWING
+        growing = registry.gpu_bounds(case.op).GROWING
         fixed = tuple((name, value) for name, value in case.constants if name not in growing)
         return dataclasses.replace(case, constants=fixed), {n: v for n, v in case.constants if n in growing}
 
@@ -297,17 +188,18 @@ HEADS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("ops", nargs="*", default=list(OPS), metavar="op", help=f"of {', '.join(OPS)}; default all")
+    every = ", ".join(FOLDERS)
+    parser.add_argument("ops", nargs="*", default=list(FOLDERS), metavar="op", help=f"of {every}; default all")
     parser.add_argument("--targets", nargs="+", choices=GPUS, default=list(GPUS))
     parser.add_argument("--all", action="store_true", help="every form, not only the plain ones in bf16 and fp32")
     parser.add_argument("--json", type=Path, help="write the table there, too")
     arguments = parser.parse_args()
-    unknown = set(arguments.ops) - set(OPS)
+    unknown = set(arguments.ops) - set(FOLDERS)
     if unknown:
-        parser.error(f"unknown op {', '.join(sorted(unknown))}: expected {', '.join(OPS)}")
+        parser.error(f"unknown op {', '.join(sorted(unknown))}: expected {every}")
 
-    cases = [case for op in arguments.ops for case in forms(op).cases(arguments.targets)]
-    chosen = [case for case in cases if arguments.all or forms(case.op).is_main(case)]
+    cases = [case for op in arguments.ops for case in registry.gpu_bounds(op).cases(arguments.targets)]
+    chosen = [case for case in cases if arguments.all or registry.gpu_bounds(case.op).is_main(case)]
     results = compile_all(chosen)
     lines, records = [], []
     for case, result in zip(chosen, results, strict=True):
@@ -320,7 +212,7 @@ def main() -> None:
             case.name, tile, case.num_warps, case.num_stages, result.registers, result.spilled, result.shared >> 10,
             fitting, result.matrix_instructions,
         )  # fmt: skip
-        for problem in forms(case.op).problems(case):
+        for problem in registry.gpu_bounds(case.op).problems(case):
             seconds, limit = problem.bound(case)
             cells = (
                 *taken, problem.name, f"{problem.flops / 1e9:.1f}", f"{problem.bytes / 1e6:.1f}",

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
+from benchmarks.harness.gpu_forms import GPUS, Argument, Case, Problem
 from mmkernels.beam_search import triton_kernels
 from mmkernels.beam_search.triton_kernels import TILES
 

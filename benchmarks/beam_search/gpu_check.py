@@ -1,15 +1,15 @@
 """Check the step of beam search on a GPU: the reference's bits on all cases of the tests, and what users run today."""
 
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import mmkernels
-from benchmarks.gpu_check import DTYPES, measure
+from benchmarks.harness.gpu_runs import DTYPES, measure
 from mmkernels import _backends
 from mmkernels.beam_search.reference import BeamCandidates
+from tests.beam_search import cases
 
 NOTE = (
     "GB/s: one read of the logits over the time. cuda graph: the same call, captured once and replayed. Eager and "
@@ -23,7 +23,6 @@ def implementations() -> list[Any]:
 
 def check_parity(device: torch.device) -> list[dict[str, Any]]:
     """Every case of the tests in every dtype, twice, and from a CUDA graph; a failure is a line of the report."""
-    cases = importlib.import_module("tests.beam_search.cases")
     results = []
     for case in cases.CASES:
         for dtype in DTYPES:

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 import mmkernels
 
+# The packages whose versions a report writes beside its numbers; torch is always there.
+PACKAGES = ("transformers", "ctranslate2")
+
 EOS = 2
 Step = Callable[[Tensor, Tensor], Any]
 

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
+from benchmarks.harness.gpu_forms import GPUS, Argument, Case, Problem
 from benchmarks.info_nce.gpu_bounds import argument as plain_argument
 from benchmarks.info_nce.gpu_bounds import case
 from mmkernels._tiles.configs import DISTILLATION_CONFIGS

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 import mmkernels
-from benchmarks.gpu_check import DTYPES, compare, judged, measure
-from benchmarks.info_nce.gpu_check import gemm_rate
-from benchmarks.info_nce.peers import distillation_losses
+from benchmarks.distillation.peers import distillation_losses
+from benchmarks.harness.gpu_runs import DTYPES, compare, gemm_rate, judged, measure
 from mmkernels.testing import features
 
 NOTE = "Memory: the most beyond inputs and gradients. Share of 6 G: six products at the rate of torch's own."

@@ -9,9 +9,9 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.distillation.peers import distillation_losses, group_losses
 from benchmarks.harness.peak import cpu_peak
 from benchmarks.harness.timing import interleaved, median
-from benchmarks.info_nce.peers import distillation_losses, group_losses
 from mmkernels._autograd import keeps_products
 from mmkernels.testing import features, peak_allocated
 

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
+from benchmarks.harness.gpu_forms import GPUS, Argument, Case, Problem
 from mmkernels.divided_attention import triton_kernels
 from mmkernels.divided_attention.triton_kernels import backward, engine, forward
 from mmkernels.divided_attention.triton_kernels.configs import CONFIGS, HEADS, Config, launch_options

@@ -1,15 +1,15 @@
 """Check divided attention's Triton kernels on a GPU: against float64 on all cases of the tests, and its peers."""
 
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import mmkernels
-from benchmarks.gpu_check import DTYPES, measure
-from benchmarks.info_nce.peers import attentions
+from benchmarks.divided_attention.peers import attentions
+from benchmarks.harness.gpu_runs import DTYPES, measure
 from mmkernels.divided_attention.ops import layout_of
+from tests.divided_attention import cases
 
 NOTE = (
     "Memory: the most beyond inputs and gradients. GB/s: the least traffic, 4 outputs forward and 12 with the backward "
@@ -22,7 +22,6 @@ def check_parity(device: torch.device) -> list[dict[str, Any]]:
 
     The oracle and eager run on the CPU.
     """
-    cases = importlib.import_module("tests.divided_attention.cases")
 
     def run(qkv: Tensor, case: Any) -> tuple[Tensor, ...]:
         leaf = qkv.to(device).requires_grad_()

@@ -7,9 +7,9 @@ import matplotlib.pyplot as plt
 import torch
 from rich.table import Table
 
+from benchmarks.divided_attention.peers import attentions
 from benchmarks.harness.peak import cpu_peak
 from benchmarks.harness.timing import bandwidth, interleaved, median
-from benchmarks.info_nce.peers import attentions
 from mmkernels.divided_attention.ops import layout_of
 from mmkernels.testing import peak_allocated
 

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
+from benchmarks.harness.gpu_forms import GPUS, Argument, Case, Problem
 from mmkernels._tiles import launch, products
 from mmkernels._tiles.configs import CONFIGS, Config
 from mmkernels._tiles.triton import Tile

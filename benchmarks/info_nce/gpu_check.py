@@ -1,7 +1,6 @@
 """Check info_nce's Triton kernels on a GPU: against float64, and against what users run today."""
 
 import functools
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mmkernels
-from benchmarks.gpu_check import DTYPES, judged, measure
+from benchmarks.harness.gpu_runs import DTYPES, gemm_rate, judged, measure
 from mmkernels.testing import assert_within_budget, features
 
 NOTE = "Memory: the most beyond inputs and gradients. Share of 4 G: four products at the rate of torch's own."
@@ -127,21 +126,6 @@ def peers() -> dict[str, Loss]:
     else:
         found["open_clip"] = ClipLoss()
     return found
-
-
-def gemm_rate(n: int, d: int, dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of torch's own product of the same shape: the practical limit."""
-    x = torch.randn(n, d, device=device, dtype=dtype)
-    times = []
-    for _ in range(13):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        product = x @ x.T
-        end.record()
-        torch.cuda.synchronize()
-        del product
-        times.append(begin.elapsed_time(end))
-    return 2.0 * n * n * d / (statistics.median(times[3:]) * 1e-3)
 
 
 def measure_all(device: torch.device, quick: bool) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ Without a bias they are info_nce's of rows alone; the products over strips are t
 import functools
 from collections.abc import Iterable
 
-from benchmarks.gpu_bounds import GPUS, Case, Problem
+from benchmarks.harness.gpu_forms import GPUS, Case, Problem
 from benchmarks.info_nce.gpu_bounds import GROWING, argument, case, kernel, tiles_of_logits, work
 from mmkernels._tiles.configs import CONFIGS
 

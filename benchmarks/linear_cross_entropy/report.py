@@ -9,7 +9,7 @@ from rich.table import Table
 
 from benchmarks.harness.peak import cpu_peak
 from benchmarks.harness.timing import interleaved, median
-from benchmarks.info_nce.peers import classification_losses
+from benchmarks.linear_cross_entropy.peers import classification_losses
 from mmkernels.linear_cross_entropy.ops import _keeps_products
 from mmkernels.testing import peak_allocated
 

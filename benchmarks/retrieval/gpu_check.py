@@ -1,21 +1,19 @@
 """Check retrieval's Triton kernels on a GPU: all cases of the tests, and what users run today."""
 
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_check import DTYPES, judged, measure
-from benchmarks.info_nce.gpu_check import gemm_rate
+from benchmarks.harness.gpu_runs import DTYPES, gemm_rate, judged, measure
 from benchmarks.retrieval.peers import rankers, searches
+from tests.retrieval import cases
 
 NOTE = "Memory: the most beyond inputs. Share of G: one product at the rate of torch's own."
 
 
 def check_parity(device: torch.device) -> list[dict[str, Any]]:
     """Every case of the tests in every dtype; a failure is a line of the report, not the end of it."""
-    cases = importlib.import_module("tests.retrieval.cases")
     results: list[dict[str, Any]] = []
     for case in cases.CASES:
         for dtype in DTYPES:

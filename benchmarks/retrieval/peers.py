@@ -8,6 +8,9 @@ from torch import Tensor
 
 import mmkernels
 
+# The packages whose versions a report writes beside its numbers; torch is always there.
+PACKAGES = ("faiss-cpu", "torchmetrics")
+
 Ranks = Callable[[Tensor, Tensor, Tensor], Tensor]
 Search = Callable[[Tensor, Tensor, int], Any]
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
+from benchmarks.harness.gpu_forms import GPUS, Argument, Case, Problem
 from benchmarks.info_nce.gpu_bounds import argument as argument_of_info_nce
 from benchmarks.info_nce.gpu_bounds import case
 from mmkernels._tiles.configs import CONFIGS, tile_of

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mmkernels
-from benchmarks.gpu_check import DTYPES, compare, judged, measure
-from benchmarks.info_nce.gpu_check import gemm_rate
-from benchmarks.info_nce.peers import sigmoid_losses
+from benchmarks.harness.gpu_runs import DTYPES, compare, gemm_rate, judged, measure
+from benchmarks.siglip.peers import sigmoid_losses
 from mmkernels.testing import features
 
 NOTE = "Memory: the most beyond inputs and gradients. Share of 4 G: four products at the rate of torch's own."

@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks.harness.pairs import PairsReport
-from benchmarks.info_nce.peers import sigmoid_losses
+from benchmarks.siglip.peers import sigmoid_losses
 
 REPORT = PairsReport("Sigmoid loss (SigLIP)", lambda *_: 3, sigmoid_losses, (10.0, -10.0))
 # (dtype, N, peers too): past 8192 a peer takes many seconds and some gigabytes.

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.gpu_bounds import GPUS, Argument, Case, Problem
+from benchmarks.harness.gpu_forms import GPUS, Argument, Case, Problem
 from benchmarks.info_nce.gpu_bounds import case
 from mmkernels._tiles import launch, products
 from mmkernels._tiles.configs import CONFIGS, tile_of

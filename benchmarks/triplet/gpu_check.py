@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 import mmkernels
-from benchmarks.gpu_check import DTYPES, compare, judged, measure
-from benchmarks.info_nce.gpu_check import gemm_rate
+from benchmarks.harness.gpu_runs import DTYPES, compare, gemm_rate, judged, measure
 from benchmarks.triplet.peers import triplet_losses
 from mmkernels.testing import features
 

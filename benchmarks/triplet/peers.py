@@ -10,6 +10,9 @@ from torch import Tensor
 
 import mmkernels
 
+# The packages whose versions a report writes beside its numbers; torch is always there.
+PACKAGES = ("pytorch-metric-learning",)
+
 MARGIN = 0.2
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -1,0 +1,66 @@
+"""What users run today for soft targets: calls (queries, keys, scale, groups or the teacher's) -> loss."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mmkernels
+
+# The packages whose versions a report writes beside its numbers; torch is always there.
+PACKAGES = ("open-clip-torch",)
+
+
+def eager_groups(queries: Tensor, keys: Tensor, scale: Tensor, groups: Tensor) -> Tensor:
+    """Several positives as a matrix of targets."""
+    logits = scale * queries @ keys.T
+    targets = (groups[:, None] == groups).to(logits.dtype)
+    targets = targets / targets.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
+def group_losses(impl: str = "auto") -> dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]]:
+    """The fused loss first, then its peers: calls (queries, keys, scale, groups of both) -> loss."""
+    return {
+        "mmkernels": lambda queries, keys, scale, groups: mmkernels.info_nce(
+            queries,
+            keys,
+            scale,
+            query_groups=groups,
+            key_groups=groups,
+            impl=impl,  # type: ignore[arg-type]
+        ),
+        "eager": eager_groups,
+        "torch.compile": torch.compile(eager_groups, dynamic=False),
+    }
+
+
+def eager_distillation(
+    queries: Tensor, keys: Tensor, scale: Tensor, teacher_queries: Tensor, teacher_keys: Tensor, teacher_scale: Tensor
+) -> Tensor:
+    """The logits of student and teacher once, both cross-entropies from them: 4 G in all."""
+    logits = scale * queries @ keys.T
+    with torch.no_grad():
+        teacher = teacher_scale * teacher_queries @ teacher_keys.T
+        rows, columns = teacher.softmax(1), teacher.T.softmax(1)
+    return (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, columns)) / 2
+
+
+def distillation_losses(impl: str = "auto") -> dict[str, Callable[..., Tensor]]:
+    """The fused loss first, then its peers: calls (queries, keys, scale, the teacher's) -> loss; and open_clip's class,
+    whose loss is the sum with that of CLIP, beside ours."""
+
+    losses: dict[str, Callable[..., Tensor]] = {
+        "mmkernels": functools.partial(mmkernels.distillation, impl=impl),  # type: ignore[arg-type]
+        "eager": eager_distillation,
+        "torch.compile": torch.compile(eager_distillation, dynamic=False),
+        "mmkernels DistillClipLoss": lambda *features: sum(mmkernels.DistillClipLoss()(*features)),
+    }
+    try:
+        from open_clip.loss import DistillClipLoss
+    except ImportError:
+        return losses
+    losses["open_clip DistillClipLoss"] = lambda *features: sum(DistillClipLoss()(*features))
+    return losses

@@ -1,0 +1,100 @@
+"""How an op describes its Triton kernels to gpu_bounds: GPUs, compiled forms (Case), arguments and problems."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from triton.backends.compiler import GPUTarget
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """One target of the compiler and the datasheet of its best-known chip."""
+
+    chip: str
+    target: GPUTarget
+    shared_limit: int  # bytes a block may take
+    shared_unit: int  # bytes of a multiprocessor
+    max_warps: int  # of a multiprocessor
+    peak: dict[str, float]  # FLOP/s by precision
+    bandwidth: float  # bytes/s
+    matrix: str  # instructions of the matrix units, as a regular expression
+    small_matrix: str  # those for tiles of less than 64 rows
+
+
+# NVIDIA A100 (80 GB SXM), H100 (SXM), B200 and AMD MI300X datasheets, without sparsity. A tf32x3 product takes three.
+GPUS: dict[str, Gpu] = {
+    "sm_80": Gpu(
+        "A100", GPUTarget("cuda", 80, 32), 163 << 10, 164 << 10, 64,
+        {"half": 312e12, "tf32x3": 156e12 / 3, "ieee": 19.5e12}, 2.04e12, r"\bHMMA\.", r"\bHMMA\.",
+    ),
+    "sm_90": Gpu(
+        "H100", GPUTarget("cuda", 90, 32), 227 << 10, 228 << 10, 64,
+        {"half": 989e12, "tf32x3": 494e12 / 3, "ieee": 67e12}, 3.35e12, r"\bHGMMA\.", r"\bHMMA\.",
+    ),
+    "sm_100": Gpu(
+        "B200", GPUTarget("cuda", 100, 32), 227 << 10, 228 << 10, 64,
+        {"half": 2250e12, "tf32x3": 1125e12 / 3, "ieee": 75e12}, 8.0e12, r"\bUTC\w*MMA\b", r"\bHMMA\.",
+    ),
+    "gfx942": Gpu(
+        "MI300X", GPUTarget("hip", "gfx942", 64), 64 << 10, 64 << 10, 32,
+        {"half": 1307e12, "ieee": 163.4e12}, 5.3e12, r"\bv_mfma_", r"\bv_mfma_",
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One compiled form of a kernel: everything that the compiler is told."""
+
+    op: str
+    kernel: str
+    gpu: str
+    precision: str  # half, tf32x3, ieee
+    dtype: str  # bf16, fp16, fp32
+    constants: tuple[tuple[str, Any], ...]
+    num_warps: int
+    num_stages: int
+    options: tuple[tuple[str, Any], ...] = ()  # others that the launcher gives
+    has_dot: bool = False
+    may_spill: bool = False
+
+    @property
+    def name(self) -> str:
+        flags = [key.lower() for key, value in self.constants if value is True]
+        return "-".join([self.kernel.removesuffix("_kernel"), self.dtype, self.precision, self.gpu, *flags])
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiled code takes."""
+
+    registers: int
+    spilled: int  # bytes of local memory (stack, spills) of a thread
+    shared: int  # bytes of a block
+    tensor_memory: int  # columns, sm_100
+    matrix_instructions: int
+    tf32_instructions: int
+    blocks: int  # resident on a multiprocessor
+    occupancy: float
+
+
+class Argument(NamedTuple):
+    """How the compiler is told of an argument that is no constant."""
+
+    type: str
+    divisible: bool = False  # its value, or the address that it is, is a multiple of 16
+
+
+class Problem(NamedTuple):
+    """What one kernel does for a call of the op."""
+
+    name: str
+    flops: float
+    bytes: float  # the least memory traffic
+
+    def bound(self, case: Case) -> tuple[float, str]:
+        """Seconds that the datasheet allows at best, and which limit that is."""
+        gpu = GPUS[case.gpu]
+        compute = self.flops / gpu.peak[case.precision if case.has_dot else "ieee"]
+        memory = self.bytes / gpu.bandwidth
+        return max(compute, memory), "compute" if compute >= memory else "memory"

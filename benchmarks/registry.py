@@ -1,0 +1,116 @@
+"""Every op of the benchmarks, once, and what its folder holds.
+
+The commands (bench, report, gpu_check, gpu_bounds) ask here for an op's modules, which are imported when they are
+asked for: a CPU report needs no Triton, and a compile check needs no peer. An op's modules import the harness and
+never a command.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+
+from benchmarks.harness.gpu_forms import Argument, Case, Problem
+
+# The public name of every op and the folder of its benchmarks.
+OPS = {
+    "info_nce": "info_nce",
+    "distillation": "distillation",
+    "siglip": "siglip",
+    "divided_attention": "divided_attention",
+    "linear_cross_entropy": "linear_cross_entropy",
+    "triplet": "triplet",
+    "retrieval_ranks": "retrieval",
+    "retrieval_topk": "retrieval",
+    "beam_search": "beam_search",
+}
+# The names that the commands take, each once, in the order of their tables.
+FOLDERS = tuple(dict.fromkeys(OPS.values()))
+
+Row = dict[str, Any]
+
+
+@runtime_checkable
+class Peers(Protocol):
+    """peers.py: what users run today, as calls that can be timed by turns with ours."""
+
+    PACKAGES: tuple[str, ...]  # whose versions stand beside the numbers
+
+
+@runtime_checkable
+class Report(Protocol):
+    """report.py: time and memory on a CPU against the peers."""
+
+    CELLS: Sequence[tuple[Any, ...]]  # the arguments of `measure`, a cell of the table each
+    QUICK: Sequence[tuple[Any, ...]]  # a few small ones
+    measure: Callable[..., list[Row]]  # (*cell, seconds): a row for each peer
+
+    def finish(self, results: list[Row]) -> None:
+        """Add to the rows what is known once all are measured: shares of the limit."""
+
+    def table_of(self, results: list[Row]) -> Any:
+        """The table for the screen."""
+
+    def draw(self, results: list[Row], path: Path) -> None:
+        """The figure, from rows that were just measured or that were read from a file."""
+
+
+@runtime_checkable
+class GpuCheck(Protocol):
+    """gpu_check.py: parity and speed on a GPU."""
+
+    NOTE: str  # what the columns of the table of speeds mean
+
+    def check_parity(self, device: torch.device) -> list[Row]:
+        """Every case in every dtype; a failure is a row of the report, not the end of it."""
+
+    def measure_all(self, device: torch.device, quick: bool) -> list[Row]:
+        """Speed and memory of the op and its peers."""
+
+
+@runtime_checkable
+class GpuBounds(Protocol):
+    """gpu_bounds.py: the forms in which the op's Triton kernels are compiled."""
+
+    GROWING: set[str]  # constants that only ever add to a kernel: the compile check takes the heaviest form
+
+    def cases(self, gpus: Iterable[str] = ...) -> list[Case]:
+        """Every form that a launcher can ask for on these GPUs."""
+
+    def kernel(self, name: str) -> Any:
+        """The Triton function of that name."""
+
+    def argument(self, case: Case, name: str) -> Argument:
+        """What the compiler is told of an argument."""
+
+    def problems(self, case: Case) -> list[Problem]:
+        """The work of one kernel in calls that users make."""
+
+    def is_main(self, case: Case) -> bool:
+        """Whether the table shows this form without --all."""
+
+
+PARTS: Mapping[str, type] = {"peers": Peers, "report": Report, "gpu_check": GpuCheck, "gpu_bounds": GpuBounds}
+
+
+def part(folder: str, name: str) -> Any:
+    """One module of an op's folder."""
+    return importlib.import_module(f"benchmarks.{folder}.{name}")
+
+
+def peers(folder: str) -> Peers:
+    return cast(Peers, part(folder, "peers"))
+
+
+def report(folder: str) -> Report:
+    return cast(Report, part(folder, "report"))
+
+
+def gpu_check(folder: str) -> GpuCheck:
+    return cast(GpuCheck, part(folder, "gpu_check"))
+
+
+def gpu_bounds(folder: str) -> GpuBounds:
+    return cast(GpuBounds, part(folder, "gpu_bounds"))
