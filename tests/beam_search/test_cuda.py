@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_beam_search_advance import random_search
+from tests.beam_search.test_advance import random_search
 
 import mmkernels
 from mmkernels.beam_search.reference import BeamCandidates, Beams, Progress, beam_search_advance
