@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.beam_search.test_advance import random_search
 
 import mmkernels
 from mmkernels.beam_search.reference import BeamCandidates, Beams, Progress, beam_search_advance
 from tests.beam_search.cases import CASES, Case, assert_same
+from tests.beam_search.test_advance import random_search
 
 HERE = Path(__file__).parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
