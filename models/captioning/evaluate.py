@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from models import plots
-from models.captioning import Captioner, Written, draw_looks, references, write_captions
+from models.captioning import plots
+from models.captioning.model import Captioner
+from models.captioning.scores import caption_scores, cider_of_each
+from models.captioning.write import Written, draw_looks, references, write_captions
+from models.common.console import console
+from models.common.metrics import PixelBaseline
+from models.common.plots import curves
+from models.common.runs import announce_files, read_history
 from models.data import ImageTextSet, Splits, Vocabulary
-from models.metrics import PixelBaseline, as_dict, caption_scores, cider_of_each
-from models.training import console, read_history
 
 BEAMS = (1, 2, 3, 5, 10)  # of the first test set; the others have greedy and `SHOWN`
 SHOWN = 5  # the beams whose captions the pictures show
@@ -52,7 +57,7 @@ def evaluate_set(
     def enter(who: str, texts: list[str], more: dict[str, float]) -> None:
         for kind, rows in parts.items():
             scores = caption_scores([texts[row] for row in rows], [right[row] for row in rows])
-            entry[kind]["by"][who] = as_dict(scores) | more
+            entry[kind]["by"][who] = asdict(scores) | more
 
     shown: list[Written] = []
     for beams in beams_tried:
@@ -127,15 +132,13 @@ def evaluate_run(
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print_report(report, console)
     if history := read_history(out):
-        plots.curves(
+        curves(
             history,
             out / "curves.png",
             loss="cross-entropy",
             second=("words", "share of words right", "Training words"),
         )
-    names = ("curves.png", "captions.png", "attention.png", "report.json")
-    found = ", ".join(str(out / name) for name in names if (out / name).exists())
-    console.print(f"written: {found}", highlight=False, soft_wrap=True)
+    announce_files(out, "curves.png", "captions.png", "attention.png", "report.json")
     return report
 
 

@@ -12,18 +12,13 @@ import torch
 import torch.nn.functional as F
 from rich.table import Table
 
-from models.cli import pick_precision
-from models.clip import (
-    CLIP,
-    PRESETS,
-    ClipTask,
-    DataConfig,
-    LossName,
-    evaluate_run,
-    train_run,
-)
+from models.clip.evaluate import evaluate_run
+from models.clip.model import CLIP, PRESETS, PresetName
+from models.clip.train import ClipTask, LossName, train_run
+from models.common.console import console
+from models.common.training import TrainConfig, Trainer
 from models.data import Batch
-from models.training import TrainConfig, Trainer, console
+from models.data.config import DataConfig
 
 # What evaluation, plots and the comparison of the losses take after training, with a slow machine in mind.
 RESERVED_MINUTES = 1.5
@@ -106,13 +101,13 @@ def print_comparison(found: dict[str, dict[str, float]]) -> None:
     console.print(table)
 
 
-def demo_configs(data: str, minutes: float) -> tuple[str, DataConfig, TrainConfig]:
+def demo_configs(data: str, minutes: float) -> tuple[PresetName, DataConfig, TrainConfig]:
     """Preset, data and training of the demo; they were chosen on the validation style fluent-flat, never on Twemoji."""
     train = TrainConfig(
         steps=DEMO_STEPS,
         lr=2e-3,
         warmup=60,
-        precision=pick_precision("auto"),
+        precision="auto",
         minutes=minutes,
         checkpoint_every=250,
     )

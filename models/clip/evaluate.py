@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +14,21 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from models.clip import CLIP, trim_padding
+from models.clip.model import CLIP, trim_padding
+from models.common.console import console
+from models.common.gallery import (
+    Baselines,
+    Encoder,
+    draw_gallery,
+    evaluate_galleries,
+    pick_sets,
+    print_retrieval,
+    save_report,
+)
+from models.common.metrics import accuracy
+from models.common.plots import curves
+from models.common.runs import announce_files, read_history
 from models.data import ImageTextSet, Splits, Tokenizer
-from models.gallery import Baselines, Encoder, evaluate_galleries, print_retrieval
-from models.metrics import Accuracy, accuracy, as_dict
 
 
 def clip_encoder(model: CLIP) -> Encoder:
@@ -52,9 +66,9 @@ def evaluate(encoder: Encoder, splits: Splits, sets: Mapping[str, ImageTextSet] 
             truth = torch.tensor([index[label] for label in full.labels(label_set)])
             guess = (images @ prototypes[label_set].T).argmax(1)
             by_pixel = torch.tensor([index[data.concepts[c].labels[label_set]] for c in nearest])
-            model: Accuracy = accuracy(guess, truth, len(index))
+            model = accuracy(guess, truth, len(index))
             base = accuracy(by_pixel, truth, len(index))
-            entry["zero_shot"][label_set] = as_dict(model) | {"pixel_micro": base.micro, "pixel_macro": base.macro}
+            entry["zero_shot"][label_set] = asdict(model) | {"pixel_micro": base.micro, "pixel_macro": base.macro}
         report["sets"][name] = entry
     return report
 
@@ -73,3 +87,29 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         console.print(table)
     for note in report["notes"]:
         console.print(f"[dim]{note}")
+
+
+def evaluate_run(
+    model: CLIP, splits: Splits, out: Path, *, validation: bool = False, batch_size: int | None = None
+) -> dict[str, Any]:
+    """Print the tables of a model, and write ``report.json`` and the pictures to ``out``.
+
+    ``batch_size``, the captions in a training batch, places the chance line in the plot of the loss.
+    """
+    encoder = clip_encoder(model)
+    sets = pick_sets(splits, validation)
+    report = evaluate(encoder, splits, sets)
+    out.mkdir(parents=True, exist_ok=True)
+    save_report(report, out / "report.json")
+    print_report(report, console)
+    draw_gallery(encoder, next(iter(sets.values())), splits.gallery_limit, out)
+    if history := read_history(out):
+        curves(
+            history,
+            out / "curves.png",
+            loss="InfoNCE loss",
+            chance=math.log(batch_size) if batch_size else None,
+            second=("scale", "logit scale (1 / temperature)", "Temperature"),
+        )
+    announce_files(out, "curves.png", "similarity.png", "retrieval.png", "report.json")
+    return report

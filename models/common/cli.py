@@ -1,60 +1,24 @@
-"""What the command lines of the models share: their options, and errors in one line instead of a traceback."""
+"""What the command lines of the models share: how they end, and what they say of their data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from enum import Enum
-from typing import Annotated, Literal
 
-import torch
 import typer
 
-from models.checkpoint import CheckpointError
+from models.common.checkpoint import CheckpointError
+from models.common.console import console
 from models.data.sets import BadDataError, BadDataLog, BadDataPolicy
-from models.training import console
 
 
-class Precision(str, Enum):
-    """Mixed precision."""
-
-    auto = "auto"
-    no = "no"
-    bf16 = "bf16"
-    fp16 = "fp16"
+def warn(message: str) -> None:
+    """Print a warning."""
+    console.print(f"[yellow]{message}", highlight=False)
 
 
-class BadChoice(str, Enum):
-    """What to do about files that cannot be read."""
-
-    skip = "skip"
-    stop = "raise"
-
-
-class Resume(str, Enum):
-    """Whether to go on from the checkpoints of a run folder."""
-
-    auto = "auto"
-    never = "never"
-
-
-BadOption = Annotated[BadChoice, typer.Option(help="Skip files that cannot be read, with a count, or stop.")]
-ResumeOption = Annotated[Resume, typer.Option(help="Go on from the run folder's checkpoints, or not.")]
-PrecisionOption = Annotated[Precision, typer.Option(help="Mixed precision.")]
-
-
-def pick_precision(choice: str) -> Literal["no", "bf16", "fp16"]:
-    """bf16 where the processor multiplies it in hardware, else full precision."""
-    if choice != "auto":
-        return choice  # type: ignore[return-value]
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
-
-
-def bad_log(choice: BadChoice) -> BadDataLog:
-    """A log that names every file skipped on the screen, or raises at the first."""
-    policy: BadDataPolicy = "raise" if choice is BadChoice.stop else "skip"
-    return BadDataLog(policy, lambda message: console.print(f"[yellow]{message}", highlight=False))
+def bad_log(policy: BadDataPolicy) -> BadDataLog:
+    """A log that names every skipped file on the screen, or raises at the first."""
+    return BadDataLog(policy, warn)
 
 
 def announce(notes: Sequence[str], bad: BadDataLog) -> None:
@@ -62,15 +26,15 @@ def announce(notes: Sequence[str], bad: BadDataLog) -> None:
     for note in notes:
         console.print(f"[dim]{note}", highlight=False, soft_wrap=True)
     if len(bad):
-        console.print(f"[yellow]{bad.summary()}", highlight=False)
+        warn(bad.summary())
 
 
 def run_app(app: typer.Typer, arguments: Iterable[str] | None = None) -> int:
-    """Run a command line; foreseeable errors end it with one clear line."""
+    """Run a command line; foreseeable errors end it with one clear line instead of a traceback."""
     try:
-        app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
-    except typer.Exit as stop:
-        return stop.exit_code
+        app(args=list(arguments) if arguments is not None else None)
+    except SystemExit as stop:  # typer's own end, after help and after options that it cannot read
+        return int(stop.code or 0)
     except (
         BadDataError,
         CheckpointError,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,9 +17,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import mmkernels
+from models.common import plots
+from models.common.metrics import PixelBaseline, Retrieval, ranks_of_scores
 from models.data import ImageTextSet, Splits
 from models.data.augment import prepare
-from models.metrics import PixelBaseline, Retrieval, as_dict, ranks_of_scores
 
 WAYS = ("image to text", "text to image")
 
@@ -100,7 +101,7 @@ def retrieval(images: Tensor, texts: Tensor, baselines: Mapping[str, Tensor]) ->
         for who, scores in baselines.items():
             by[who] = Retrieval.from_ranks(ranks_of_scores(scores if forth else scores.T))
         by["chance"] = Retrieval.chance(len(images))
-        found[way] = {who: as_dict(value) for who, value in by.items()}
+        found[way] = {who: asdict(value) for who, value in by.items()}
     return found
 
 
@@ -170,8 +171,6 @@ def print_retrieval(report: Mapping[str, Any], console: Console) -> None:
 
 def draw_gallery(encoder: Encoder, data: ImageTextSet, limit: int, out: Path) -> None:
     """Pictures of a set's headline gallery: cosines of some of it, and what random queries find."""
-    from models import plots
-
     gallery = data.gallery(limit=limit, variants=False)
     images, texts = encoder.images(gallery.images), encoder.texts(gallery.names())
     pick = torch.randperm(len(gallery), generator=torch.Generator().manual_seed(1))[:24]

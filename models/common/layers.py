@@ -6,13 +6,10 @@ Parameter names follow open_clip's, so that its state dicts load as they are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-import mmkernels
 
 
 class QuickGELU(nn.Module):
@@ -53,60 +50,6 @@ class Attention(nn.Module):
         q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1)).unbind(2)
         y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=causal)
         return self.out_proj(y.transpose(1, 2).flatten(2))
-
-
-class DividedAttention(nn.Module):
-    """Multi-head self-attention by ``mmkernels.divided_attention``: of a class token and N T tokens along one axis.
-
-    qkv is read and the output written where they lie. ``impl`` chooses the implementation of the op.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        axis: Literal["time", "space", "joint"],
-        *,
-        qkv_bias: bool = True,
-        dropout: float = 0.0,
-        impl: Literal["auto", "triton", "cpu", "reference"] = "auto",
-    ) -> None:
-        super().__init__()
-        if width % heads:
-            raise ValueError(f"width {width} is not a multiple of the {heads} heads")
-        self.axis, self.heads, self.dropout, self.impl = axis, heads, dropout, impl
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, num_frames: int, frame_mask: Tensor | None = None) -> Tensor:
-        """x [B, 1 + N T, C] -> [B, 1 + N T, C]; on the time axis the class token takes no part."""
-        y = mmkernels.divided_attention(
-            self.qkv(x),
-            num_frames=num_frames,
-            num_heads=self.heads,
-            axis=self.axis,
-            frame_mask=frame_mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            impl=self.impl,
-        )
-        assert isinstance(y, Tensor)
-        # The projection is linear: of the mean over frames it is the mean of the projections.
-        return self.proj(y)
-
-    def maps(
-        self, x: Tensor, num_frames: int, frame_mask: Tensor | None = None, tokens: Tensor | None = None
-    ) -> Tensor:
-        """How much ``tokens`` (all, if not given) attend to every token, the mean of the heads: [B, Q, L]."""
-        tokens = torch.arange(x.shape[1], device=x.device) if tokens is None else tokens
-        maps = mmkernels.divided_attention_maps(
-            self.qkv(x),
-            tokens,
-            num_frames=num_frames,
-            num_heads=self.heads,
-            axis=self.axis,
-            frame_mask=frame_mask,
-        )
-        return maps.mean(1)
 
 
 class MLP(nn.Module):

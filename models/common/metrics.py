@@ -1,19 +1,15 @@
-"""Metrics of retrieval, zero-shot classes and captions, with what chance, the majority class and plain pixels reach."""
+"""Metrics of retrieval and of classes, with what chance, the majority class and plain pixels reach."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
-from pycocoevalcap.cider.cider import Cider
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_accuracy
-from torchmetrics.functional.text import bleu_score
 
-from models.data.captions import caption_words
-from models.data.emoji import pixel_features
+from models.data.pixels import pixel_features
 
 RECALL_AT = (1, 5, 10)
 
@@ -51,7 +47,7 @@ def ranks_of_scores(scores: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Zero-shot accuracy over all images (micro), over classes (macro), and what the majority class gives."""
+    """Accuracy over all examples (micro), over classes (macro), and what the majority class gives."""
 
     micro: float
     macro: float
@@ -62,51 +58,15 @@ class Accuracy:
 
 def accuracy(predicted: Tensor, truth: Tensor, classes: int) -> Accuracy:
     """Accuracy of class indices; classes without an image do not count in the macro mean."""
+    # torchmetrics takes seconds to import, which training need not wait for.
+    from torchmetrics.functional.classification import multiclass_accuracy
+
     micro = multiclass_accuracy(predicted, truth, num_classes=classes, average="micro")
     each = multiclass_accuracy(predicted, truth, num_classes=classes, average="none")
     present = torch.bincount(truth, minlength=classes) > 0
     most = max(Counter(truth.tolist()).values()) / len(truth)
     count = int(present.sum())
     return Accuracy(float(micro), float(each[present].mean()), most, count, 1 / count)
-
-
-@dataclass(frozen=True)
-class CaptionScores:
-    """BLEU of up to 1 to 4 words and CIDEr-D (0 to 10) of a corpus, and the share of captions that are a reference."""
-
-    bleu1: float
-    bleu2: float
-    bleu3: float
-    bleu4: float
-    cider: float
-    exact: float
-
-
-def _plain(text: str) -> str:
-    return " ".join(caption_words(text))
-
-
-def cider_of_each(texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """CIDEr-D of each caption; how much a word counts is taken from the references of all."""
-    if len(texts) != len(references):
-        raise ValueError(f"every caption needs its references: {len(texts)} captions, {len(references)} references")
-    right = {i: [_plain(text) for text in own] for i, own in enumerate(references)}
-    _, scores = Cider().compute_score(right, {i: [_plain(text)] for i, text in enumerate(texts)})
-    return [float(score) for score in scores]
-
-
-def caption_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionScores:
-    """The scores of a corpus; case and punctuation do not count."""
-    ciders = cider_of_each(texts, references)
-    plain, right = [_plain(text) for text in texts], [[_plain(text) for text in own] for own in references]
-    bleu1, bleu2, bleu3, bleu4 = (float(bleu_score(plain, right, n_gram=n)) for n in range(1, 5))
-    exact = sum(text in own for text, own in zip(plain, right, strict=True))
-    return CaptionScores(bleu1, bleu2, bleu3, bleu4, sum(ciders) / len(ciders), exact / len(plain))
-
-
-def as_dict(value: Retrieval | Accuracy | CaptionScores) -> dict[str, float]:
-    """Plain numbers, for the report."""
-    return asdict(value)
 
 
 class PixelBaseline:

@@ -13,12 +13,11 @@ import json
 import math
 import os
 import random
-import shutil
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,39 +25,50 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from models.checkpoint import CheckpointError, load_checkpoint, load_newest, prune, save_checkpoint, step_path
+from models.common.checkpoint import CheckpointError, load_newest, prune, save_checkpoint, step_path
+from models.common.console import console
+from models.common.runs import BEST, read_history
 
-# Tables and lines in a log file need not fit the 80 columns that rich assumes there.
-console = Console(width=None if sys.stdout.isatty() else 120)
+Precision = Literal["auto", "no", "bf16", "fp16"]
 
 
 @dataclass
 class TrainConfig:
-    """How to train; every field is an option of the command line.
+    """How to train; a field with a description is an option of every command that trains.
 
     ``minutes`` ends the run in time whatever the machine: the learning rate then follows the share of the time that is
     gone, where that is larger than the share of the steps. Runs that shall repeat exactly leave it at None.
     """
 
-    steps: int = 1000
-    lr: float = 1e-3
+    steps: int = field(default=1000, metadata={"help": "", "min": 1})
+    minutes: float | None = field(
+        default=None, metadata={"help": "End in this time, the decay of the rate fitted to it."}
+    )
+    accumulate: int = field(default=1, metadata={"help": "Batches of an optimiser step.", "min": 1})
+    lr: float = field(default=1e-3, metadata={"help": "", "min": 0})
     final_lr: float = 0.01  # the share of lr at the end
-    warmup: int = 50
-    weight_decay: float = 0.05
+    warmup: int = field(default=50, metadata={"help": "", "min": 0})
+    weight_decay: float = field(default=0.05, metadata={"help": "", "min": 0})
     beta2: float = 0.98
-    clip: float = 1.0
-    accumulate: int = 1
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    ema: float = 0.0  # decay of the weight average; 0: none
-    seed: int = 0
-    minutes: float | None = None
-    checkpoint_every: int = 200
+    clip: float = field(default=1.0, metadata={"help": "Largest norm of the gradient.", "min": 0})
+    ema: float = field(default=0.0, metadata={"help": "Decay of the weight average; 0: none.", "min": 0, "max": 1})
+    precision: Precision = field(default="no", metadata={"help": "Mixed precision."})
+    checkpoint_every: int = field(default=200, metadata={"help": "", "min": 1})
     keep: int = 2
     log_every: int = 10
+    seed: int = field(default=0, metadata={"help": ""})
+
+
+def pick_precision(choice: Precision) -> Literal["no", "bf16", "fp16"]:
+    """The precision of a run; "auto" is bf16 where the processor multiplies it in hardware, else full precision."""
+    if choice != "auto":
+        return choice
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
 
 
 def keep_freed_memory() -> None:
@@ -75,8 +85,6 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep up to 2 GiB at the top of the heap
         libc.mallopt(-2, 2**26)  # M_TOP_PAD: grow in steps of 64 MiB
 
-
-BEST = "best.safetensors"  # the weights that did best in validation, where a run has any
 
 # What a row of the history holds beside the loss and the numbers of the task.
 _UNSHOWN = ("step", "grad_norm", "lr", "seconds")
@@ -174,6 +182,7 @@ class Trainer:
         cpu: bool = False,
         warn: Callable[[str], None] | None = None,
     ) -> None:
+        config = replace(config, precision=pick_precision(config.precision))
         self.task, self.config, self.run_dir = task, config, run_dir
         self.model_config = model_config or {}
         self.warn = warn or (lambda message: console.print(f"[yellow]{message}"))
@@ -407,44 +416,3 @@ class EarlyStopping:
         trainer.stop = self._over()
         note = ", the best so far" if value > best else f" (best {best:.3f})"
         console.print(f"step {trainer.step}: validation {value:.3f}{note}{'; stopped' if trainer.stop else ''}")
-
-
-def read_history(run_dir: Path, name: str = "history.jsonl") -> list[dict[str, float]]:
-    """The rows of a log of a run; a last line cut off by a kill is left out."""
-    path = run_dir / name
-    rows = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return rows
-
-
-def clear_run(run_dir: Path) -> None:
-    """Delete the checkpoints and the logs of a run folder, to start anew in it."""
-    logs = [run_dir / "history.jsonl", run_dir / "validation.jsonl"]
-    for old in [*run_dir.glob("step-*.safetensors"), run_dir / BEST, *logs]:
-        old.unlink(missing_ok=True)
-    shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
-
-
-def load_run(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights (the averaged ones, where there are any) and configuration of a run folder or a checkpoint file.
-
-    Of a folder: those that did best in validation, or else the newest.
-    ``remedy`` is the command that makes a checkpoint, for the error where the folder has none.
-    """
-    if (path / BEST).is_file():
-        tensors, metadata = load_checkpoint(path / BEST)
-    elif path.is_dir():
-        found = load_newest(path, lambda message: console.print(f"[yellow]{message}"))
-        if found is None:
-            raise CheckpointError(f"{path} holds no checkpoint; train first: {remedy}")
-        tensors, metadata, _ = found
-    else:
-        tensors, metadata = load_checkpoint(path)
-    prefix = "average/" if any(name.startswith("average/") for name in tensors) else "model/"
-    weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    return weights, metadata["model"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,25 +11,36 @@ from torch import Tensor
 
 from models.data.augment import Augment
 from models.data.batches import BatchPlan
+from models.data.emoji.splits import EmojiConfig, load_emoji
+from models.data.emoji.styles import NPM_STYLES, all_train_styles
+from models.data.folder import load_folder
 from models.data.sets import BadDataLog, Splits
-from models.training import console
+from models.data.synthetic import load_synthetic
 
 Config = TypeVar("Config", bound="DataConfig")
 
 
 @dataclass
 class DataConfig:
-    """Which data, and how it is shown in training."""
+    """Which data, and how training shows it; a field with a description is an option of the commands."""
 
-    source: str = "emoji"  # "emoji", "synthetic", or the path of a folder or captions file
-    styles: tuple[str, ...] = ("openmoji", "openmoji-flat", "openmoji-line", "noto")
-    validation_style: str | None = None
+    source: str = field(
+        default="emoji",
+        metadata={"help": "'emoji', 'synthetic', or a folder with a captions file.", "name": "--data"},
+    )
+    styles: tuple[str, ...] = field(
+        default=("openmoji", "openmoji-flat", "openmoji-line", "noto"),
+        metadata={"help": "Styles to train on, with commas, or 'all' (emoji)."},
+    )
+    validation_style: str | None = field(
+        default=None, metadata={"help": "Style kept for choosing hyper-parameters (emoji)."}
+    )
     stored_size: int = 48  # the side at which images are kept; augmentation samples from it
-    batch_size: int = 256
-    views: int = 2
-    variant_divisor: int = 5
-    keyword_share: float = 0.3
-    augment: float = 1.0
+    batch_size: int = field(default=256, metadata={"help": "Captions in a batch.", "min": 2})
+    views: int = field(default=2, metadata={"help": "Images of each caption in a batch.", "min": 1})
+    variant_divisor: int = field(default=5, metadata={"help": "One in so many variants an epoch.", "min": 1})
+    keyword_share: float = field(default=0.3, metadata={"help": "Share of captions with keywords.", "min": 0, "max": 1})
+    augment: float = field(default=1.0, metadata={"help": "Strength of the augmentation.", "min": 0})
     seed: int = 0
     cache_dir: str = "runs/cache"
 
@@ -38,6 +49,17 @@ class DataConfig:
         """The config that :func:`dataclasses.asdict` made ``values`` from (JSON's lists become tuples again)."""
         restored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**restored)
+
+    def settle(self: Config, image_size: int, seed: int, warn: Callable[[str], None]) -> Config:
+        """The config of one run: the images' side, the seed, and the styles by name where they were "all"."""
+        styles = pick_styles(self.styles, self.validation_style, warn) if self.source == "emoji" else ()
+        return replace(
+            self,
+            styles=styles,
+            validation_style=self.validation_style or None,
+            stored_size=image_size,
+            seed=seed,
+        )
 
 
 def load_data(
@@ -55,8 +77,6 @@ def load_data(
     of emoji and synthetic shapes, the first for evaluation (a captions file says its own).
     """
     if config.source == "emoji":
-        from models.data.emoji import EmojiConfig, load_emoji
-
         return load_emoji(
             EmojiConfig(
                 train_styles=config.styles,
@@ -69,11 +89,7 @@ def load_data(
             bad,
         )
     if config.source == "synthetic":
-        from models.data.synthetic import load_synthetic
-
         return load_synthetic(config.stored_size, languages=languages)
-    from models.data.folder import load_folder
-
     path = Path(config.source)
     if not path.exists():
         raise FileNotFoundError(
@@ -99,13 +115,13 @@ def batch_plan(
     )
 
 
-def pick_styles(choice: str, validation_style: str = "") -> tuple[str, ...]:
-    """The styles a list with commas names; "all" is every style that can be had here, but for the validation style."""
-    if choice != "all":
-        return tuple(name.strip() for name in choice.split(",") if name.strip())
-    from models.data.emoji import NPM_STYLES, all_train_styles
-
+def pick_styles(
+    chosen: Sequence[str], validation_style: str | None = None, warn: Callable[[str], None] | None = None
+) -> tuple[str, ...]:
+    """The styles to train on; "all" stands for every style that can be had here, but for the validation style."""
+    if tuple(chosen) != ("all",):
+        return tuple(chosen)
     found = all_train_styles(Path(DataConfig.cache_dir))
-    if missing := [name for name in NPM_STYLES if name not in found]:
-        console.print(f"[yellow]npm is not on this machine: going on without the styles {', '.join(missing)}")
+    if warn is not None and (missing := [name for name in NPM_STYLES if name not in found]):
+        warn(f"npm is not on this machine: going on without the styles {', '.join(missing)}")
     return tuple(name for name in found if name != validation_style)

@@ -12,8 +12,6 @@ from torch import Tensor
 from models.data.audio import LogMel
 from models.data.batches import generator_of
 
-MODALITIES = ("image", "audio")
-
 
 @dataclass
 class PairSet:
@@ -97,9 +95,9 @@ class Noise:
     that nothing but the example itself says which modality to trust.
     """
 
-    snr: Range = (-9.0, 15.0)
-    sigma: Range = (0.0, 1.0)
-    hidden: Range = (0.0, 0.4)
+    snr: Range = field(default=(-9.0, 15.0), metadata={"help": "Range of the sounds' signal-to-noise ratio in dB."})
+    sigma: Range = field(default=(0.0, 1.0), metadata={"help": "Range of the deviation of pixel noise."})
+    hidden: Range = field(default=(0.0, 0.4), metadata={"help": "Range of the share of an image that is hidden."})
 
     def __post_init__(self) -> None:
         for name in ("snr", "sigma", "hidden"):
@@ -149,7 +147,7 @@ def noisy_waves(clips: Tensor, lengths: Tensor, snr: Tensor, generator: torch.Ge
 class PairBatch:
     """``images`` [B, C, S, S] and ``spectrograms`` [B, 1, F, T] as a model reads them, with their levels of noise.
 
-    ``present`` [B, 2] says which modalities the model may see.
+    ``present`` [B, 2] says whether the model may see the image, and whether the sound.
     """
 
     images: Tensor
@@ -179,7 +177,7 @@ def draw_pairs(data: PairSet, rows: Tensor, noise: Noise, mel: LogMel, generator
     partners = data.partners(rows, generator)
     images = noisy_images(data.images[rows], levels["sigma"], levels["hidden"], generator)
     waves = noisy_waves(data.clips[partners], data.lengths[partners], levels["snr"], generator)
-    present = torch.ones(len(rows), len(MODALITIES), dtype=torch.bool)
+    present = torch.ones(len(rows), 2, dtype=torch.bool)
     return PairBatch(2 * images - 1, mel(waves), present, data.labels[rows], **levels)
 
 

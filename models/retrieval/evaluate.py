@@ -1,4 +1,4 @@
-"""Evaluation of retrieval: both directions on every test set, each language, and the losses side by side."""
+"""Evaluation of retrieval: both directions on every test set, in each language; searches by keywords."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from rich.table import Table
 from torch import Tensor
 
 import mmkernels
-from models import plots
-from models.data import ImageTextSet, Splits, Subwords
-from models.gallery import (
+from models.common.console import console
+from models.common.gallery import (
     WAYS,
     Baselines,
     Encoder,
@@ -28,8 +27,10 @@ from models.gallery import (
     retrieval,
     save_report,
 )
-from models.retrieval import Retriever
-from models.training import console, read_history
+from models.common.plots import curves
+from models.common.runs import announce_files, read_history
+from models.data import ImageTextSet, Splits, Subwords
+from models.retrieval.model import Retriever
 
 TOP = 5  # images of a search by keywords that are looked at
 
@@ -146,28 +147,6 @@ def print_search(report: Mapping[str, Any], console: Console) -> None:
         console.print(table)
 
 
-def print_comparison(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Print the losses side by side: base galleries, each number the mean over the languages."""
-    table = Table(title="Base galleries, the mean over the languages, after equal steps")
-    for column in (
-        "set",
-        "loss",
-        *(f"{way} {k}" for way in ("I→T", "T→I") for k in ("R@1", "R@5", "R@10")),
-        "s a step",
-    ):
-        table.add_column(column, justify="left" if column in ("set", "loss") else "right")
-    for name in rows[0]["sets"]:
-        for row in rows:
-            spoken = row["sets"][name].values()
-            means = []
-            for way in WAYS:
-                own = [found["ways"][way]["model"] for found in spoken]
-                means += recalls({k: sum(value[k] for value in own) / len(own) for k in ("r1", "r5", "r10")})
-            first, last = row is rows[0], row is rows[-1]
-            table.add_row(name if first else "", row["loss"], *means, f"{row['step_seconds']:.2f}", end_section=last)
-    console.print(table)
-
-
 def evaluate_run(encoder: Encoder, splits: Splits, out: Path, *, validation: bool = False) -> dict[str, Any]:
     """Print the tables of a model, and write ``report.json`` and the pictures to ``out``."""
     sets = pick_sets(splits, validation)
@@ -181,8 +160,6 @@ def evaluate_run(encoder: Encoder, splits: Splits, out: Path, *, validation: boo
         console.print(f"[dim]{note}")
     draw_gallery(encoder, next(iter(sets.values())), splits.gallery_limit, out)
     if history := read_history(out):
-        plots.curves(history, out / "curves.png", loss="loss", second=("r1", "R@1 in the batch", "Training batches"))
-    names = ("curves.png", "similarity.png", "retrieval.png", "report.json")
-    written = ", ".join(str(out / name) for name in names if (out / name).exists())
-    console.print(f"written: {written}", highlight=False, soft_wrap=True)
+        curves(history, out / "curves.png", loss="loss", second=("r1", "R@1 in the batch", "Training batches"))
+    announce_files(out, "curves.png", "similarity.png", "retrieval.png", "report.json")
     return report

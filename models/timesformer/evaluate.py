@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
-import time
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,15 +14,16 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
-from torchmetrics.functional.classification import multiclass_accuracy
 
-from mmkernels.testing import peak_allocated
+from models.common import plots
+from models.common.console import console
+from models.common.runs import announce_files, read_history
 from models.data.batches import generator_of
+from models.data.digits import velocities
 from models.data.sets import BadDataError, BadDataLog
 from models.data.video import TensorVideos, VideoSet, VideoSplits, crops, prepare
-from models.timesformer import ATTENTION_TYPES, PRESETS, TimeSformer, TimesformerConfig, VideoTask
-from models.training import Trainer
+from models.timesformer.model import TimeSformer
+from models.timesformer.plots import draw_rollout
 
 # What is done to the frames of a clip before the model sees them.
 Frames = Literal["in order", "shuffled", "one alone"]
@@ -47,6 +48,9 @@ class Scores:
     @staticmethod
     def of(probabilities: Tensor, labels: Tensor) -> Scores:
         """Of probabilities [n, classes]."""
+        # torchmetrics takes seconds to import, which training need not wait for.
+        from torchmetrics.functional.classification import multiclass_accuracy
+
         classes = probabilities.shape[1]
 
         def accuracy(top: int, average: Literal["micro", "macro"]) -> float:
@@ -139,6 +143,7 @@ def drawn(data: VideoSet, most: int = 4096) -> TensorVideos | None:
 def linear_baselines(train: TensorVideos, test: TensorVideos) -> dict[str, float]:
     """Top-1 of a logistic regression on the pixels of all frames, of the same with the test's frames shuffled, and of
     one on the middle frame alone; principal components come before each."""
+    # scikit-learn is for the baselines alone.
     from sklearn.decomposition import PCA
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -214,8 +219,6 @@ def evaluate(
             assert train is not None
             entry |= {who: {"top1": value} for who, value in linear_baselines(train, data).items()}
             if splits.name == "digits":
-                from models.data.digits import velocities
-
                 found = phase_correlation(data.videos, velocities())
                 entry["phase correlation"] = {"top1": float((found == labels).double().mean())}
         report["sets"][name] = entry
@@ -247,83 +250,51 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         console.print(f"[dim]{note}", highlight=False, soft_wrap=True)
 
 
-# --- what a model costs ----------------------------------------------------------------------------------------------
+def evaluate_run(
+    model: TimeSformer,
+    splits: VideoSplits,
+    out: Path,
+    *,
+    clips: int = 1,
+    crops: int = 3,
+    validation: bool = False,
+    bad: BadDataLog | None = None,
+) -> dict[str, Any]:
+    """Print the tables of a model, and write ``report.json`` and the pictures to ``out``."""
+    sets = splits.tests
+    if validation:
+        if splits.validation is None:
+            raise ValueError("this data has no validation set")
+        sets = {"validation": splits.validation}
+    if not sets:
+        raise ValueError("this data has no test set")
+    report, predictions = evaluate(model, splits, sets, Views(clips, crops), bad if bad is not None else BadDataLog())
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print_report(report, console)
+    name, data = next(iter(sets.items()))
+    probabilities, labels = predictions[name]
+    plots.confusion(probabilities.argmax(1), labels, data.classes, out / "confusion.png")
+    # The first video that the model names right, or just the first.
+    right = (probabilities.argmax(1) == labels).nonzero().flatten().tolist()
+    draw_attention(model, data.views(right[0] if right else 0, 1)[0], data.classes, out / "attention.png")
+    if history := read_history(out):
+        plots.curves(
+            history,
+            out / "curves.png",
+            loss="cross-entropy",
+            chance=float(torch.tensor(len(data.classes)).log()),
+            second=("accuracy", "accuracy on the batch", "Training accuracy"),
+        )
+    announce_files(out, "curves.png", "confusion.png", "attention.png", "report.json")
+    return report
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Multiply-adds of one view, and parameters with and without the classifier."""
-
-    macs: int
-    parameters: int
-    without_head: int
-
-
-def cost(config: TimesformerConfig) -> Cost:
-    """Counted on the real model, run on fake tensors, by torch's own counter.
-
-    The attention's formula is registered with its ops, which fake tensors of a CPU run wherever the kernels are built;
-    elsewhere the reference runs, whose products come to the same count.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode(), torch.no_grad():
-        model = TimeSformer(config).eval()
-        video = torch.empty(1, config.num_frames, 3, config.image_size, config.image_size)
-        with FlopCounterMode(display=False) as counter:
-            model(video)
-    parameters = sum(p.numel() for p in model.parameters())
-    head = sum(p.numel() for p in model.head.parameters())
-    return Cost(counter.get_total_flops() // 2, parameters, parameters - head)
-
-
-def cost_table(presets: Sequence[str] = tuple(PRESETS)) -> Table:
-    """Parameters and multiply-adds of the presets with each attention."""
-    table = Table(title="TimeSformer: what a view costs (a multiply-add is one MAC)")
-    columns = ("preset", "input", "attention", "M parameters", "without head", "GMAC, one view", "TMAC, three crops")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("preset", "input", "attention") else "right")
-    for name in presets:
-        config = PRESETS[name]
-        for attention in ATTENTION_TYPES:
-            found = cost(replace(config, attention=attention))
-            table.add_row(
-                name,
-                f"{config.num_frames} x {config.image_size} px",
-                attention,
-                f"{found.parameters / 1e6:.2f}",
-                f"{found.without_head / 1e6:.2f}",
-                f"{found.macs / 1e9:.3f}" if found.macs < 1e10 else f"{found.macs / 1e9:.1f}",
-                f"{3 * found.macs / 1e12:.4f}" if found.macs < 1e10 else f"{3 * found.macs / 1e12:.2f}",
-            )
-        table.add_section()
-    return table
-
-
-def step_cost(trainer: Trainer) -> tuple[float, int]:
-    """Seconds of a batch's forward and backward passes, the median of ten, and the bytes that they hold at most."""
-    task = trainer.task
-    assert isinstance(task, VideoTask)
-    model, batch = trainer.raw_model.train(), task.batch(0).to(trainer.device)
-
-    def forward_backward() -> None:
-        with trainer.accelerator.autocast():
-            loss, _ = task.loss(model, batch)
-        loss.backward()
-
-    if trainer.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        forward_backward()
-        held = torch.cuda.max_memory_allocated() - before
-    else:
-        held = peak_allocated(forward_backward)
-    seconds = []
-    for _ in range(10):
-        start = time.perf_counter()
-        forward_backward()
-        if trainer.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    model.zero_grad()
-    return statistics.median(seconds), held
+def draw_attention(model: TimeSformer, clip: Tensor, classes: Sequence[str], path: Path) -> None:
+    """Draw a clip [T, C, H, W] (uint8), and below each frame what of it the class token draws on."""
+    square = crops(clip, 1)
+    videos = prepare(square.to(model.class_embedding.device), model.config.image_size)
+    with torch.no_grad():
+        found = model(videos).softmax(-1)[0].max(-1)
+    title = f"{classes[int(found.indices)]}  ({float(found.values):.2f})"
+    draw_rollout(square[0], model.rollout(videos)[0].cpu(), title, path)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 
-# `models` lives in the repository and is no installed package.
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from models.clip import PRESETS, DataConfig
+from models.clip.model import PRESETS
 from models.data import Splits
+from models.data.config import DataConfig
 from models.data.synthetic import load_synthetic
 
 

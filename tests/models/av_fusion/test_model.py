@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mmkernels
 from mmkernels.testing import assert_within_budget
-from models.av_fusion import (
+from models.av_fusion.model import (
     FUSIONS,
     PRESETS,
     AttentionFusion,

@@ -12,14 +12,19 @@ import soundfile
 import torch
 from PIL import Image
 
-from models import av_fusion, av_fusion_eval
-from models.av_fusion import FUSIONS, PRESETS, PairDataConfig, load_fusion, main, train_run
-from models.av_fusion_eval import LABELS, SWEEPS, DrawnSet, evaluate, predict_batch
-from models.checkpoint import CheckpointError, load_newest
+import models.av_fusion.__main__ as command_line
+import models.av_fusion.compare as comparison
+from models.av_fusion.__main__ import main
+from models.av_fusion.data import PairDataConfig
+from models.av_fusion.evaluate import LABELS, SWEEPS, DrawnSet, evaluate, predict_batch
+from models.av_fusion.model import FUSIONS, PRESETS
+from models.av_fusion.train import RATES, FusionTask, load_fusion, train_run
+from models.common.checkpoint import CheckpointError, load_newest
+from models.common.runs import read_history
+from models.common.training import TrainConfig, Trainer
 from models.data.audio import RATE
 from models.data.pairs import Noise
 from models.data.spoken_digits import load_synthetic_pairs
-from models.training import TrainConfig, Trainer, read_history
 
 NANO = PRESETS["nano"]
 NOISE = Noise((0.0, 20.0), (0.0, 0.5), (0.0, 0.2))
@@ -153,7 +158,7 @@ def test_compare_trains_each_once_and_goes_on(
     own_rates = TRAIN.replace("--lr 0.005 ", "")
     options = f"compare --seeds 2 --steps 2 --examples 60 --sweep 10 {own_rates} {EASY} --out {tmp_path}".split()
     assert main(options) == 0
-    rates = [read_history(tmp_path / f"{fusion}-1")[0]["lr"] / av_fusion.RATES[fusion] for fusion in FUSIONS]
+    rates = [read_history(tmp_path / f"{fusion}-1")[0]["lr"] / RATES[fusion] for fusion in FUSIONS]
     assert rates == pytest.approx([rates[0]] * len(FUSIONS)), "each its own, at the same step of the warm-up"
     report = json.loads((tmp_path / "compare.json").read_text())
     extra = ["both alone, averaged", "both alone, multiplied"]
@@ -174,7 +179,7 @@ def test_compare_trains_each_once_and_goes_on(
         trained.append(args[3])  # type: ignore[arg-type]
         return real(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(av_fusion_eval, "train_run", watched)
+    monkeypatch.setattr(comparison, "train_run", watched)
     assert main(options) == 0
     assert not trained
     (tmp_path / "late-1" / "result.json").unlink()
@@ -185,14 +190,14 @@ def test_compare_trains_each_once_and_goes_on(
 
 def test_every_fusion_sees_the_same_examples(tmp_path: Path) -> None:
     seen = {}
-    loss = av_fusion.FusionTask.loss
+    loss = FusionTask.loss
 
-    def watched(self: av_fusion.FusionTask, model: torch.nn.Module, batch: object) -> object:
+    def watched(self: FusionTask, model: torch.nn.Module, batch: object) -> object:
         seen.setdefault(name, []).append(batch)
         return loss(self, model, batch)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(av_fusion.FusionTask, "loss", watched)
+        patch.setattr(FusionTask, "loss", watched)
         for name in ("image", "early", "attention"):
             model = replace(NANO, fusion=name)  # type: ignore[arg-type]
             train_run(model, DATA, replace(CONFIG, steps=2), tmp_path / name, cpu=True)
@@ -235,19 +240,17 @@ def test_errors_are_one_clear_line(
 
 
 def test_each_fusion_has_its_own_learning_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from models import av_fusion_eval
-
     seen: dict[str, float] = {}
     monkeypatch.setattr(
-        av_fusion, "train_run", lambda model, _, train, *__, **___: seen.update({model.fusion: train.lr})
+        command_line, "train_run", lambda model, _, train, *__, **___: seen.update({model.fusion: train.lr})
     )
-    for fusion in av_fusion.FUSIONS:
+    for fusion in FUSIONS:
         assert main(["train", "--fusion", fusion, "--out", str(tmp_path)]) == 0
-    assert seen == av_fusion.RATES
+    assert seen == RATES
     assert main(["train", "--fusion", "early", "--lr", "0.1", "--out", str(tmp_path)]) == 0
     assert seen["early"] == 0.1
     rates: list[dict[str, float]] = []
-    monkeypatch.setattr(av_fusion_eval, "compare_runs", lambda *_, **options: rates.append(options["rates"]))
+    monkeypatch.setattr(command_line, "compare_runs", lambda *_, **options: rates.append(options["rates"]))
     for options in ([], ["--lr", "0.1"]):
         assert main(["compare", "--out", str(tmp_path), *options]) == 0
-    assert rates == [av_fusion.RATES, dict.fromkeys(av_fusion.FUSIONS, 0.1)]
+    assert rates == [RATES, dict.fromkeys(FUSIONS, 0.1)]

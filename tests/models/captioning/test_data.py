@@ -9,12 +9,13 @@ import pytest
 from PIL import Image
 from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 
+from models.captioning.scores import caption_scores, cider_of_each
 from models.data import BadDataError, Splits, Vocabulary
 from models.data.captions import caption_words
-from models.data.emoji import EmojiConfig, catalogue, combination_of, load_emoji, unseen_combinations
+from models.data.emoji.catalogue import catalogue, combination_of
+from models.data.emoji.splits import EmojiConfig, load_emoji, unseen_combinations
 from models.data.folder import load_folder
 from models.data.sets import BadDataLog, hold_out_validation
-from models.metrics import caption_scores, cider_of_each
 
 
 def test_vocabulary_there_and_back() -> None:

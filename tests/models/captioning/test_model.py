@@ -8,15 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.captioning import (
-    PRESETS,
-    CaptionData,
-    Captioner,
-    CaptionTask,
-    build_vocabulary,
-    targets_of,
-    write_captions,
-)
+from models.captioning.data import CaptionData, build_vocabulary
+from models.captioning.model import PRESETS, Captioner, targets_of
+from models.captioning.train import CaptionTask
+from models.captioning.write import write_captions
 from models.data import Splits, Vocabulary
 from models.data.config import batch_plan
 

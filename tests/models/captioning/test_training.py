@@ -14,12 +14,17 @@ import pytest
 import torch
 from PIL import Image
 
-from models.captioning import PRESETS, CaptionData, load_captioner, main, references, train_run, write_captions
-from models.checkpoint import checkpoints, load_checkpoint
-from models.metrics import caption_scores
-from models.training import BEST, EarlyStopping, TrainConfig, Trainer, read_history
+from models.captioning.__main__ import main
+from models.captioning.data import CaptionData
+from models.captioning.model import PRESETS
+from models.captioning.scores import caption_scores
+from models.captioning.train import load_captioner, train_run
+from models.captioning.write import references, write_captions
+from models.common.checkpoint import checkpoints, load_checkpoint
+from models.common.runs import BEST, read_history
+from models.common.training import EarlyStopping, TrainConfig, Trainer
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TRAIN = "--data synthetic --preset nano --batch-size 48 --variant-divisor 1 --augment 0.2 --cpu --precision no"
 
 
@@ -134,7 +139,7 @@ def test_killed_run_resumes_with_the_same_losses_scores_and_weights(tmp_path: Pa
 
 
 def test_early_stopping_keeps_the_best_and_stays_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import models.captioning as module
+    import models.captioning.train as module
 
     scores = iter([1.0, 3.0, 2.0, 3.0, 0.5, 9.0])
     seen: list[dict[str, torch.Tensor]] = []

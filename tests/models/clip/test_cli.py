@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from models.clip import main
-from models.metrics import PixelBaseline, Retrieval, accuracy, ranks_of_scores
+from models.clip.__main__ import main
+from models.common.metrics import PixelBaseline, Retrieval, accuracy, ranks_of_scores
 
 TRAIN = ["--data", "synthetic", "--preset", "nano", "--batch-size", "48", "--lr", "0.003", "--warmup", "5", "--cpu"]
 

@@ -12,21 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from models.common.options import split_commas
 from models.data import BadDataError, BatchPlan, Splits, Tokenizer
 from models.data.augment import Augment, prepare
 from models.data.captions import sample_caption
-from models.data.emoji import (
-    DEMO_STYLES,
-    Drawing,
-    EmojiConfig,
-    catalogue,
-    code_of,
-    family_of,
-    load_emoji,
-    load_style,
-    near_copies,
-    unseen_families,
-)
+from models.data.config import pick_styles
+from models.data.emoji.catalogue import catalogue, code_of, family_of
+from models.data.emoji.splits import EmojiConfig, load_emoji, near_copies, unseen_families
+from models.data.emoji.styles import DEMO_STYLES, Drawing, load_style
 from models.data.folder import load_folder
 from models.data.sets import BadDataLog, Concept, ImageTextSet, decode_image, fit_square
 from models.data.synthetic import load_synthetic
@@ -117,7 +110,7 @@ def test_near_copies_are_found() -> None:
 
 
 def test_corrupt_drawing_is_named_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import models.data.emoji as module
+    import models.data.emoji.styles as module
 
     art = tmp_path / "art" / "assets" / "72x72"
     art.mkdir(parents=True)
@@ -139,7 +132,7 @@ def test_corrupt_drawing_is_named_and_counted(tmp_path: Path, monkeypatch: pytes
 
 
 def test_damaged_cache_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import models.data.emoji as module
+    import models.data.emoji.styles as module
 
     art = tmp_path / "art" / "assets" / "72x72"
     art.mkdir(parents=True)
@@ -369,18 +362,15 @@ def test_icon_sets_are_matched_by_name_and_alias(tmp_path: Path) -> None:
     assert (tmp_path / "emoji-fxemoji-1.2.3-16.safetensors").is_file()
 
 
-def test_styles_from_npm_are_left_out_where_npm_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from models.clip import pick_styles
-
+def test_styles_from_npm_are_left_out_where_npm_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     monkeypatch.chdir(tmp_path)
-    assert pick_styles("all") == DEMO_STYLES
-    assert "npm is not on this machine" in capsys.readouterr().out
+    messages: list[str] = []
+    assert pick_styles(("all",), warn=messages.append) == DEMO_STYLES
+    assert "npm is not on this machine" in messages[0]
     with pytest.raises(FileNotFoundError, match=r"@iconify-json/fxemoji is fetched by npm, which is not"):
         load_style("fxemoji", 16, tmp_path, BadDataLog())
     _icon_set(tmp_path / "runs" / "cache")
-    assert pick_styles("all") == (*DEMO_STYLES, "fxemoji")
-    assert pick_styles("all", "noto") == ("openmoji", "openmoji-flat", "openmoji-line", "fxemoji")
-    assert pick_styles("noto, openmoji") == ("noto", "openmoji")
+    assert pick_styles(("all",)) == (*DEMO_STYLES, "fxemoji")
+    assert pick_styles(("all",), "noto") == ("openmoji", "openmoji-flat", "openmoji-line", "fxemoji")
+    assert pick_styles(split_commas("noto, openmoji")) == ("noto", "openmoji")

@@ -9,18 +9,12 @@ import open_clip
 import pytest
 import torch
 
-from models.clip import (
-    CLIP,
-    PRESETS,
-    ClipTask,
-    eager_info_nce,
-    export_model,
-    from_open_clip,
-    to_open_clip,
-    trim_padding,
-)
+from models.clip.export import export_model
+from models.clip.model import CLIP, PRESETS, trim_padding
+from models.clip.open_clip import from_open_clip, to_open_clip
+from models.clip.train import ClipTask, eager_info_nce
+from models.common.layers import attend
 from models.data import Batch, Tokenizer
-from models.layers import attend
 
 
 @pytest.fixture(scope="module")

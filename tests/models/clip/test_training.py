@@ -17,12 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import models.checkpoint
-from models.checkpoint import CheckpointError, checkpoints, load_checkpoint, load_newest, save_checkpoint
-from models.clip import DataConfig, load_clip, train_run
-from models.training import TrainConfig, WeightAverage, learning_rate, read_history
+import models.common.checkpoint
+from models.clip.train import load_clip, train_run
+from models.common.checkpoint import CheckpointError, checkpoints, load_checkpoint, load_newest, save_checkpoint
+from models.common.runs import read_history
+from models.common.training import TrainConfig, WeightAverage, learning_rate
+from models.data.config import DataConfig
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CONFIG = TrainConfig(steps=12, lr=3e-3, warmup=3, checkpoint_every=4, keep=2, ema=0.9)
 
 
@@ -152,7 +154,7 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(models.checkpoint.os, "fsync", full)
+    monkeypatch.setattr(models.common.checkpoint.os, "fsync", full)
     with pytest.raises(CheckpointError, match=r"could not save .*step-0000001.* \(No space left on device.*untouched"):
         save_checkpoint(path, {"x": torch.zeros(10)}, {"step": 2})
     assert path.read_bytes() == before

@@ -9,14 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
+from models.common.options import split_commas
 from models.data import BatchPlan, Concept, ImageTextSet, Subwords
 from models.data.augment import Augment
 from models.data.batches import generator_of
 from models.data.captions import sample_caption
-from models.data.emoji import catalogue, code_of, names_in
+from models.data.emoji.catalogue import catalogue, code_of, names_in
 from models.data.folder import load_folder
 from models.data.synthetic import load_synthetic
-from models.retrieval import LossConfig, RetrievalData, pick_languages
+from models.retrieval.data import RetrievalData, pick_languages
+from models.retrieval.train import LossConfig
 
 TEXTS = ["a grinning cat", "eine grinsende Katze", "un chat qui sourit", "a cat", "die Katze", "le chat"] * 3
 
@@ -122,8 +124,8 @@ def test_configs_come_back_from_json() -> None:
 
     data = RetrievalData(languages=("de",), styles=("noto",))
     assert RetrievalData.from_dict(json.loads(json.dumps(asdict(data)))) == data
-    assert pick_languages(" EN, de,en") == ("en", "de")
-    with pytest.raises(ValueError, match="--languages ',': expected codes"):
-        pick_languages(",")
+    assert pick_languages(split_commas(" EN, de,en")) == ("en", "de")
+    with pytest.raises(ValueError, match="--languages: expected codes"):
+        pick_languages(split_commas(","))
     mined = LossConfig(mining="hardest", mining_warmup=2)
     assert [mined.mining_at(step) for step in range(4)] == ["all", "all", "hardest", "hardest"]

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from models.common.gallery import Encoder, evaluate_galleries, pick_sets, retrieval
+from models.common.metrics import PixelBaseline, Retrieval, ranks_of_scores
 from models.data import Concept, ImageTextSet, Splits, Subwords
 from models.data.config import batch_plan
 from models.data.synthetic import load_synthetic
-from models.gallery import Encoder, evaluate_galleries, pick_sets, retrieval
-from models.metrics import PixelBaseline, Retrieval, as_dict, ranks_of_scores
-from models.retrieval import PRESETS, TEXT_ENCODERS, LossConfig, RetrievalData, RetrievalTask, Retriever, learn_tokens
-from models.retrieval_eval import (
+from models.retrieval.data import RetrievalData, learn_tokens
+from models.retrieval.evaluate import (
     best_images,
     keyword_queries,
     retriever_encoder,
     search_precision,
     spoken_retrieval,
 )
+from models.retrieval.model import PRESETS, TEXT_ENCODERS, Retriever
+from models.retrieval.train import LossConfig, RetrievalTask
 
 NANO = PRESETS["nano"]
 LOSSES = [LossConfig(mining=mining) for mining in ("all", "hardest", "semi_hard")]  # type: ignore[arg-type]
@@ -41,7 +43,7 @@ def tokens(spoken: Splits) -> Subwords:
 
 def _model(tokens: Subwords, loss: LossConfig = LOSSES[0], **changes: object) -> Retriever:
     torch.manual_seed(0)
-    return Retriever(replace(NANO, **changes), len(tokens), loss)  # type: ignore[arg-type]
+    return Retriever(replace(NANO, **changes), len(tokens), loss.name)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", list(TEXT_ENCODERS))
@@ -166,7 +168,7 @@ def test_both_directions_and_baselines_against_sorted_scores() -> None:
     ):
         for who, own in (("model", scores), ("other", other)):
             ranks = [row.argsort(descending=True).tolist().index(i) for i, row in enumerate(own)]
-            assert found[way][who] == as_dict(Retrieval.from_ranks(torch.tensor(ranks)))
+            assert found[way][who] == asdict(Retrieval.from_ranks(torch.tensor(ranks)))
         assert found[way]["chance"]["r5"] == pytest.approx(5 / 60)
     assert found["image to text"]["model"] != found["text to image"]["model"]
 
@@ -266,7 +268,7 @@ def test_searches_by_keywords_count_the_images_that_have_them_all() -> None:
 
 
 def test_pixel_baseline_of_a_set_is_beside_the_model(spoken: Splits, tokens: Subwords) -> None:
-    from models.gallery import Baselines
+    from models.common.gallery import Baselines
 
     data = spoken.tests["new style (dotted)"].gallery(limit=20)
     scores = Baselines(spoken.train).scores(data)

@@ -16,13 +16,17 @@ import pytest
 import torch
 from PIL import Image
 
-from models.checkpoint import checkpoints, load_newest
+from models.common.checkpoint import checkpoints, load_newest
+from models.common.runs import read_history
+from models.common.training import TrainConfig, Trainer
 from models.data import Splits
 from models.data.synthetic import load_synthetic
-from models.retrieval import PRESETS, LossConfig, RetrievalData, load_retriever, main, train_run
-from models.training import TrainConfig, Trainer, read_history
+from models.retrieval.__main__ import main
+from models.retrieval.data import RetrievalData
+from models.retrieval.model import PRESETS
+from models.retrieval.train import LossConfig, load_retriever, train_run
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TRAIN = "--data synthetic --preset nano --variant-divisor 1 --augment 0.2 --cpu --precision no"
 DATA = RetrievalData(
     source="synthetic", stored_size=32, batch_size=32, variant_divisor=1, augment=0.0, languages=("en", "de")
@@ -140,14 +144,12 @@ def test_search_in_each_language(run: Path, tmp_path: Path, capsys: pytest.Captu
 def test_compare_tells_the_losses_apart_and_repeats_no_finished_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import models.retrieval as module
-
     def load(self: RetrievalData, bad: object) -> Splits:
         splits = load_synthetic(self.stored_size, languages=self.languages)
         splits.validation = splits.tests["unseen concepts"]
         return splits
 
-    monkeypatch.setattr(module.RetrievalData, "load", load)
+    monkeypatch.setattr(RetrievalData, "load", load)
     options = "--batch-size 32 --steps 4 --evaluate-every 2 --mining-warmup 2 --languages en,de"
     command = ["compare", "--out", str(tmp_path), *TRAIN.split(), *options.split()]
     assert main(command) == 0

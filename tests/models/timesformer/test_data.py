@@ -24,7 +24,7 @@ from models.data.video_files import (
     load_video_files,
     read_frames,
 )
-from models.timesformer_eval import change_frames, phase_correlation
+from models.timesformer.evaluate import change_frames, phase_correlation
 
 
 def encode(path: Path, frames: int = 40, width: int = 48, height: int = 32, **options: str) -> Path:

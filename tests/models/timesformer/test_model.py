@@ -10,16 +10,13 @@ import torch
 from torch import Tensor
 
 from mmkernels.testing import assert_within_budget
-from models.timesformer import (
-    PRESETS,
-    Block,
-    TimeSformer,
-    TimesformerConfig,
+from models.timesformer.hugging_face import (
     config_from_hugging_face,
     from_hugging_face,
     hugging_face_config,
     to_hugging_face,
 )
+from models.timesformer.model import PRESETS, Block, TimeSformer, TimesformerConfig
 
 SMALL = TimesformerConfig(image_size=32, patch_size=8, num_frames=3, width=48, layers=2, heads=3, classes=5)
 

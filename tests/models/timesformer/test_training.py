@@ -9,24 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from test_timesformer_data import encode
 
 from mmkernels.divided_attention import ops
-from models.checkpoint import CheckpointError, load_newest
+from models.common.checkpoint import CheckpointError, load_newest
+from models.common.plots import drawable
+from models.common.runs import read_history
+from models.common.training import TrainConfig, Trainer, learning_rate
 from models.data.batches import generator_of
+from models.data.digits import load_digits
 from models.data.video import TensorVideos, prepare
-from models.timesformer import (
-    ATTENTION_TYPES,
-    PRESETS,
-    TimeSformer,
-    TimesformerConfig,
-    VideoDataConfig,
-    load_timesformer,
-    main,
-    train_run,
-)
-from models.timesformer_eval import Scores, Views, cost, linear_baselines, predict_set, predict_views, step_cost
-from models.training import TrainConfig, learning_rate, read_history
+from models.timesformer.__main__ import main
+from models.timesformer.cost import cost, step_cost
+from models.timesformer.data import VideoDataConfig
+from models.timesformer.evaluate import Scores, Views, linear_baselines, predict_set, predict_views
+from models.timesformer.model import ATTENTION_TYPES, PRESETS, TimeSformer, TimesformerConfig
+from models.timesformer.train import load_timesformer, train_run
+from tests.models.timesformer.test_data import encode
 
 NANO = replace(PRESETS["nano"], drop_path=0.2, attention_dropout=0.1)
 DATA = VideoDataConfig(source="digits", size=16, num_frames=4, batch_size=32)
@@ -45,11 +43,9 @@ def test_stopped_run_goes_on_with_the_same_losses(tmp_path: Path) -> None:
         if trainer.step == 6:  # type: ignore[attr-defined]
             raise StopError
 
-    import models.training
-
-    fit = models.training.Trainer.fit
+    fit = Trainer.fit
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models.training.Trainer, "fit", lambda self: fit(self, stop))
+        patch.setattr(Trainer, "fit", lambda self: fit(self, stop))
         with pytest.raises(StopError):
             train_run(NANO, DATA, CONFIG, tmp_path / "stopped", cpu=True)
     torch.manual_seed(1234)
@@ -111,10 +107,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_eval_writes_report_and_pictures(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from models.data import digits
-
-    load = digits.load_digits
-    monkeypatch.setattr(digits, "load_digits", lambda *args, **kwargs: load(*args, **kwargs, test_clips=128))
+    monkeypatch.setattr(
+        "models.timesformer.data.load_digits", lambda *args, **kwargs: load_digits(*args, **kwargs, test_clips=128)
+    )
     assert main(["eval", str(run)]) == 0
     entry = json.loads((run / "report.json").read_text())["sets"]["digits"]
     assert entry["videos"] == 128
@@ -299,6 +294,4 @@ def test_loading_gives_the_averaged_weights(run: Path, tmp_path: Path) -> None:
 
 
 def test_labels_that_no_font_draws_are_code_points():
-    from models import plots
-
-    assert plots._labels(["left, 2", "a\U0010fffd"]) == ["left, 2", "aU+10FFFD"]
+    assert drawable(["left, 2", "a\U0010fffd"]) == ["left, 2", "aU+10FFFD"]

@@ -1,0 +1,1 @@
+"""Fusion of images and sounds, either of them noisy. Run ``python -m models.av_fusion``."""
