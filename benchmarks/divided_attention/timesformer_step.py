@@ -21,7 +21,8 @@ from benchmarks.harness.timing import interleaved, median
 from mmkernels import _backends
 from mmkernels.integrations.transformers import patch_timesformer
 from mmkernels.testing import peak_allocated
-from models.timesformer import PRESETS, config_from_hugging_face, from_hugging_face, hugging_face_config
+from models.timesformer.hugging_face import config_from_hugging_face, from_hugging_face, hugging_face_config
+from models.timesformer.model import PRESETS
 
 
 def step_of(forward: Callable[[Tensor], Tensor], model: nn.Module, videos: Tensor, bf16: bool) -> Callable[[], Any]:

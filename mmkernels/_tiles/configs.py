@@ -14,10 +14,15 @@ class Config(NamedTuple):
     forward: Tile
     grad_logits: Tile
     product: Tile
-    lower: Tile | None = None  # for grad_logits with groups, where its plain tile would spill
+    # With groups, where the plain tile would spill.
+    grouped_grad_logits: Tile | None = None
+    grouped_forward: Tile | None = None
+
+    def of_forward(self, groups: bool) -> Tile:
+        return self.grouped_forward if groups and self.grouped_forward is not None else self.forward
 
     def of_grad_logits(self, groups: bool) -> Tile:
-        return self.lower if groups and self.lower is not None else self.grad_logits
+        return self.grouped_grad_logits if groups and self.grouped_grad_logits is not None else self.grad_logits
 
 
 # The largest tiles that the compile check shows without a spill. By precision: "half" is bf16 and fp16.
@@ -28,12 +33,22 @@ CONFIGS: dict[str, dict[str, Config]] = {
             Tile(128, 128, 32, 8, 4), Tile(128, 128, 32, 8, 4), Tile(128, 256, 32, 8, 4), Tile(64, 128, 32, 8, 4)
         ),
         "tf32x3": Config(Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3)),
-        "ieee": Config(Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 4, 2), Tile(64, 64, 32, 8, 2)),
+        "ieee": Config(
+            Tile(64, 64, 16, 8, 2),
+            Tile(64, 64, 16, 4, 2),
+            Tile(64, 64, 32, 8, 2),
+            grouped_forward=Tile(64, 32, 16, 4, 2),
+        ),
     },
     "sm_90": {
         "half": Config(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4)),
         "tf32x3": Config(Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3)),
-        "ieee": Config(Tile(64, 64, 16, 4, 2), Tile(64, 64, 16, 4, 2), Tile(64, 64, 32, 8, 2)),
+        "ieee": Config(
+            Tile(64, 64, 16, 4, 2),
+            Tile(64, 64, 16, 4, 2),
+            Tile(64, 64, 32, 8, 2),
+            grouped_forward=Tile(64, 32, 16, 4, 2),
+        ),
     },
     "sm_100": {
         "half": Config(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4)),
@@ -67,14 +82,14 @@ DISTILLATION_CONFIGS: dict[str, dict[str, DistillationConfig]] = {
         "ieee": DistillationConfig(Tile(64, 64, 16, 4, 2), Tile(64, 64, 16, 8, 2)),
     },
     "sm_90": {
-        "half": DistillationConfig(Tile(128, 64, 64, 8, 4), Tile(128, 64, 64, 8, 4)),
+        "half": DistillationConfig(Tile(128, 64, 32, 8, 4), Tile(128, 64, 64, 8, 4)),
         "tf32x3": DistillationConfig(Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
         "ieee": DistillationConfig(Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2)),
     },
     "sm_100": {
         "half": DistillationConfig(Tile(128, 64, 64, 8, 4), Tile(128, 64, 64, 8, 4)),
         "tf32x3": DistillationConfig(Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
-        "ieee": DistillationConfig(Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2)),
+        "ieee": DistillationConfig(Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 4, 2)),
     },
     "gfx942": {
         "half": DistillationConfig(Tile(128, 64, 64, 8, 2), Tile(128, 64, 64, 8, 2)),
@@ -90,11 +105,17 @@ DISTILLATION_CONFIGS: dict[str, dict[str, DistillationConfig]] = {
 # An op with an epilogue of its own takes one tile for all its kernels over pairs: this one where forward's would spill.
 _OWN_TILES: dict[str, dict[tuple[str, str], Tile]] = {
     "siglip": {
-        ("sm_80", "ieee"): Tile(64, 64, 16, 4, 2),
+        ("sm_80", "ieee"): Tile(64, 64, 16, 8, 2),
         ("sm_100", "ieee"): Tile(64, 64, 16, 8, 2),
         ("sm_100", "tf32x3"): Tile(64, 64, 32, 8, 3),
     },
-    "triplet": {("sm_80", "tf32x3"): Tile(64, 64, 32, 8, 3), ("sm_100", "ieee"): Tile(32, 64, 16, 8, 1)},
+    "triplet": {
+        ("sm_80", "tf32x3"): Tile(64, 64, 32, 8, 3),
+        ("sm_90", "half"): Tile(128, 64, 64, 8, 4),
+        ("sm_100", "half"): Tile(128, 64, 64, 8, 4),
+        ("sm_100", "tf32x3"): Tile(64, 64, 32, 8, 3),
+        ("sm_100", "ieee"): Tile(32, 64, 16, 8, 1),
+    },
     "retrieval": {("sm_100", "ieee"): Tile(64, 64, 16, 8, 2)},
 }
 

@@ -84,7 +84,7 @@ def cross_entropy_forward(of: CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
     queries, keys, scale, bias, targets, groups, symmetric, label_smoothing = of
     N, M = queries.shape[0], keys.shape[0]
     config, precision = choose(queries)
-    tile = config.forward
+    tile = config.of_forward(groups is not None)
     queries, keys = aligned(queries), aligned(keys)
     targets = _targets(targets, N, queries.device)
     row_ids, key_ids, of_query, of_key = (targets,) * 4 if groups is None else groups
