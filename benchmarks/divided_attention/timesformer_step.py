@@ -6,7 +6,7 @@ python -m benchmarks.divided_attention.timesformer_step [--batch 1] [--bf16] [--
 import os
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported: the profiler's own notes
 
@@ -22,7 +22,7 @@ from mmkernels import _backends
 from mmkernels.integrations.transformers import patch_timesformer
 from mmkernels.testing import peak_allocated
 from models.timesformer.hugging_face import config_from_hugging_face, from_hugging_face, hugging_face_config
-from models.timesformer.model import PRESETS
+from models.timesformer.model import PRESETS, PresetName
 
 
 def step_of(forward: Callable[[Tensor], Tensor], model: nn.Module, videos: Tensor, bf16: bool) -> Callable[[], Any]:
@@ -48,7 +48,7 @@ def main(
     from transformers import TimesformerConfig, TimesformerForVideoClassification
 
     torch.manual_seed(0)
-    config = PRESETS[preset]
+    config = PRESETS[cast(PresetName, preset)]
     eager, patched = (
         TimesformerForVideoClassification(TimesformerConfig(**hugging_face_config(config))).train() for _ in range(2)
     )

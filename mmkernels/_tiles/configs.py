@@ -89,7 +89,7 @@ DISTILLATION_CONFIGS: dict[str, dict[str, DistillationConfig]] = {
     "sm_100": {
         "half": DistillationConfig(Tile(128, 64, 64, 8, 4), Tile(128, 64, 64, 8, 4)),
         "tf32x3": DistillationConfig(Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
-        "ieee": DistillationConfig(Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 4, 2)),
+        "ieee": DistillationConfig(Tile(64, 32, 16, 4, 2), Tile(64, 64, 16, 4, 2)),
     },
     "gfx942": {
         "half": DistillationConfig(Tile(128, 64, 64, 8, 2), Tile(128, 64, 64, 8, 2)),

@@ -40,7 +40,7 @@ def sweeps(
             axes.set(xlabel=xlabel, ylim=(0, 1))
             axes.set_xlim(at[0], at[-1])  # the same way round as the levels
         grid[0].set_ylabel(ylabel)
-        handles, names = grid[0].get_legend_handlesdrawable()
+        handles, names = grid[0].get_legend_handles_labels()
         figure.legend(handles, names, frameon=False, loc="outside upper center", ncols=len(names))
         figure.savefig(path, dpi=130)
 

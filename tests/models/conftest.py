@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
@@ -25,6 +26,12 @@ def _fresh_accelerate() -> Iterator[None]:
 def synthetic() -> Splits:
     """The synthetic splits at the nano model's size."""
     return load_synthetic(PRESETS["nano"].vision.image_size)
+
+
+@pytest.fixture(scope="session")
+def emoji_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the drawings of emoji lie once they are rendered, for all the tests that read them."""
+    return tmp_path_factory.mktemp("emoji")
 
 
 @pytest.fixture

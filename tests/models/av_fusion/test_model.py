@@ -155,7 +155,7 @@ def test_attention_is_eager_attention_over_the_present_tokens() -> None:
         tokens, _ = model._tokens(*(x.to(dtype) for x in inputs()), None)
         x = fusion.ln_1(fusion.embed(tokens))
         eager, probabilities = eager_attention(fusion, x, present)
-        found += [fusion.attn(x, 2, present)[:, 0], eager]
+        found += [fusion.attn(x, present)[:, 0], eager]
         shares += [fusion.weights(tokens, present), probabilities.mean(1)]
     assert_within_budget(found[0], found[1], found[3])
     weights, probabilities = shares[2], shares[3]

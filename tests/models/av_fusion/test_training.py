@@ -21,10 +21,11 @@ from models.av_fusion.model import FUSIONS, PRESETS
 from models.av_fusion.train import RATES, FusionTask, load_fusion, train_run
 from models.common.checkpoint import CheckpointError, load_newest
 from models.common.runs import read_history
-from models.common.training import TrainConfig, Trainer
+from models.common.training import TrainConfig
 from models.data.audio import RATE
 from models.data.pairs import Noise
 from models.data.spoken_digits import load_synthetic_pairs
+from tests.models.stopping import stop_before
 
 NANO = PRESETS["nano"]
 NOISE = Noise((0.0, 20.0), (0.0, 0.5), (0.0, 0.2))
@@ -63,19 +64,7 @@ def test_training_learns_voices_and_images_it_never_saw(run: Path) -> None:
 def test_stopped_run_goes_on_with_the_same_losses(tmp_path: Path) -> None:
     train_run(NANO, DATA, CONFIG, tmp_path / "whole", cpu=True)
 
-    class StopError(Exception):
-        pass
-
-    def stop(trainer: Trainer) -> None:
-        if trainer.step == 6:
-            raise StopError
-
-    fit = Trainer.fit
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "fit", lambda self: fit(self, stop))
-        with pytest.raises(StopError):
-            train_run(NANO, DATA, CONFIG, tmp_path / "stopped", cpu=True)
-    torch.manual_seed(1234)
+    stop_before(6, lambda: train_run(NANO, DATA, CONFIG, tmp_path / "stopped", cpu=True))
     train_run(NANO, DATA, CONFIG, tmp_path / "stopped", cpu=True)
     whole, stopped = (
         [(row["step"], row["loss"], row["accuracy"]) for row in read_history(tmp_path / name)]

@@ -66,8 +66,8 @@ def test_unseen_combinations_are_unseen_but_their_parts_are_not() -> None:
     assert not unseen_combinations(0.0, 0, set())
 
 
-def test_emoji_with_combinations_held_out(tmp_path: Path) -> None:
-    splits = load_emoji(EmojiConfig(train_styles=("noto",), size=16, unseen_combinations=0.15, cache_dir=tmp_path))
+def test_emoji_with_combinations_held_out(emoji_cache: Path) -> None:
+    splits = load_emoji(EmojiConfig(train_styles=("noto",), size=16, unseen_combinations=0.15, cache_dir=emoji_cache))
     trained = set(splits.train.concept_ids.tolist())
     tests = {name: set(data.concept_ids.tolist()) for name, data in splits.tests.items()}
     unseen = [ids for name, ids in tests.items() if name.startswith("unseen combinations")]

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,8 +18,8 @@ from models.captioning.write import references, write_captions
 from models.common.checkpoint import checkpoints, load_checkpoint
 from models.common.runs import BEST, read_history
 from models.common.training import EarlyStopping, TrainConfig, Trainer
+from tests.models.stopping import stop_before
 
-ROOT = Path(__file__).resolve().parents[3]
 TRAIN = "--data synthetic --preset nano --batch-size 48 --variant-divisor 1 --augment 0.2 --cpu --precision no"
 
 
@@ -110,31 +105,24 @@ def test_without_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "trained without attention" in capsys.readouterr().out
 
 
-def test_killed_run_resumes_with_the_same_losses_scores_and_weights(tmp_path: Path) -> None:
+def test_stopped_run_goes_on_with_the_same_losses_scores_and_weights(tmp_path: Path) -> None:
     """With dropout and sampled words: their random numbers go on where they were."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     options = "--steps 30 --checkpoint-every 4 --evaluate-every 7 --ema 0.9 --sampling 0.9"
 
-    def command(out: Path) -> subprocess.Popen[bytes]:
-        whole = [sys.executable, "-m", "models.captioning", "train", "--out", str(out), *TRAIN.split()]
-        return subprocess.Popen([*whole, *options.split()], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    def train(name: str) -> int:
+        return main(["train", "--out", str(tmp_path / name), *TRAIN.split(), *options.split()])
 
-    assert command(tmp_path / "whole").wait(300) == 0
-    process = command(tmp_path / "killed")
-    deadline = time.monotonic() + 300
-    while not len(checkpoints(tmp_path / "killed")) > 1 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert checkpoints(tmp_path / "killed")[0].stem < "step-0000030"
-    assert command(tmp_path / "killed").wait(300) == 0
-    a, b = ([(r["step"], r["loss"]) for r in read_history(tmp_path / name)] for name in ("whole", "killed"))
+    assert train("whole") == 0
+    stop_before(18, lambda: train("stopped"))
+    assert checkpoints(tmp_path / "stopped")[0].stem == "step-0000016"
+    assert train("stopped") == 0
+    a, b = ([(r["step"], r["loss"]) for r in read_history(tmp_path / name)] for name in ("whole", "stopped"))
     assert a == b
     assert len(a) == 30
-    a, b = (read_history(tmp_path / name, "validation.jsonl") for name in ("whole", "killed"))
+    a, b = (read_history(tmp_path / name, "validation.jsonl") for name in ("whole", "stopped"))
     assert a == b
     assert [row["step"] for row in a] == [7, 14, 21, 28, 30]
-    c, d = (load_checkpoint(tmp_path / name / BEST)[0] for name in ("whole", "killed"))
+    c, d = (load_checkpoint(tmp_path / name / BEST)[0] for name in ("whole", "stopped"))
     assert all(torch.equal(c[name], d[name]) for name in c)
 
 

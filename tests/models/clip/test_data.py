@@ -26,10 +26,10 @@ from models.data.synthetic import load_synthetic
 
 
 @pytest.fixture(scope="module")
-def emoji(tmp_path_factory: pytest.TempPathFactory) -> Splits:
+def emoji(emoji_cache: Path) -> Splits:
     """The real emoji in three styles, small."""
-    cache = tmp_path_factory.mktemp("cache")
-    return load_emoji(EmojiConfig(train_styles=("openmoji", "noto"), size=16, near_copy=0.97, cache_dir=cache))
+    config = EmojiConfig(train_styles=("openmoji", "noto"), size=16, near_copy=0.97, cache_dir=emoji_cache)
+    return load_emoji(config)
 
 
 def _digests(data: ImageTextSet) -> list[str]:

@@ -38,15 +38,14 @@ def _train_command(out: Path, *extra: str) -> list[str]:
 
 
 def test_killed_run_resumes_with_the_same_losses(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
     def run(out: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             _train_command(out, "--ema", "0.9"), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
         )
 
-    assert run(tmp_path / "whole").wait(300) == 0
-    process = run(tmp_path / "killed")
+    whole, process = run(tmp_path / "whole"), run(tmp_path / "killed")
     deadline = time.monotonic() + 300
     while not checkpoints(tmp_path / "killed") and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -56,6 +55,7 @@ def test_killed_run_resumes_with_the_same_losses(tmp_path: Path) -> None:
     assert reached is not None
     assert 3 <= reached[1]["step"] < 40
     assert run(tmp_path / "killed").wait(300) == 0
+    assert whole.wait(300) == 0
     assert _losses(tmp_path / "killed") == _losses(tmp_path / "whole")
     final = [load_newest(tmp_path / name) for name in ("whole", "killed")]
     assert final[0] is not None

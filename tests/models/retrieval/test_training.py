@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,8 +20,8 @@ from models.retrieval.__main__ import main
 from models.retrieval.data import RetrievalData
 from models.retrieval.model import PRESETS
 from models.retrieval.train import LossConfig, load_retriever, train_run
+from tests.models.stopping import stop_before
 
-ROOT = Path(__file__).resolve().parents[3]
 TRAIN = "--data synthetic --preset nano --variant-divisor 1 --augment 0.2 --cpu --precision no"
 DATA = RetrievalData(
     source="synthetic", stored_size=32, batch_size=32, variant_divisor=1, augment=0.0, languages=("en", "de")
@@ -79,27 +74,21 @@ def test_hardest_negatives_collapse_unless_warmed_up_or_centred(spoken: Splits, 
     assert end(centred=True, warmup=0)[1] > 0.3
 
 
-def _command(out: Path, options: str) -> subprocess.Popen[bytes]:
-    whole = [sys.executable, "-m", "models.retrieval", "train", "--out", str(out), *TRAIN.split(), *options.split()]
-    return subprocess.Popen(whole, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
-
-
-def test_killed_run_resumes_with_the_same_losses(tmp_path: Path) -> None:
+def test_stopped_run_goes_on_with_the_same_losses(tmp_path: Path) -> None:
     """Across the switch from all negatives to the hardest."""
     options = "--batch-size 24 --steps 24 --checkpoint-every 4 --mining hardest --mining-warmup 12 --ema 0.9"
-    assert _command(tmp_path / "whole", options).wait(300) == 0
-    process = _command(tmp_path / "killed", options)
-    deadline = time.monotonic() + 300
-    while not len(checkpoints(tmp_path / "killed")) > 1 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert checkpoints(tmp_path / "killed")[0].stem < "step-0000024"
-    assert _command(tmp_path / "killed", options).wait(300) == 0
-    a, b = ([(r["step"], r["loss"], r["r1"]) for r in read_history(tmp_path / name)] for name in ("whole", "killed"))
+
+    def train(name: str) -> int:
+        return main(["train", "--out", str(tmp_path / name), *TRAIN.split(), *options.split()])
+
+    assert train("whole") == 0
+    stop_before(10, lambda: train("stopped"))
+    assert checkpoints(tmp_path / "stopped")[0].stem == "step-0000008"
+    assert train("stopped") == 0
+    a, b = ([(r["step"], r["loss"], r["r1"]) for r in read_history(tmp_path / name)] for name in ("whole", "stopped"))
     assert a == b
     assert len(a) == 24
-    found = [load_newest(tmp_path / name) for name in ("whole", "killed")]
+    found = [load_newest(tmp_path / name) for name in ("whole", "stopped")]
     assert found[0] is not None
     assert found[1] is not None
     c, d = found[0][0], found[1][0]

@@ -14,7 +14,7 @@ from mmkernels.divided_attention import ops
 from models.common.checkpoint import CheckpointError, load_newest
 from models.common.plots import drawable
 from models.common.runs import read_history
-from models.common.training import TrainConfig, Trainer, learning_rate
+from models.common.training import TrainConfig, learning_rate
 from models.data.batches import generator_of
 from models.data.digits import load_digits
 from models.data.video import TensorVideos, prepare
@@ -24,6 +24,7 @@ from models.timesformer.data import VideoDataConfig
 from models.timesformer.evaluate import Scores, Views, linear_baselines, predict_set, predict_views
 from models.timesformer.model import ATTENTION_TYPES, PRESETS, TimeSformer, TimesformerConfig
 from models.timesformer.train import load_timesformer, train_run
+from tests.models.stopping import stop_before
 from tests.models.timesformer.test_data import encode
 
 NANO = replace(PRESETS["nano"], drop_path=0.2, attention_dropout=0.1)
@@ -36,19 +37,7 @@ def test_stopped_run_goes_on_with_the_same_losses(tmp_path: Path) -> None:
     """Drop-path and dropout draw from torch's generator, which a checkpoint holds."""
     train_run(NANO, DATA, CONFIG, tmp_path / "whole", cpu=True)
 
-    class StopError(Exception):
-        pass
-
-    def stop(trainer: object) -> None:
-        if trainer.step == 6:  # type: ignore[attr-defined]
-            raise StopError
-
-    fit = Trainer.fit
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "fit", lambda self: fit(self, stop))
-        with pytest.raises(StopError):
-            train_run(NANO, DATA, CONFIG, tmp_path / "stopped", cpu=True)
-    torch.manual_seed(1234)
+    stop_before(6, lambda: train_run(NANO, DATA, CONFIG, tmp_path / "stopped", cpu=True))
     train_run(NANO, DATA, CONFIG, tmp_path / "stopped", cpu=True)
     losses = [
         [(row["step"], row["loss"], row["accuracy"]) for row in read_history(tmp_path / name)]
