@@ -8,7 +8,7 @@ from torch import Tensor
 import mmkernels
 from benchmarks.divided_attention.peers import attentions
 from benchmarks.harness.gpu_runs import DTYPES, measure
-from mmkernels.divided_attention.ops import layout_of
+from mmkernels.divided_attention.layout import layout_of
 from tests.divided_attention import cases
 
 NOTE = (

@@ -10,7 +10,7 @@ from rich.table import Table
 from benchmarks.divided_attention.peers import attentions
 from benchmarks.harness.peak import cpu_peak
 from benchmarks.harness.timing import bandwidth, interleaved, median
-from mmkernels.divided_attention.ops import layout_of
+from mmkernels.divided_attention.layout import layout_of
 from mmkernels.testing import peak_allocated
 
 HEADS, HEAD = 12, 64

@@ -74,3 +74,9 @@ class Layout(NamedTuple):
         """The index of a patch among the tokens."""
         first, second = (position, frame) if self.token_order == "nt" else (frame, position)
         return self.has_cls + first * (self.num_frames if self.token_order == "nt" else self.num_positions) + second
+
+
+def layout_of(num_tokens: int, num_frames: int, axis: str, cls_mode: str, token_order: str) -> Layout:
+    """The layout of clips of `num_tokens` tokens."""
+    positions = (num_tokens - (cls_mode != "none")) // num_frames
+    return Layout(positions, num_frames, axis, cls_mode, token_order)

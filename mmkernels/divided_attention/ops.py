@@ -1,6 +1,5 @@
 """The registered ops, one pair a backend, their fake kernels and FLOPs, and the autograd.Function around them."""
 
-import functools
 import logging
 from typing import Any
 
@@ -8,9 +7,8 @@ import torch
 from torch import Tensor
 
 from mmkernels._autograd import refuse_second_derivatives
-from mmkernels.divided_attention.layout import Layout
-
-_library = torch.library.Library("mmkernels", "FRAGMENT")
+from mmkernels._library import register
+from mmkernels.divided_attention.layout import Layout, layout_of
 
 _LAYOUT = "int num_frames, int num_heads, str axis, str cls_mode, str token_order, float scale, float dropout_p"
 # out [B, L, C] in the dtype of qkv; lse [B, H, rows] float32: the class token's rows, then the patches in token order
@@ -19,12 +17,6 @@ _BACKWARD = (
     "(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, Tensor? frame_mask, Tensor? seed,"
     f" {_LAYOUT}) -> Tensor grad_qkv"
 )
-
-
-def layout_of(num_tokens: int, num_frames: int, axis: str, cls_mode: str, token_order: str) -> Layout:
-    """The layout of clips of `num_tokens` tokens."""
-    positions = (num_tokens - (cls_mode != "none")) // num_frames
-    return Layout(positions, num_frames, axis, cls_mode, token_order)
 
 
 def _forward_fake(
@@ -48,29 +40,8 @@ def _backward_fake(grad_out: Tensor, qkv: Tensor, *_: Any) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
 
-for _backend in ("cpu", "triton"):
-    _library.define(f"divided_attention_{_backend}_forward{_FORWARD}", tags=(torch.Tag.pt2_compliant_tag,))
-    _library.define(f"divided_attention_{_backend}_backward{_BACKWARD}", tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"mmkernels::divided_attention_{_backend}_forward", _forward_fake, lib=_library)
-    torch.library.register_fake(f"mmkernels::divided_attention_{_backend}_backward", _backward_fake, lib=_library)
-
-
-@functools.cache
-def _triton() -> Any:
-    """Triton is imported by the first call that runs it: importing mmkernels imports torch alone."""
-    from mmkernels.divided_attention import triton_kernels
-
-    return triton_kernels
-
-
-for _pass in ("forward", "backward"):
-
-    def _launch(*args: Any, _name: str = f"divided_attention_{_pass}") -> Any:
-        return getattr(_triton(), _name)(*args)
-
-    # The CPU key serves the interpreter.
-    for _key in ("CUDA", "CPU"):
-        _library.impl(f"divided_attention_triton_{_pass}", _launch, _key)
+register("divided_attention_{}_forward", _FORWARD, _forward_fake, __package__)
+register("divided_attention_{}_backward", _BACKWARD, _backward_fake, __package__)
 
 
 def _pair_flops(qkv_shape: torch.Size, num_frames: int, axis: str, cls_mode: str, token_order: str) -> int:

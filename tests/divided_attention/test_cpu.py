@@ -9,8 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mmkernels
 from mmkernels.divided_attention import reference
-from mmkernels.divided_attention.layout import AXES, CLS_MODES, TOKEN_ORDERS
-from mmkernels.divided_attention.ops import layout_of
+from mmkernels.divided_attention.layout import AXES, CLS_MODES, TOKEN_ORDERS, layout_of
 from mmkernels.testing import assert_within_budget, peak_allocated
 from tests.cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
 from tests.divided_attention.cases import (

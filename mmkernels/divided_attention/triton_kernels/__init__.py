@@ -23,8 +23,7 @@ import triton
 from torch import Tensor
 
 from mmkernels._tiles.triton import LOG2E, on_device, round_up
-from mmkernels.divided_attention.layout import Layout
-from mmkernels.divided_attention.ops import layout_of
+from mmkernels.divided_attention.layout import Layout, layout_of
 from mmkernels.divided_attention.triton_kernels import engine
 from mmkernels.divided_attention.triton_kernels.backward import (
     cls_sums_kernel,

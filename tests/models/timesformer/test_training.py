@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from mmkernels.divided_attention import ops
+from mmkernels.divided_attention.layout import layout_of
 from models.common.checkpoint import CheckpointError, load_newest
 from models.common.plots import drawable
 from models.common.runs import read_history
@@ -206,7 +207,7 @@ def test_the_ops_formula_counts_what_the_reference_multiplies() -> None:
         counts = []
         with FakeTensorMode():
             qkv = torch.empty(2, 1 + 6 * 4, 3 * 32)
-            layout = ops.layout_of(25, 4, axis, "timesformer", "nt")
+            layout = layout_of(25, 4, axis, "timesformer", "nt")
             for call in (
                 lambda qkv=qkv, layout=layout: ops.divided_attention(qkv, None, None, layout, 2, 0.25, 0.0, "cpu"),
                 lambda qkv=qkv, axis=axis: mmkernels.divided_attention(
