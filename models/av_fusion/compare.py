@@ -61,9 +61,9 @@ def compare_runs(
 ) -> dict[str, Any]:
     """Train and evaluate every fusion for every seed, on the same batches and the same test examples; print the tables.
 
-    Each fusion has its own of the learning ``rates``.
+    ``rates`` holds the learning rate of each fusion.
 
-    Beside them stands what needs no training of its own: the decisions of the two models of one modality, averaged and
+    Two rows of the tables need no training of their own: the decisions of the two models of one modality, averaged and
     multiplied. The product is Bayes' rule: image and sound of a class, and their noises, are independent here.
     """
     bad = bad if bad is not None else BadDataLog()

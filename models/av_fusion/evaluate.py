@@ -34,12 +34,12 @@ LABELS = {
     "sigma": "deviation of the image's noise",
     "hidden": "share of the image that is hidden",
 }
-SEEN = (*MODALITIES, "class token")  # what attention falls on
+SEEN = (*MODALITIES, "class token")  # what the class token attends to
 
 
 @torch.no_grad()
 def predict_batch(model: AVFusion, batch: PairBatch, *, without: str = "", size: int = 250) -> Tensor:
-    """Log-probabilities [n, classes], with one modality taken away if it is asked for."""
+    """Log-probabilities [n, classes]; ``without`` names a modality that the model may not see."""
     device, found = next(model.parameters()).device, []
     for part in batch.split(size):
         seen = part.to(device)
@@ -123,7 +123,7 @@ def evaluate(model: AVFusion, test: DrawnSet) -> tuple[dict[str, Any], Tensor]:
 
 
 def sweep_values(runs: Sequence[Mapping[str, Any]], sweep: str, attended: int | None = None) -> list[list[float]]:
-    """Of each run, the accuracy at every level of a noise; or how much it attends to the ``attended`` of `SEEN`."""
+    """The accuracy of each run at every level of a noise; or how much the run attends to `SEEN[attended]`."""
     return [
         [point["accuracy"] if attended is None else point["weights"][attended] for point in run["sweeps"][sweep]]
         for run in runs
@@ -131,7 +131,7 @@ def sweep_values(runs: Sequence[Mapping[str, Any]], sweep: str, attended: int | 
 
 
 def sweep_tables(entries: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Table]:
-    """Accuracy at each level of each noise, a row for each model, and where one attends, to what: means over seeds."""
+    """Accuracy at each level of each noise, one row per model, and where attention lies: means over seeds."""
 
     def table(title: str, name: str, rows: Mapping[str, Any]) -> Table:
         found = Table(title=f"{title} against the {LABELS[name]}")
@@ -218,7 +218,7 @@ def evaluate_run(
 
 
 def draw_sweeps(entries: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> None:
-    """``robustness.png``, the accuracy of each model against each noise; ``weights.png`` where one attends."""
+    """Draw ``robustness.png``, the accuracy of each model against each noise, and ``weights.png`` of attention."""
 
     panels = {LABELS[name]: {who: sweep_values(runs, name) for who, runs in entries.items()} for name in SWEEPS}
     levels, chance = list(SWEEPS.values()), next(iter(entries.values()))[0]["chance"]

@@ -39,10 +39,10 @@ class FusionConfig:
 
     fusion: Fusion = "attention"
     classes: int = 10
-    channels: int = 1  # of an image
+    channels: int = 1  # channels of an image
     image_size: int = 28
-    samples: int = 6144  # of a sound, at 8,000 a second
-    bands: int = 32  # of its spectrogram
+    samples: int = 6144  # samples of a sound, 8,000 per second
+    bands: int = 32  # mel bands of its spectrogram
     window: int = 256
     hop: int = 192
     widths: tuple[int, ...] = (16, 32, 64)
@@ -65,7 +65,7 @@ class FusionConfig:
 PresetName = Literal["nano", "tiny", "small"]
 
 PRESETS: dict[PresetName, FusionConfig] = {
-    # A few thousand parameters: for tests.
+    # Tests use this one: a few thousand parameters.
     "nano": FusionConfig(image_size=16, samples=2048, bands=16, hop=128, widths=(8, 16), hidden=16, heads=2),
     # What two CPU cores train in half a minute.
     "tiny": FusionConfig(),
@@ -100,8 +100,8 @@ class EarlyFusion(nn.Module):
 class LateFusion(nn.Module):
     """A head for each modality, and one decision of those that are present.
 
-    The log of the mean of their probabilities; or, with ``learned`` weights, the weighted sum of their logs. Of a
-    single modality it is just its head.
+    The decision is the log of the mean of their probabilities; or, with ``learned`` weights, the weighted sum of their
+    logs. A single modality is decided by its head alone.
     """
 
     def __init__(self, config: FusionConfig, parameters: int, learned: bool = False) -> None:
@@ -121,7 +121,7 @@ class LateFusion(nn.Module):
 
 
 class ModalityAttention(nn.Module):
-    """Multi-head self-attention among the tokens of all modalities that are present, and a class token before them.
+    """Multi-head self-attention among a class token and the tokens of all modalities that are present.
 
     A modality is a frame of ``mmkernels.divided_attention``: one that is absent is a frame that is masked.
     """

@@ -21,7 +21,7 @@ def sweeps(
     ylabel: str,
     floor: float | None = None,
 ) -> None:
-    """Numbers against a level of something, a panel for each: lines are means over runs, bands one deviation.
+    """Plot numbers against levels of noise, one panel per noise: lines are means over runs, bands one deviation.
 
     ``panels`` maps the label of an axis to named series, each with the values of every run at ``levels``; the better
     levels stand on the left. ``floor`` is what guessing reaches.
@@ -48,9 +48,9 @@ def sweeps(
 def fused(
     rows: Sequence[tuple[Tensor, Tensor, str, str, Sequence[float] | None]], parts: Sequence[str], path: Path
 ) -> None:
-    """Pairs of an image [C, S, S] (-1..1) and a spectrogram [F, T], a column each, with what was said of them.
+    """Draw pairs of an image [C, S, S] (-1..1) and a spectrogram [F, T], one pair per column, with the model's answer.
 
-    Where there are shares of attention, one for each of ``parts``, they stand below as bars.
+    Shares of attention, one for each of ``parts``, stand below as bars, if a pair has them.
     """
     bars = any(shares is not None for *_, shares in rows)
     figure = Figure(figsize=(1.5 * len(rows) + 0.4, 5.0 if bars else 3.6), layout="constrained")

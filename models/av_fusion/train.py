@@ -63,7 +63,7 @@ def train_run(
 ) -> tuple[Trainer, PairSplits]:
     """Read the data (or take ``splits``), train, and leave checkpoints and logs in ``out``.
 
-    The data decide the number of classes and of an image's channels; ``drawn`` as for :class:`PairPlan`.
+    The data decide the number of classes and of an image's channels; ``drawn`` goes to :class:`PairPlan`.
     """
     bad = bad if bad is not None else BadDataLog()
     if splits is None:

@@ -26,7 +26,7 @@ class CaptionData(DataConfig):
         default=0.15,
         metadata={"help": "Share of activity x gender x skin tone held out (emoji).", "min": 0, "max": 0.9},
     )
-    validation_share: float = 0.1  # of the training captions, where the data has no validation set
+    validation_share: float = 0.1  # share of the training captions that validates, if the data has no validation set
     min_count: int = field(default=1, metadata={"help": "A word that occurs less often is unknown.", "min": 1})
     images: str | None = None
 

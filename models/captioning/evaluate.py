@@ -23,7 +23,7 @@ from models.common.plots import curves
 from models.common.runs import announce_files, read_history
 from models.data import ImageTextSet, Splits, Vocabulary
 
-BEAMS = (1, 2, 3, 5, 10)  # of the first test set; the others have greedy and `SHOWN`
+BEAMS = (1, 2, 3, 5, 10)  # tried on the first test set; the others try greedy and `SHOWN`
 SHOWN = 5  # the beams whose captions the pictures show
 
 

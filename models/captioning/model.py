@@ -47,7 +47,7 @@ class CaptionerConfig:
 PresetName = Literal["nano", "small", "base"]
 
 PRESETS: dict[PresetName, CaptionerConfig] = {
-    # For tests.
+    # Tests use this one.
     "nano": CaptionerConfig(32, (16, 32, 32), (0, 0, 0), 32, 32, 64, dropout=0.0),
     # What two CPU cores train in less than half an hour.
     "small": CaptionerConfig(),
@@ -90,7 +90,7 @@ class Captioner(nn.Module):
             self.places_norm = nn.LayerNorm(width)
             self.query = nn.Linear(config.hidden, width)
             self.gate = nn.Linear(config.hidden, width)
-        seen = width * (2 if config.attention else 1)  # of the image, at each word
+        seen = width * (2 if config.attention else 1)  # how many features of the image each word sees
         self.embedding = nn.Embedding(vocabulary, config.embedding)
         self.start = nn.Linear(width, 2 * config.hidden)
         self.cell = nn.Linear(config.embedding + seen + config.hidden, 4 * config.hidden)
@@ -114,7 +114,7 @@ class Captioner(nn.Module):
         return hidden, cell
 
     def step(self, tokens: Tensor, state: State, encoded: Encoded) -> tuple[Tensor, State, Tensor]:
-        """One word: tokens [B K] of K captions an image -> rows [B K, E] for :meth:`logits`, state, shares [B K, P].
+        """Take one word: tokens [B K], K per image -> rows [B K, E] for :meth:`logits`, state, shares [B K, P].
 
         The shares say where the decoder looks; they sum to 1.
         """
@@ -168,7 +168,7 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def greedy(self, encoded: Encoded, max_length: int) -> Tensor:
-        """The most probable word each time: ids [B, L], padded behind their end."""
+        """Write the most probable word each time: ids [B, L], padded behind their end."""
         state, items = self.begin(encoded), len(encoded.summary)
         token = torch.full((items,), START, device=encoded.summary.device)
         ended = torch.zeros_like(token, dtype=torch.bool)

@@ -15,7 +15,7 @@ from models.common.plots import INK, RIGHT, WRONG, framed, on_white
 
 
 def word_attention(rows: Sequence[tuple[Tensor, Sequence[str], Tensor]], path: Path) -> None:
-    """Images [4, S, S], a row each, with where a captioner looked at each word: shares [words, h, w], a scale a row."""
+    """Draw where a captioner looked at each word: an image [4, S, S] and shares [words, h, w] per row and scale."""
     columns = 1 + max(len(words) for _, words, _ in rows)
     figure = Figure(figsize=(1.35 * columns, 1.65 * len(rows)), layout="constrained")
     for axes_row, (image, words, shares) in zip(figure.subplots(len(rows), columns, squeeze=False), rows, strict=True):
@@ -33,7 +33,7 @@ def word_attention(rows: Sequence[tuple[Tensor, Sequence[str], Tensor]], path: P
 
 
 def captions(cells: Mapping[str, Sequence[tuple[Tensor, str, str, float]]], path: Path) -> None:
-    """Images with the caption written, the right one and the score, a column for each title."""
+    """Draw images with the written caption, the right one and the score, one column per title."""
     count = max(len(column) for column in cells.values())
     figure = Figure(figsize=(6.2 * len(cells), 1.05 * count + 0.6), layout="constrained")
     panels = np.atleast_1d(np.asarray(figure.subfigures(1, len(cells))))

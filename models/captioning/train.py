@@ -59,7 +59,7 @@ class CaptionTask(Task):
     plan: BatchPlan
     steps: int
     loss_name: LossName = "fused"
-    sampling: float = 0.0  # at the end; it grows from 0 in proportion to the steps
+    sampling: float = 0.0  # the share at the end; it grows from 0 in proportion to the steps
     smoothing: float = 0.0
 
     def batch(self, index: int) -> CaptionBatch:

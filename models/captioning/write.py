@@ -62,7 +62,7 @@ def references(data: ImageTextSet) -> list[list[str]]:
 def draw_looks(
     model: Captioner, vocabulary: Vocabulary, images: Sequence[Tensor], written: Sequence[Written], path: Path
 ) -> None:
-    """A picture of where the model looks at each word of its captions, a row an image."""
+    """Draw where the model looks at each word of its captions, one row per image."""
     if not model.config.attention:
         raise ValueError("this model was trained without attention: it looks nowhere")
     rows = []

@@ -19,7 +19,7 @@ class ExportClip(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As :meth:`CLIP.forward`."""
+        """The same as :meth:`CLIP.forward`."""
         return self.model(images, tokens)
 
 

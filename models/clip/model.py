@@ -71,7 +71,7 @@ class ClipConfig:
 PresetName = Literal["nano", "tiny", "small", "vit-b-32"]
 
 PRESETS: dict[PresetName, ClipConfig] = {
-    # A few hundred thousand parameters: for tests.
+    # Tests use this one: a few hundred thousand parameters.
     "nano": ClipConfig(
         embed_dim=32,
         vision=VisionConfig(32, 8, 32, 1, 2, (16, 32, 32), (0, 0, 0)),

@@ -69,11 +69,11 @@ class ClipTask(Task):
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The loss of a batch, with the scale to log."""
         views, size = batch.images.shape[:2]
-        # In order of length, in four parts: most captions are short, and would be padded to the longest of all.
+        # Four parts in order of length: most captions are short, and one part would pad them to the longest of all.
         order = batch.tokens.argmax(-1).argsort(stable=True)
         parts = [trim_padding(part) for part in batch.tokens[order].chunk(4)]
         images, texts, scale = model(batch.images[:, order].flatten(0, 1), parts)
-        # Features and loss in float32, also under autocast: the temperature multiplies rounding errors by up to 100.
+        # The loss runs in float32 under autocast too: the temperature multiplies rounding errors by up to 100.
         with torch.autocast(images.device.type, enabled=False):
             loss = self.losses(images.unflatten(0, (views, size)), texts, scale)
         return loss, {"scale": scale.detach()}

@@ -23,8 +23,8 @@ class QuickGELU(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
     """Softmax attention of [B, H, L, D] tensors."""
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-2] <= 128:
-        # The CPU's flash kernel spends its time on conversions where sequences are short: forward and backward of 512
-        # sequences of 10 tokens took 67 ms there and 7 ms so.
+        # The CPU's flash kernel spends its time on conversions if sequences are short: forward and backward of 512
+        # sequences of 10 tokens took 67 ms with it, and 7 ms with these lines.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if causal:
             hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
@@ -135,9 +135,9 @@ def conv_stages(before: int, widths: Sequence[int], depths: Sequence[int]) -> nn
 
 
 class ConvStem(nn.Module):
-    """A small convolutional network in the place of the patch embedding; every stage halves the side of its input.
+    """A small convolutional network that replaces the patch embedding; every stage halves the side of its input.
 
-    Where a model is trained from scratch on few images this learns many times faster than cutting patches.
+    A model trained from nothing on few images learns many times faster with it than with patches.
     """
 
     def __init__(self, widths: Sequence[int], depths: Sequence[int], out: int) -> None:

@@ -25,7 +25,7 @@ class Retrieval:
 
     @staticmethod
     def from_ranks(ranks: Tensor) -> Retrieval:
-        """From the rank of each query's right answer, counted from 0."""
+        """The numbers of one direction; ``ranks`` holds the rank of each query's right answer, counted from 0."""
         r1, r5, r10 = (float((ranks < k).double().mean()) for k in RECALL_AT)
         # The lower of two middle ranks would flatter; the mean of both is what a median is.
         return Retrieval(r1, r5, r10, float(ranks.double().quantile(0.5)) + 1)

@@ -1,7 +1,7 @@
 """Options of the command line, made from the fields of dataclasses: a value is described once, where it is declared.
 
-A field that has a "help" in its metadata is an option; the metadata may also hold "min", "max", "metavar" and "name"
-(the option's spelling, where it is not the field's name)::
+A field that has a "help" in its metadata is an option; the metadata may also hold "min", "max" and "name" (the
+option's spelling, where it is not the field's name)::
 
     @dataclass
     class TrainConfig:
@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -27,6 +27,7 @@ import typer
 
 from models.data.sets import BadDataPolicy
 
+ON_BAD_DATA = {"help": "Skip files that cannot be read, with a count, or stop."}
 MODEL_SIZE = typer.Option(help="Model size.")
 Checkpoint = Annotated[Path, typer.Argument(help="A run folder or a checkpoint file.")]
 
@@ -36,9 +37,7 @@ class RunOptions:
     """Where a training run lies, and how it starts."""
 
     out: Path = field(metadata={"help": "Run folder: checkpoints, logs, pictures."})
-    on_bad_data: BadDataPolicy = field(
-        default="skip", metadata={"help": "Skip files that cannot be read, with a count, or stop."}
-    )
+    on_bad_data: BadDataPolicy = field(default="skip", metadata=ON_BAD_DATA)
     resume: Literal["auto", "never"] = field(
         default="auto", metadata={"help": "Go on from the run folder's checkpoints, or not."}
     )
@@ -54,9 +53,7 @@ class EvalOptions:
     validation: bool = field(
         default=False, metadata={"help": "The validation set, not the test sets.", "name": "--validation"}
     )
-    on_bad_data: BadDataPolicy = field(
-        default="skip", metadata={"help": "Skip files that cannot be read, with a count, or stop."}
-    )
+    on_bad_data: BadDataPolicy = field(default="skip", metadata=ON_BAD_DATA)
 
     def folder(self, checkpoint: Path) -> Path:
         """The folder of the report: ``out``, or the run's own."""
@@ -64,7 +61,7 @@ class EvalOptions:
 
 
 class Only:
-    """In an annotation, as in ``Annotated[TrainConfig, Only("lr")]``: the fields that are options of this command."""
+    """The fields that are options of a command, named in an annotation: ``Annotated[TrainConfig, Only("lr")]``."""
 
     def __init__(self, *names: str) -> None:
         self.names = names
@@ -75,7 +72,7 @@ class Only:
 
 
 class Without(Only):
-    """In an annotation: the fields that are no options of this command."""
+    """The fields that are no options of a command, named in an annotation."""
 
     def keeps(self, name: str) -> bool:
         """Whether a field is an option."""
@@ -104,15 +101,18 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
             parameters.append(parameter.replace(annotation=hint))
             continue
         selection = next((extra for extra in extras if isinstance(extra, Only)), Without())
-        chosen = [(own, metadata) for own, metadata in _described(kind) if selection.keeps(own.name)]
-        groups[parameter.name] = parameter.default, [own.name for own, _ in chosen]
-        own_hints = get_type_hints(kind)
-        for own, metadata in chosen:
-            value, own_kind = getattr(parameter.default, own.name), own_hints[own.name]
+        described = dict(_described(kind))
+        if unknown := [name for name in selection.names if name not in described]:
+            raise ValueError(f"{kind.__name__} has no described field {', '.join(unknown)}")
+        chosen = {name: metadata for name, metadata in described.items() if selection.keeps(name)}
+        groups[parameter.name] = parameter.default, list(chosen)
+        kinds = get_type_hints(kind)
+        for name, metadata in chosen.items():
+            value, own_kind = getattr(parameter.default, name), kinds[name]
             if own_kind == tuple[str, ...]:
-                value, own_kind, read[own.name] = ",".join(value), str, split_commas
+                value, own_kind, read[name] = ",".join(value), str, split_commas
             annotation = Annotated[own_kind, _option(metadata)]  # type: ignore[valid-type]
-            parameters.append(parameter.replace(name=own.name, default=value, annotation=annotation))
+            parameters.append(parameter.replace(name=name, default=value, annotation=annotation))
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
@@ -130,16 +130,16 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _described(kind: type) -> Iterator[tuple[Field[Any], Mapping[str, Any]]]:
+def _described(kind: type) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The fields of a dataclass that are options; a subclass that changes a default keeps the description."""
     for own in fields(kind):
         inherited = (vars(base).get("__dataclass_fields__", {}).get(own.name) for base in kind.__mro__)
         metadata = next((found.metadata for found in inherited if found and "help" in found.metadata), None)
         if metadata is not None:
-            yield own, metadata
+            yield own.name, metadata
 
 
 def _option(metadata: Mapping[str, Any]) -> Any:
     names = (metadata["name"],) if "name" in metadata else ()
-    limits = {key: metadata[key] for key in ("min", "max", "metavar") if key in metadata}
+    limits = {key: metadata[key] for key in ("min", "max") if key in metadata}
     return typer.Option(*names, help=metadata["help"] or None, **limits)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models.data.sets import ImageTextSet
 
-# For labels in Chinese and Japanese characters, whichever of these is there.
+# Labels in Chinese and Japanese characters take whichever of these fonts is there.
 _CJK_FONTS = ("Noto Sans CJK JP", "IPAexGothic", "Hiragino Sans", "Yu Gothic", "WenQuanYi Zen Hei")
 RIGHT, WRONG, INK = "#1a7f37", "#c4442b", "#333333"
 

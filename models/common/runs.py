@@ -39,8 +39,8 @@ def clear_run(run_dir: Path) -> None:
 def load_run(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights (the averaged ones, where there are any) and configuration of a run folder or a checkpoint file.
 
-    Of a folder: those that did best in validation, or else the newest.
-    ``remedy`` is the command that makes a checkpoint, for the error where the folder has none.
+    A folder gives the weights that did best in validation, or else the newest. ``remedy`` is the command that makes a
+    checkpoint; the error names it if the folder has none.
     """
     if (path / BEST).is_file():
         tensors, metadata = load_checkpoint(path / BEST)

@@ -75,7 +75,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors instead of giving it back to the system after every use.
 
     A CPU training step allocates the same large tensors again and again, and having them zeroed by the kernel each time
-    took a third of the step. No effect where the C library is another one.
+    took a third of the step. Other C libraries are left as they are.
     """
     if sys.platform != "linux":
         return
@@ -86,7 +86,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(-2, 2**26)  # M_TOP_PAD: grow in steps of 64 MiB
 
 
-# What a row of the history holds beside the loss and the numbers of the task.
+# Columns of the history that the progress line leaves out.
 _UNSHOWN = ("step", "grad_norm", "lr", "seconds")
 
 
@@ -128,7 +128,7 @@ def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
 
 
 class WeightAverage:
-    """An exponential moving average of parameters and buffers; early on it forgets faster, so that it starts well."""
+    """An exponential moving average of parameters and buffers, which forgets faster at the start."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
@@ -385,9 +385,9 @@ class EarlyStopping:
     ``best.safetensors``, so that a resumed run goes on with both.
     """
 
-    score: Callable[[dict[str, Tensor]], float]  # of a state dict; higher is better
+    score: Callable[[dict[str, Tensor]], float]  # scores a state dict; higher is better
     every: int
-    patience: int  # evaluations without a better one
+    patience: int  # evaluations without a better score that end the run
 
     def start(self, trainer: Trainer) -> None:
         """Take up the scores of a run that was resumed; those beyond its checkpoint are found again."""

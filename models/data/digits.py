@@ -34,8 +34,8 @@ def velocities() -> Tensor:
 class MovingDigits:
     """Clips drawn as they are asked for: row r is image r // 32 in class r % 32; the rest is the generator's.
 
-    With ``easier``, half of the clips have no digit that stands, and the noise is any up to ``noise``: a model that
-    trains on such clips finds the motion much sooner.
+    ``easier`` leaves the standing digit out of half of the clips, and draws their noise from 0 to ``noise``: a model
+    that trains on such clips finds the motion much sooner.
     """
 
     images: Tensor  # [n, 8, 8] in 0..1

@@ -4,8 +4,8 @@ The captions file is CSV with a header, JSON lines, or COCO's captions as one JS
 (``image``, ``file``, ``file_name``, ``filename``, ``filepath`` or ``path``, relative to the captions file) and its
 caption (``caption``, ``text`` or ``title``). Optional columns: ``split`` ("train", "validation", "test"), ``label`` (a
 class for zero-shot evaluation), ``group`` (rows that must not be split) and ``language`` ("de": what the caption is
-written in; the first caption of an image in each language is its name there). Without ``split`` a tenth of the groups,
-chosen by hash, is the test set.
+written in; the first caption of an image in each language is its name there). If no row has a ``split``, a tenth of
+the groups, chosen by hash, is the test set.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def coco_rows(path: Path, whole: dict[str, Any]) -> Iterator[tuple[int, dict[str
 def images_folder(source: Path, images: Path | None) -> Path:
     """Where the files lie that a captions file names: ``images``, beside it, or where COCO keeps them.
 
-    For ``annotations/captions_val2017.json`` that is ``val2017``, where there is such a folder.
+    COCO keeps the images of ``annotations/captions_val2017.json`` in ``val2017``.
     """
     if images is not None:
         if not images.is_dir():
@@ -92,6 +92,7 @@ def images_folder(source: Path, images: Path | None) -> Path:
 
 
 def column(row: dict[str, str], names: tuple[str, ...]) -> str:
+    """The first of the columns ``names`` that a row fills; "" if it fills none."""
     return next((row[name].strip() for name in names if row.get(name, "").strip()), "")
 
 
@@ -118,8 +119,8 @@ def load_folder(
     pictures: list[torch.Tensor] = []
     image_concepts: list[int] = []
     image_splits: list[str] = []
-    texts: list[list[str]] = []  # of each concept
-    spoken: list[dict[str, str]] = []  # its name in each language
+    texts: list[list[str]] = []  # the captions of each concept
+    spoken: list[dict[str, str]] = []  # the concept's name in each language
     labels: list[str] = []
     groups: list[str] = []
     by_caption: dict[str, int] = {}

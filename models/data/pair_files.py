@@ -3,8 +3,8 @@
 A folder holds one folder a class, either at once or below ``train``, ``val`` (or ``validation``) and ``test``; a pair
 is two files of one name, ``seven/12.png`` and ``seven/12.wav``. A list is a CSV (or JSON lines) with the columns
 ``image`` (or ``file``, ``path``, ...), ``audio`` (or ``sound``, ``wav``), ``label`` (or ``class``) and, if wanted,
-``split`` and ``speaker``; paths are relative to the list. Without splits a tenth of the pairs each, chosen by hash, is
-for validation and test: all the pairs of a speaker together, where speakers are named.
+``split`` and ``speaker``; paths are relative to the list. If no split is named, a tenth of the pairs each, chosen by
+hash, is for validation and test; the pairs of a named speaker stay together.
 """
 
 from __future__ import annotations

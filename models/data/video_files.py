@@ -3,7 +3,7 @@
 A folder holds one folder a class, either at once or below ``train``, ``val`` (or ``validation``) and ``test``. A list
 is a CSV with the columns ``path`` (or ``video``, ``file``, ...), ``label`` (or ``class``) and, if wanted, ``split``;
 or, as Kinetics lists without a header, lines of ``path label`` or ``path,label``. Paths are relative to the list.
-Without splits a tenth of the files each, chosen by hash, is for validation and test.
+If no split is named, a tenth of the files each, chosen by hash, is for validation and test.
 
 Frames are decoded by PyAV, whose wheel brings FFmpeg with it. A file is opened when a clip of it is asked for.
 """
@@ -92,9 +92,9 @@ def frame_indices(
     """Which of ``count`` frames make a clip.
 
     "uniform" cuts the video into as many parts as the clip has frames and takes one of each; "dense" takes every
-    ``stride``-th from a start on. With a generator they are random: a frame anywhere in its part, a start anywhere.
-    Without one, clip number ``clip`` of ``clips`` is spread evenly: over each part, or over the possible starts. Where
-    the video is too short, its last frame stands on.
+    ``stride``-th from a start on. A generator draws them at random: a frame anywhere in its part, a start anywhere.
+    If there is none, clip number ``clip`` of ``clips`` is spread evenly: over each part, or over the possible starts.
+    The last frame of a video that is too short is repeated.
     """
     steps = torch.arange(num_frames, dtype=torch.float64)
     if sampling == "uniform":

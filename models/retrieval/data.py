@@ -30,7 +30,7 @@ class RetrievalData(DataConfig):
     augment: float = 0.5
 
     def settle(self, image_size: int, seed: int, warn: Callable[[str], None]) -> RetrievalData:
-        """As for every image-text model, and the languages by their codes."""
+        """The config of one run, with the languages by their codes too."""
         return replace(super().settle(image_size, seed, warn), languages=pick_languages(self.languages))
 
     def load(self, bad: BadDataLog) -> Splits:

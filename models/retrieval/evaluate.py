@@ -43,7 +43,7 @@ def retriever_encoder(model: Retriever, tokens: Subwords) -> Encoder:
 def spoken_retrieval(encoder: Encoder, gallery: ImageTextSet) -> dict[str, Any]:
     """Both directions of a gallery in each language, over the images whose name is known in it.
 
-    Where no language is known there is one entry, "".
+    A gallery without languages gives one entry, "".
     """
     images, found = encoder.images(gallery.images), {}
     for language in gallery.languages() or [""]:
@@ -65,7 +65,7 @@ def best_images(encoder: Encoder, gallery: ImageTextSet, queries: Sequence[str],
 def keyword_queries(gallery: ImageTextSet) -> dict[str, dict[str, list[int]]]:
     """Searches by one keyword and by two, and the rows that have them all: at least TOP, at most a tenth of the rows.
 
-    Of the pairs of keywords a thousand, evenly from all in alphabetical order.
+    A thousand queries of each kind at most are taken, evenly from all in alphabetical order.
     """
     having: dict[str, set[int]] = defaultdict(set)
     for row, c in enumerate(gallery.concept_ids.tolist()):

@@ -36,7 +36,7 @@ class RetrieverConfig:
     depths: tuple[int, ...] = (0, 1, 1, 1)
     text: TextEncoderName = "gru"
     text_width: int = 256
-    text_layers: int = 2  # of the Transformer
+    text_layers: int = 2  # layers of the Transformer
     text_heads: int = 4
     vocab_size: int = 8192
     max_tokens: int = 32
@@ -53,7 +53,7 @@ class RetrieverConfig:
 PresetName = Literal["nano", "small", "base"]
 
 PRESETS: dict[PresetName, RetrieverConfig] = {
-    # For tests.
+    # Tests use this one.
     "nano": RetrieverConfig(
         32, (16, 32, 32), (0, 0, 0), text_width=32, text_layers=1, text_heads=2, vocab_size=512, embed_dim=32
     ),
@@ -101,7 +101,7 @@ class GRUEncoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [B, L] -> [B, C]."""
-        # In float32 also under autocast: rounding would add up over the steps.
+        # The GRU runs in float32 under autocast too: rounding errors would add up over its steps.
         with torch.autocast(tokens.device.type, enabled=False):
             packed = nn.utils.rnn.pack_padded_sequence(
                 self.embedding(tokens), lengths_of(tokens).cpu(), batch_first=True, enforce_sorted=False
@@ -123,7 +123,7 @@ class TransformerEncoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [B, L] -> [B, C]."""
-        # In order of length, in four parts: most captions are short, and would be padded to the longest of all.
+        # Four parts in order of length: most captions are short, and one part would pad them to the longest of all.
         lengths, order = lengths_of(tokens).sort()
         pooled = []
         for rows, own in zip(tokens[order].chunk(4), lengths.chunk(4), strict=True):

@@ -91,7 +91,7 @@ class RetrievalTask(Task):
         views, size = batch.data.images.shape[:2]
         images, texts = model(batch.data.images.flatten(0, 1), batch.data.tokens)
         images, texts = images.unflatten(0, (views, size)), texts.unflatten(0, (-1, size))
-        # Features and loss in float32, also under autocast: margins are as small as its rounding errors.
+        # The loss runs in float32 under autocast too: margins are as small as the rounding errors of bfloat16.
         with torch.autocast(images.device.type, enabled=False):
             pairs = [self.contrast(model, i, t, batch.mining) for i in images for t in texts]
             found = (mmkernels.retrieval_ranks(images[0].detach(), texts[0].detach()) == 0).float().mean()

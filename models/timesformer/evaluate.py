@@ -47,7 +47,7 @@ class Scores:
 
     @staticmethod
     def of(probabilities: Tensor, labels: Tensor) -> Scores:
-        """Of probabilities [n, classes]."""
+        """The scores of probabilities [n, classes]."""
         # torchmetrics takes seconds to import, which training need not wait for.
         from torchmetrics.functional.classification import multiclass_accuracy
 
@@ -123,7 +123,7 @@ def predict_set(
 
 
 def _pixels(videos: Tensor, side: int = 16) -> np.ndarray:
-    """Grey clips [n, T, C, S, S] scaled down to 16 x 16, a row each."""
+    """Grey clips [n, T, C, S, S] scaled down to 16 x 16, one row per clip."""
     grey = videos.float().mean(2) / 255
     return F.adaptive_avg_pool2d(grey, side).flatten(1).numpy()
 

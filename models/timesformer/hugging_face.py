@@ -74,7 +74,7 @@ def config_from_hugging_face(config: Any) -> TimesformerConfig:
 def hugging_face_config(config: TimesformerConfig) -> dict[str, Any]:
     """The arguments of ``transformers.TimesformerConfig`` for a model of ``config``.
 
-    Without the rate of drop-path, of which transformers 5 takes no fraction.
+    The rate of drop-path is left out, for transformers 5 takes no fraction there.
     """
     return {
         "image_size": config.image_size,

@@ -69,7 +69,7 @@ class TimesformerConfig:
 PresetName = Literal["nano", "tiny", "small", "base"]
 
 PRESETS: dict[PresetName, TimesformerConfig] = {
-    # A few ten thousand parameters: for tests.
+    # Tests use this one: a few ten thousand parameters.
     "nano": TimesformerConfig(16, 8, 4, 32, 2, 2),
     # What two CPU cores train in minutes.
     "tiny": TimesformerConfig(32, 8, 8, 128, 4, 4),
@@ -106,7 +106,7 @@ class DividedAttention(nn.Module):
             impl=self.impl,
         )
         assert isinstance(y, Tensor)
-        # The op averages the class token over the frames before the projection, which is linear: the order is free.
+        # The op averages the class token over the frames. The projection is linear, so it may follow the mean.
         return self.proj(y)
 
     def maps(self, x: Tensor, num_frames: int) -> Tensor:
@@ -197,11 +197,12 @@ class TimeSformer(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """For training from nothing, as CLIP's Transformer: matrices by their width, residual projections by the depth.
+        """Draw weights as CLIP's, for training from nothing: matrices by width, residual projections by depth too.
 
         The authors start from an image model, and therefore with attention over time switched off (zero ``time_fc``
-        and time embeddings). From nothing, the embeddings of position and time must be as large as what they are added
-        to, as sines would be: with the usual 0.02 small models see no order of frames for hundreds of steps.
+        and time embeddings). A model that starts from nothing needs embeddings of position and time as large as what
+        they are added to, as sines would be: with the usual 0.02 small models see no order of frames for hundreds of
+        steps.
         """
         width = self.config.width
         residual = width**-0.5 * (2 * self.config.layers) ** -0.5

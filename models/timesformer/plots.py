@@ -1,4 +1,4 @@
-"""Where TimeSformer looks in a clip."""
+"""A picture of what TimeSformer draws on in a clip."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from models.common.plots import drawable, wide_fonts
 
 
 def draw_rollout(clip: Tensor, shares: Tensor, title: str, path: Path) -> None:
-    """The frames of a clip [T, C, S, S] (uint8), and below each the attention on it, [T, h, w]; one scale for all."""
+    """Draw the frames of a clip [T, C, S, S] (uint8), and below each the attention on it, [T, h, w]."""
     frames = clip.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     light = frames.mean(-1) / 255
     side = frames.shape[1]

@@ -84,9 +84,9 @@ class EmojiConfig:
     test_style: str = "twemoji"
     size: int = 48
     unseen_share: float = 0.1
-    unseen_combinations: float = 0.0  # of the toned people: activity x gender x skin tone
+    unseen_combinations: float = 0.0  # share of activity x gender x skin tone to hold out
     near_copy: float = 0.97
-    languages: Sequence[str] = ("en",)  # of the names; the first is what evaluation uses
+    languages: Sequence[str] = ("en",)  # the names' languages; evaluation uses the first
     seed: int = 0
     cache_dir: Path = field(default_factory=lambda: Path("runs") / "cache")
 

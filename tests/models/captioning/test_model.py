@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from models.captioning.data import CaptionData, build_vocabulary
-from models.captioning.model import PRESETS, Captioner, targets_of
+from models.captioning.model import END, PAD, PRESETS, START, UNKNOWN, Captioner, targets_of
 from models.captioning.train import CaptionTask
 from models.captioning.write import write_captions
 from models.data import Splits, Vocabulary
@@ -194,3 +194,7 @@ def test_nan_is_reported_and_odd_sizes_are_refused() -> None:
         write_captions(model, vocabulary, torch.zeros(2, 4, 32, 32, dtype=torch.uint8), beams=3)
     with pytest.raises(ValueError, match="image_size 36 is not a multiple of the encoder's stride, 8"):
         Captioner(replace(PRESETS["nano"], image_size=36), WORDS)
+
+
+def test_ids_are_the_vocabularys() -> None:
+    assert (PAD, START, UNKNOWN, END) == (Vocabulary.PAD, Vocabulary.START, Vocabulary.UNKNOWN, Vocabulary.END)

@@ -33,7 +33,7 @@ def _losses(folder: Path) -> list[tuple[float, float, float]]:
 
 
 def _train_command(out: Path, *extra: str) -> list[str]:
-    options = "--data synthetic --preset nano --batch-size 32 --variant-divisor 1 --steps 40 --checkpoint-every 3"
+    options = "--data synthetic --preset nano --batch-size 32 --variant-divisor 1 --steps 24 --checkpoint-every 3"
     return [sys.executable, "-m", "models.clip", "train", "--out", str(out), "--cpu", *options.split(), *extra]
 
 
@@ -53,7 +53,7 @@ def test_killed_run_resumes_with_the_same_losses(tmp_path: Path) -> None:
     process.wait()
     reached = load_newest(tmp_path / "killed")
     assert reached is not None
-    assert 3 <= reached[1]["step"] < 40
+    assert 3 <= reached[1]["step"] < 24
     assert run(tmp_path / "killed").wait(300) == 0
     assert whole.wait(300) == 0
     assert _losses(tmp_path / "killed") == _losses(tmp_path / "whole")

@@ -21,7 +21,7 @@ from models.retrieval.evaluate import (
     search_precision,
     spoken_retrieval,
 )
-from models.retrieval.model import PRESETS, TEXT_ENCODERS, Retriever
+from models.retrieval.model import PAD, PRESETS, TEXT_ENCODERS, Retriever
 from models.retrieval.train import LossConfig, RetrievalTask
 
 NANO = PRESETS["nano"]
@@ -88,6 +88,10 @@ def test_every_parameter_learns(text: str, spoken: Splits, tokens: Subwords) -> 
         # The last batch norm of a residual starts at 0, but its own gradient does not.
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
+
+
+def test_padding_is_the_tokenizers() -> None:
+    assert PAD == Subwords.PAD
 
 
 def test_image_size_must_fit_the_stages(tokens: Subwords) -> None:
