@@ -1,19 +1,68 @@
 """The checks of arguments that ops share. Each message names the argument, what was expected, what came, the remedy."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPE_NAMES = "float32, bfloat16, float16 or float64"
+
+
+def check_features(name: str, features: Tensor, ndim: int, shape: str, remedy: str = "") -> None:
+    """A tensor of `ndim` dimensions in a dtype that the ops take; `shape` names the dimensions."""
+    if not isinstance(features, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(features).__name__}")
+    if features.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected {_DTYPE_NAMES}, got {features.dtype}")
+    if features.ndim != ndim:
+        raise ValueError(f"{name}: expected {ndim} dimensions {shape}, got shape {tuple(features.shape)}{remedy}")
 
 
 def check_matrix(name: str, matrix: Tensor, shape: str = "[rows, D]", remedy: str = "") -> None:
     """A tensor of two dimensions in a dtype that the ops take."""
-    if not isinstance(matrix, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(matrix).__name__}")
-    if matrix.dtype not in _DTYPES:
-        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {matrix.dtype}")
-    if matrix.ndim != 2:
-        raise ValueError(f"{name}: expected 2 dimensions {shape}, got shape {tuple(matrix.shape)}{remedy}")
+    check_features(name, matrix, 2, shape, remedy)
+
+
+def check_count(name: str, count: int, least: int) -> None:
+    """An int (a symbolic one while torch.compile traces) of at least `least`."""
+    if isinstance(count, bool) or not isinstance(count, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
+    if count < least:
+        raise ValueError(f"{name}: expected at least {least}, got {count}")
+
+
+def check_choice(name: str, value: object, known: Sequence[object]) -> None:
+    """One of the known values."""
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def check_mask(name: str, mask: Tensor, shapes: Mapping[str, Sequence[int]], meaning: str) -> None:
+    """A bool tensor of one of the shapes, {"[B, T]": (2, 8)}; `meaning` says what True stands for."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name}: expected a bool tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name}: expected bool, {meaning}, got {mask.dtype}; use {name}.bool()")
+    if not any(mask.shape == shape for shape in shapes.values()):
+        expected = " or ".join(f"{dimensions} = {tuple(shape)}" for dimensions, shape in shapes.items())
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(mask.shape)}")
+
+
+def check_share(name: str, share: float) -> None:
+    """A float in [0, 1)."""
+    if not isinstance(share, (int, float)):
+        raise TypeError(f"{name}: expected a float, got {type(share).__name__}")
+    if not 0.0 <= share < 1.0:
+        raise ValueError(f"{name}: expected a value in [0, 1), got {share}")
+
+
+def check_above_zero(name: str, number: float) -> None:
+    """A float above 0."""
+    if not isinstance(number, (int, float)):
+        raise TypeError(f"{name}: expected a float, got {type(number).__name__}")
+    if not number > 0:
+        raise ValueError(f"{name}: expected a value above 0, got {number}")
 
 
 def check_pairs(queries: Tensor, keys: Tensor) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 import mmkernels
 from benchmarks.harness.gpu_runs import DTYPES, measure
 from mmkernels import _backends
-from mmkernels.beam_search.reference import BeamCandidates
+from mmkernels.beam_search.specification import BeamCandidates
 from tests.beam_search import cases
 
 NOTE = (

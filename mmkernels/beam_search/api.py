@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from mmkernels import _backends
-from mmkernels.beam_search import ops, reference
-from mmkernels.beam_search.reference import BeamCandidates, Beams, Progress, Rule
+from mmkernels._checks import check_above_zero, check_choice, check_count, check_device, check_mask, check_matrix
+from mmkernels.beam_search import ops
 from mmkernels.beam_search.search import BeamSearchResult, Options, search
+from mmkernels.beam_search.specification import BeamCandidates
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Impl = Literal["auto", "cuda", "triton", "cpu", "reference"]
 
 
@@ -59,13 +59,8 @@ def beam_search_step(
         ValueError: wrong shapes, devices or values.
         RuntimeError: the `impl` asked for cannot run here; the text lists every implementation with its reason.
     """
-    for name, tensor in (("logits", logits), ("scores", scores)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.ndim != 2:
-            raise ValueError(f"{name}: expected 2 dimensions, got shape {tuple(tensor.shape)}")
-    if logits.dtype not in _DTYPES:
-        raise TypeError(f"logits: expected float32, bfloat16, float16 or float64, got {logits.dtype}")
+    check_matrix("logits", logits, "[B K, V]")
+    check_matrix("scores", scores, "[B, K]")
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if scores.dtype != dtype:
         raise TypeError(f"scores: expected {dtype} for logits of {logits.dtype}, got {scores.dtype}")
@@ -77,28 +72,17 @@ def beam_search_step(
         raise ValueError(f"logits, scores: expected V >= 1 and K >= 1, got V = {V}, K = {K}")
     if num_candidates is None:
         num_candidates = 2 * K
-    if not isinstance(num_candidates, int) or num_candidates < 1:
-        raise ValueError(f"num_candidates: expected an int >= 1, got {num_candidates!r}")
-    for name, mask, shapes in (("valid", valid, [(B, K)]), ("forbidden", forbidden, [(V,), (B * K, V)])):
-        if mask is None:
-            continue
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"{name}: expected a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
-        if tuple(mask.shape) not in shapes:
-            raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}")
-    for name, other in (("scores", scores), ("valid", valid), ("forbidden", forbidden)):
-        if other is not None and other.device != logits.device:
-            raise ValueError(
-                f"{name}: expected device {logits.device} as of logits, got {other.device}; move one of them"
-            )
+    check_count("num_candidates", num_candidates, 1)
+    check_device("scores", scores, "logits", logits)
+    if valid is not None:
+        check_mask("valid", valid, {"[B, K]": (B, K)}, "True for a beam that there is")
+        check_device("valid", valid, "logits", logits)
     if forbidden is not None:
+        check_mask("forbidden", forbidden, {"[V]": (V,), "[B K, V]": (B * K, V)}, "True for a forbidden token")
+        check_device("forbidden", forbidden, "logits", logits)
         forbidden = forbidden.expand(B * K, V)
     chosen = _backends.choose("beam_search", impl, logits.device.type, logits.dtype)
-    if chosen == "reference":
-        return reference.beam_search_step(logits, scores, valid, forbidden, num_candidates, normalize, mask_first)
-    return BeamCandidates(
-        *ops.beam_search_step(logits, scores, valid, forbidden, num_candidates, normalize, mask_first, chosen)
-    )
+    return ops.beam_search_step(logits, scores, valid, forbidden, num_candidates, normalize, mask_first, chosen)
 
 
 def beam_search(
@@ -212,10 +196,7 @@ def beam_search(
         ("num_groups", num_groups, 1),
         ("steps_between_checks", steps_between_checks, 1),
     ):
-        if not isinstance(value, int):
-            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
+        check_count(name, value, least)
     eos = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(int(token) for token in eos_token_id)
     if any(token < 0 for token in eos):
         raise ValueError(f"eos_token_id: expected tokens >= 0, got {eos}; pass () where there is none")
@@ -223,12 +204,9 @@ def beam_search(
         raise ValueError(f"num_return_sequences: expected at most num_beams = {num_beams}, got {num_return_sequences}")
     if num_beams % num_groups:
         raise ValueError(f"num_groups: expected a divisor of num_beams = {num_beams}, got {num_groups}")
-    if preset not in ("hf", "fairseq", "ctranslate2"):
-        raise ValueError(f"preset: expected 'hf', 'fairseq' or 'ctranslate2', got {preset!r}")
-    if length_penalty_kind not in ("power", "wu"):
-        raise ValueError(f"length_penalty_kind: expected 'power' or 'wu', got {length_penalty_kind!r}")
-    if early_stopping not in (True, False, "never"):
-        raise ValueError(f"early_stopping: expected True, False or 'never', got {early_stopping!r}")
+    check_choice("preset", preset, ("hf", "fairseq", "ctranslate2"))
+    check_choice("length_penalty_kind", length_penalty_kind, ("power", "wu"))
+    check_choice("early_stopping", early_stopping, (True, False, "never"))
     if preset != "hf" and early_stopping is not False:
         raise ValueError(f"early_stopping: preset {preset!r} has its own rule; leave it out, got {early_stopping!r}")
     if patience <= 0 or (patience != 1 and preset == "hf" and early_stopping is not True):
@@ -236,8 +214,7 @@ def beam_search(
             f"patience: expected a value above 0, and 1 where hypotheses are not counted, got {patience}; pass "
             "early_stopping=True"
         )
-    if repetition_penalty <= 0:
-        raise ValueError(f"repetition_penalty: expected a value above 0, got {repetition_penalty}")
+    check_above_zero("repetition_penalty", repetition_penalty)
     if preset == "fairseq" and not eos:
         raise ValueError("eos_token_id: preset 'fairseq' forces it at max_length; pass one")
     if min_length >= max_length and (preset == "fairseq" or forced_eos_token_id is not None):
@@ -260,15 +237,6 @@ def beam_search(
             )
     elif not isinstance(bos_token_id, int):
         raise TypeError(f"bos_token_id: expected an int or a tensor, got {type(bos_token_id).__name__}")
-
-    def fused_step(*args: Any, **options: Any) -> BeamCandidates:
-        return beam_search_step(*args, **options, impl=impl)
-
-    def advance(found: BeamCandidates, progress: Progress, eos: Tensor, penalties: Tensor, rule: Rule) -> Beams:
-        chosen = _backends.choose("beam_search", impl, found.scores.device.type, found.scores.dtype)
-        if chosen in ops.ADVANCES:
-            return ops.beam_search_advance(found, progress, eos, penalties, rule, chosen)
-        return reference.beam_search_advance(found, progress, eos, penalties, rule)
 
     options = Options(
         batch_size=batch_size,
@@ -298,5 +266,6 @@ def beam_search(
         reorder=reorder,
         steps_between_checks=steps_between_checks,
         device=device,
+        impl=impl,
     )
-    return search(step, state, options, fused_step, advance)
+    return search(step, state, options)

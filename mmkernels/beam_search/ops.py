@@ -1,14 +1,11 @@
-"""The registered ops, one of each a backend, and their fake kernels."""
-
-import functools
-from typing import Any
+"""The registered ops, one of each per backend, their fake kernels, and the calls that pick one of them."""
 
 import torch
 from torch import Tensor
 
-from mmkernels.beam_search.reference import BeamCandidates, Beams, Progress, Rule
-
-_library = torch.library.Library("mmkernels", "FRAGMENT")
+from mmkernels._library import register
+from mmkernels.beam_search import reference
+from mmkernels.beam_search.specification import BeamCandidates, Beams, Progress, Rule
 
 # logits [B K, V]; scores [B, K]; valid [B, K] bool; forbidden [B K, V] bool, rows of any stride.
 # The candidates of each item, [B, C]; which items met a NaN or an infinity among their logits, [B].
@@ -26,8 +23,6 @@ _ADVANCE = (
     " int bound_length, int target, int num_return, bool cuts, bool first_come)"
     " -> (Tensor scores, Tensor parents, Tensor tokens, Tensor valid)"
 )
-# Backends with an op for it; the others run the reference, which waits for no device.
-ADVANCES = ("cpu", "cuda")
 
 
 def _step_fake(
@@ -49,11 +44,6 @@ def _step_fake(
     )
 
 
-for _backend in ("cpu", "triton", "cuda"):
-    _library.define(f"beam_search_step_{_backend}{_STEP}", tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"mmkernels::beam_search_step_{_backend}", _step_fake, lib=_library)
-
-
 def _advance_fake(*arguments: Tensor | int | bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, _, _, _, _, scores, _, numbers, _, _, flags, *_ = arguments
     assert isinstance(scores, Tensor)
@@ -62,26 +52,9 @@ def _advance_fake(*arguments: Tensor | int | bool) -> tuple[Tensor, Tensor, Tens
     return torch.empty_like(scores), torch.empty_like(numbers), torch.empty_like(numbers), torch.empty_like(flags)
 
 
-for _backend in ADVANCES:
-    _library.define(f"beam_search_advance_{_backend}{_ADVANCE}", tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"mmkernels::beam_search_advance_{_backend}", _advance_fake, lib=_library)
-
-
-@functools.cache
-def _triton() -> Any:
-    """Triton is imported by the first call that runs it: importing mmkernels imports torch alone."""
-    from mmkernels.beam_search import triton_kernels
-
-    return triton_kernels
-
-
-def _launch(*args: Any) -> tuple[Tensor, ...]:
-    return _triton().beam_search_step(*args)
-
-
-# The CPU key serves the interpreter.
-for _key in ("CUDA", "CPU"):
-    _library.impl("beam_search_step_triton", _launch, _key)
+_step = register("beam_search_step_{}", _STEP, _step_fake, __package__, ("cpu", "triton", "cuda"))
+# Without a Triton form: the reference advances instead, and waits for no device either.
+_advance = register("beam_search_advance_{}", _ADVANCE, _advance_fake, __package__, ("cpu", "cuda"))
 
 
 def beam_search_step(
@@ -93,15 +66,17 @@ def beam_search_step(
     normalize: bool,
     mask_first: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The candidates of one step on the backend named."""
-    step = getattr(torch.ops.mmkernels, f"beam_search_step_{backend}")
-    return step(logits, scores, valid, forbidden, num_candidates, normalize, mask_first)
+) -> BeamCandidates:
+    """The candidates of one step on the backend named, "reference" included."""
+    if backend == "reference":
+        return reference.beam_search_step(logits, scores, valid, forbidden, num_candidates, normalize, mask_first)
+    return BeamCandidates(*_step[backend](logits, scores, valid, forbidden, num_candidates, normalize, mask_first))
 
 
 def beam_search_advance(
     found: BeamCandidates, progress: Progress, eos: Tensor, penalties: Tensor, rule: Rule, backend: str
 ) -> Beams:
-    """The next beams on the backend named; `progress` is changed in place."""
-    advance = getattr(torch.ops.mmkernels, f"beam_search_advance_{backend}")
-    return Beams(*advance(*found, *progress, eos, penalties, *rule))
+    """The next beams on the backend named, or else by the reference; changes `progress` in place."""
+    if backend not in _advance:
+        return reference.beam_search_advance(found, progress, eos, penalties, rule)
+    return Beams(*_advance[backend](*found, *progress, eos, penalties, *rule))

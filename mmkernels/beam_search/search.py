@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mmkernels.beam_search import constraints
-from mmkernels.beam_search.reference import (
+from mmkernels import _backends
+from mmkernels._checks import check_matrix
+from mmkernels.beam_search import constraints, ops
+from mmkernels.beam_search.reference import continuing, ends, log_softmax
+from mmkernels.beam_search.specification import (
     BOUND,
     COUNT,
     COUNT_OR_TOP,
@@ -23,9 +26,6 @@ from mmkernels.beam_search.reference import (
     Beams,
     Progress,
     Rule,
-    continuing,
-    ends,
-    log_softmax,
 )
 
 _FAULTS = ("", "NaN or +inf among the logits", "every continuation is forbidden")
@@ -62,6 +62,7 @@ class Options:
     reorder: Callable[[Any, Tensor], Any] | None
     steps_between_checks: int
     device: torch.device | str | None
+    impl: str
 
     def penalty(self, length: int) -> float:
         """What the score of a hypothesis of this length is divided by."""
@@ -119,17 +120,14 @@ def gathered(leaf: Any, rows: Tensor, expected: int) -> Any:
 class _Search:
     """N = B G items of k = K / G beams each."""
 
-    def __init__(
-        self,
-        options: Options,
-        fused_step: Callable[..., BeamCandidates],
-        advance: Callable[..., Beams],
-        device: torch.device,
-    ) -> None:
+    def __init__(self, options: Options, device: torch.device) -> None:
         o = self.o = options
-        self.fused_step, self.advance, self.device = fused_step, advance, device
         self.k = o.num_beams // o.num_groups
         self.eos = torch.tensor(o.eos, dtype=torch.int64, device=device)
+        self.device = self.eos.device  # with its index, as the tensors of `step` have it
+        self.backend = ""
+        self.scores_dtype: torch.dtype | None = None  # the first logits decide
+        self.least_vocabulary = max((0, *o.eos)) + 1
         self.target = round(self.k * o.patience)
         self.cuts = o.preset != "fairseq"  # what runs at max_length becomes a hypothesis
         # On the device once: a copy in a step would wait for it.
@@ -167,13 +165,17 @@ class _Search:
     def masks(self, history: Tensor | None, t: int, rows: int, vocabulary: int) -> Tensor | None:
         """Tokens forbidden at step t, [V] or [rows, V]; None: none is."""
         o = self.o
-        none = torch.zeros(vocabulary, dtype=torch.bool, device=self.device)
+
+        def none() -> Tensor:
+            return torch.zeros(vocabulary, dtype=torch.bool, device=self.device)
+
         if o.forced_eos is not None and t == o.max_length - 1:
-            none[o.forced_eos] = True
-            return ~none
+            others = ~none()
+            others[o.forced_eos] = False
+            return others
         parts: list[Tensor | None] = []
         if len(self.single) or (t < o.min_length and o.eos):
-            mask = none.index_fill(0, self.single, True)
+            mask = none().index_fill_(0, self.single, True)
             if o.preset == "hf":  # transformers does not take EOS for a bad word
                 mask.index_fill_(0, self.eos, False)
             if t < o.min_length:
@@ -192,7 +194,7 @@ class _Search:
         if self.prefix is not None and t < self.prefix.shape[1]:
             wanted = self.prefix[:, t].repeat_interleave(rows // o.batch_size)[:, None]
             others = torch.arange(vocabulary, device=self.device) != wanted
-            forbidden = torch.where(wanted >= 0, others, none if forbidden is None else forbidden)
+            forbidden = torch.where(wanted >= 0, others, none() if forbidden is None else forbidden)
         return forbidden
 
     def candidates(
@@ -206,9 +208,9 @@ class _Search:
         wanted = self.candidates_wanted(V)
         penalised = o.repetition_penalty != 1
         if not (penalised or o.log_prob_processor or taken is not None or (forced and o.preset == "hf")):
-            return self.fused_step(
-                logits, scores, valid=valid, forbidden=forbidden, num_candidates=wanted, mask_first=o.renormalize
-            )
+            if forbidden is not None:
+                forbidden = forbidden.expand(rows, V)
+            return ops.beam_search_step(logits, scores, valid, forbidden, wanted, True, o.renormalize, self.backend)
         # The options that edit log-probabilities need them as a tensor.
         edits_logits = o.preset == "ctranslate2"
         x = logits if logits.dtype == torch.float64 else logits.float()
@@ -227,11 +229,14 @@ class _Search:
             x = log_softmax(x)
         if o.log_prob_processor is not None:
             x = o.log_prob_processor(history, x)  # type: ignore[arg-type]
+            self.check_logits("log_prob_processor", x, rows)
+            if x.shape[1] != V:
+                raise ValueError(f"log_prob_processor: expected shape ({rows}, {V}), got {tuple(x.shape)}")
         if o.renormalize and not edits_logits:
             x = log_softmax(x)
         if taken is not None:
             x = x - o.diversity_penalty * taken.repeat_interleave(rows // o.batch_size, 0)
-        return self.fused_step(x, scores, valid=valid, num_candidates=wanted, normalize=False)
+        return ops.beam_search_step(x, scores, valid, None, wanted, False, False, self.backend)
 
     def step_groups(self, logits: Tensor, scores: Tensor, valid: Tensor | None, t: int) -> BeamCandidates:
         """The candidates of all groups, [N, C]."""
@@ -262,14 +267,18 @@ class _Search:
         valid: Tensor | None = None
         for t in range(T):
             logits, state = step(tokens, state)
-            self.check_logits(logits, B if t == 0 else B * o.num_beams)
+            self.check_logits("step", logits, B if t == 0 else B * o.num_beams)
             if t == 0:
-                dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-                scores = torch.zeros(N, 1, dtype=dtype, device=logits.device)
+                # Every step runs where the first does: only float64 would choose anew, and check_logits refuses it.
+                self.backend = _backends.choose("beam_search", o.impl, logits.device.type, logits.dtype)
+                self.scores_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+                scores = torch.zeros(N, 1, dtype=self.scores_dtype, device=self.device)
                 progress = Progress.none(N, k, scores)
                 penalties = scores.new_tensor([1.0, *(o.penalty(n) for n in range(1, T + 1))])
             found = self.step_groups(logits, scores, valid, t)
-            scores, parents, tokens, valid = beams = self.advance(found, progress, self.eos, penalties, self.rule(t))
+            scores, parents, tokens, valid = beams = ops.beam_search_advance(
+                found, progress, self.eos, penalties, self.rule(t), self.backend
+            )
             trellis.append(beams)
             if t == T - 1 or self.all_done(progress.done, t):
                 break
@@ -304,13 +313,22 @@ class _Search:
             first_come=o.preset == "fairseq",
         )
 
-    def check_logits(self, logits: Tensor, rows: int) -> None:
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != rows:
+    def check_logits(self, source: str, x: Tensor, rows: int) -> None:
+        """What the caller's function `source` returned: the loop made every other tensor itself."""
+        check_matrix(source, x, f"[{rows}, V]")
+        if x.shape[0] != rows:
+            raise ValueError(f"{source}: expected [{rows}, V], one row for each of its tokens, got {tuple(x.shape)}")
+        if x.shape[1] < self.least_vocabulary:
+            if self.o.eos:
+                raise ValueError(f"eos_token_id: expected tokens below V = {x.shape[1]}, got {self.o.eos}")
+            raise ValueError(f"{source}: expected V >= 1, got shape {tuple(x.shape)}")
+        if x.device != self.device:
             raise ValueError(
-                f"step: expected logits [{rows}, V], got {tuple(getattr(logits, 'shape', ())) or type(logits).__name__}"
+                f"{source}: expected device {self.device}, where the search runs, got {x.device}; "
+                f"pass device={str(x.device)!r}"
             )
-        if self.o.eos and max(self.o.eos) >= logits.shape[1]:
-            raise ValueError(f"eos_token_id: expected tokens below V = {logits.shape[1]}, got {self.o.eos}")
+        if self.scores_dtype is not None and (x.dtype == torch.float64) != (self.scores_dtype == torch.float64):
+            raise TypeError(f"{source}: expected a dtype that fits scores of {self.scores_dtype}, got {x.dtype}")
 
     def all_done(self, done: Tensor, t: int) -> bool:
         """The only wait for the device."""
@@ -321,25 +339,25 @@ class _Search:
     def result(self, finished: Progress, trellis: list[Beams]) -> BeamSearchResult:
         """One walk back through the trellis for all hypotheses; then the groups' hypotheses are pooled."""
         o, B, R = self.o, self.o.batch_size, self.o.num_return_sequences
-        (N, k), steps = finished.scores.shape, len(trellis)
-        # [N, k, steps]
-        sequences = torch.full((N, k, steps), o.pad_token_id, dtype=torch.int64, device=self.device)
-        beams = torch.zeros_like(sequences)
-        token_scores = finished.scores.new_zeros(N, k, steps)
-        beam, score = finished.beams, finished.log_probs
-        for t in range(steps - 1, -1, -1):
-            scores, parents, tokens, _ = trellis[t]
-            last, inside = finished.valid & (finished.times == t), finished.valid & (finished.times > t)
-            # A hypothesis ends in a candidate, which need not have become a beam; before it, it runs along beams.
-            token = torch.where(last, finished.tokens, tokens.gather(1, beam))
-            parent = torch.where(last, finished.beams, parents.gather(1, beam))
-            before = trellis[t - 1].scores.gather(1, parent) if t else torch.zeros_like(score)
-            own = torch.where(last, finished.log_probs, scores.gather(1, beam))
-            here = last | inside
-            sequences[:, :, t] = torch.where(here, token, o.pad_token_id)
-            beams[:, :, t] = torch.where(here, parent, 0)
-            token_scores[:, :, t] = torch.where(here, own - before, 0.0)
-            beam = torch.where(here, parent, beam)
+        steps = len(trellis)
+        times = torch.arange(steps, device=self.device)[:, None, None]
+        here, inside = finished.valid & (finished.times >= times), finished.valid & (finished.times > times)
+        # The walk itself: which beam a hypothesis is in after each step, and which it came from. It ends in a
+        # candidate, which need not have become a beam; before its end it runs along beams.
+        beam, after, before = finished.beams, [], []
+        for made, goes_on in zip(reversed(trellis), inside.flip(0), strict=True):
+            after.append(beam)
+            beam = torch.where(goes_on, made.parents.gather(1, beam), beam)
+            before.append(beam)
+        own, parents = torch.stack(after[::-1]), torch.stack(before[::-1])  # [steps, N, k]
+        tokens = torch.where(inside, torch.stack([made.tokens for made in trellis]).gather(2, own), finished.tokens)
+        scores = torch.stack([made.scores for made in trellis])
+        sums = torch.where(inside, scores.gather(2, own), finished.log_probs)
+        earlier = torch.cat([torch.zeros_like(sums[:1]), scores[:-1].gather(2, parents[1:])])
+        sequences, beams, token_scores = (
+            torch.where(here, part, fill).movedim(0, -1)  # [N, k, steps]
+            for part, fill in ((tokens, o.pad_token_id), (parents, 0), (sums - earlier, 0.0))
+        )
         lengths = torch.where(finished.valid, finished.times + 1, 0)
 
         def pooled(x: Tensor) -> Tensor:
@@ -371,13 +389,7 @@ class _Search:
         )
 
 
-def search(
-    step: Callable[[Tensor, Any], tuple[Tensor, Any]],
-    state: Any,
-    options: Options,
-    fused_step: Callable[..., BeamCandidates],
-    advance: Callable[..., Beams],
-) -> BeamSearchResult:
+def search(step: Callable[[Tensor, Any], tuple[Tensor, Any]], state: Any, options: Options) -> BeamSearchResult:
     """Beam search with checked options."""
     device = options.device
     if device is None and isinstance(options.bos_token_id, Tensor):
@@ -394,4 +406,4 @@ def search(
             long, numbers, floats, floats, floats[:, :, None][:, :, :0], long, flags, flags[:, 0], numbers[:, 0], 0
         )
     with torch.no_grad():
-        return _Search(options, fused_step, advance, device).run(step, state)
+        return _Search(options, device).run(step, state)

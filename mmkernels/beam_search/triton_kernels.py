@@ -21,17 +21,17 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels._tiles.triton import family_of, on_device, ordered
-from mmkernels.beam_search import reference
+from mmkernels.beam_search import specification
 
-LOG2E = tl.constexpr(reference.LOG2E)
-LN2 = tl.constexpr(reference.LN2)
-SQRT_HALF = tl.constexpr(reference.SQRT_HALF)
-EXP2 = tl.constexpr(reference.EXP2)
-LOG = tl.constexpr(reference.LOG)
-LOWEST = tl.constexpr(reference.LOWEST)
-WHOLE = tl.constexpr(reference.WHOLE)
-ROWS = tl.constexpr(reference.ROWS)
-COLUMNS = tl.constexpr(reference.COLUMNS)
+LOG2E = tl.constexpr(specification.LOG2E)
+LN2 = tl.constexpr(specification.LN2)
+SQRT_HALF = tl.constexpr(specification.SQRT_HALF)
+EXP2 = tl.constexpr(specification.EXP2)
+LOG = tl.constexpr(specification.LOG)
+LOWEST = tl.constexpr(specification.LOWEST)
+WHOLE = tl.constexpr(specification.WHOLE)
+ROWS = tl.constexpr(specification.ROWS)
+COLUMNS = tl.constexpr(specification.COLUMNS)
 NO_INDEX = tl.constexpr(2**31 - 1)
 NO_KEY = tl.constexpr(-(2**63))
 INF = tl.constexpr(float("inf"))
@@ -358,7 +358,7 @@ def beam_search_step(
     maxima, sums = scores.new_empty(rows, parts), scores.new_empty(rows, parts, dtype=torch.float64)
     kept_logits = scores.new_empty(rows, parts, keep)
     kept_tokens = scores.new_empty(rows, parts, keep, dtype=torch.int32)
-    shift = 1.5 * math.ldexp(1.0, 23 - reference.quantum_bits(V))
+    shift = 1.5 * math.ldexp(1.0, 23 - specification.quantum_bits(V))
     group = max(1, _GROUP_BYTES // (V * logits.element_size())) if normalize and parts > 1 else rows
     shape = (logits.stride(0), 0 if forbidden is None else forbidden.stride(0), V, part, parts)
     options = {"BLOCK": tile.block, "num_warps": tile.num_warps, "enable_fp_fusion": False}

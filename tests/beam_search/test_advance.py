@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mmkernels.beam_search import ops
-from mmkernels.beam_search.reference import (
+from mmkernels.beam_search.reference import beam_search_advance
+from mmkernels.beam_search.specification import (
     BOUND,
     COUNT,
     COUNT_OR_TOP,
@@ -13,7 +14,6 @@ from mmkernels.beam_search.reference import (
     BeamCandidates,
     Progress,
     Rule,
-    beam_search_advance,
 )
 from tests.cpu_variants import needs_library
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import mmkernels
-from mmkernels.beam_search.reference import BeamCandidates, Beams, Progress, beam_search_advance
+from mmkernels.beam_search.reference import beam_search_advance
+from mmkernels.beam_search.specification import BeamCandidates, Beams, Progress
 from tests.beam_search.cases import CASES, Case, assert_same
 from tests.beam_search.test_advance import random_search
 

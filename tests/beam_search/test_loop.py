@@ -441,7 +441,7 @@ def test_an_empty_batch():
         (ValueError, "num_return_sequences: expected at most", {"num_return_sequences": 4}),
         (ValueError, "num_groups: expected a divisor", {"num_groups": 2}),
         (ValueError, "preset: expected", {"preset": "t5"}),
-        (ValueError, "early_stopping: expected True", {"early_stopping": "always"}),
+        (ValueError, "early_stopping: expected one of True, False, 'never'", {"early_stopping": "always"}),
         (ValueError, "early_stopping: preset 'fairseq'", {"preset": "fairseq", "early_stopping": True}),
         (ValueError, "patience: expected", {"patience": 2.0}),
         (ValueError, "max_length: expected at least 1", {"max_length": 0}),
@@ -456,3 +456,53 @@ def test_an_empty_batch():
 def test_bad_input(error, message, options):
     with pytest.raises(error, match=message):
         ours(language_model(), PROMPTS, **{"num_beams": 3, "max_length": 5} | options)
+
+
+def zeros(*shape, **options):
+    """A model of constant logits."""
+    return lambda tokens, state: (torch.zeros(*shape, **options), state)
+
+
+def widens(tokens, state):
+    """float32 for the two rows of the first step, float64 for the beams."""
+    return torch.zeros(len(tokens), 9, dtype=torch.float32 if len(tokens) == 2 else torch.float64), state
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "step", "processor"),
+    [
+        (TypeError, "step: expected a tensor, got list", lambda tokens, state: ([], state), None),
+        (TypeError, "step: expected float32, .* got torch.int64", zeros(2, 9, dtype=torch.int64), None),
+        (ValueError, r"step: expected 2 dimensions \[2, V\]", zeros(2, 1, 9), None),
+        (ValueError, r"step: expected \[2, V\], one row for each of its tokens, got \(3, 9\)", zeros(3, 9), None),
+        (ValueError, "step: expected device cpu, .* got meta; pass device='meta'", zeros(2, 9, device="meta"), None),
+        (
+            TypeError,
+            "step: expected a dtype that fits scores of torch.float32, got torch.float64",
+            widens,
+            None,
+        ),
+        (ValueError, r"log_prob_processor: expected \[2, V\]", zeros(2, 9), lambda history, x: x[:1]),
+        (ValueError, r"log_prob_processor: expected shape \(2, 9\)", zeros(2, 9), lambda history, x: x[:, :7]),
+        (TypeError, "log_prob_processor: expected a dtype that fits", zeros(2, 9), lambda history, x: x.double()),
+    ],
+)  # fmt: skip
+def test_what_the_callers_functions_return_is_checked(error, message, step, processor):
+    with pytest.raises(error, match=message):
+        mmkernels.beam_search(
+            step, None, batch_size=2, num_beams=3, bos_token_id=1, eos_token_id=2, max_length=4,
+            log_prob_processor=processor, impl="reference",
+        )  # fmt: skip
+
+
+def test_a_step_checks_no_argument_of_the_public_call_again(monkeypatch):
+    """The loop calls the registered op itself, on the implementation that the first logits chose."""
+    from mmkernels.beam_search import api
+    from mmkernels.beam_search import search as loop
+
+    asked, choose = [], loop._backends.choose
+    monkeypatch.setattr(loop._backends, "choose", lambda *arguments: asked.append(arguments) or choose(*arguments))
+    monkeypatch.setattr(api, "beam_search_step", None)
+    result = ours(language_model(), PROMPTS, num_beams=3, max_length=5, early_stopping="never")
+    assert result.steps == 5
+    assert len(asked) == 1

@@ -147,7 +147,12 @@ def test_opcheck_and_compile():
         (ValueError, "logits: expected 6 rows", (torch.zeros(5, 4), torch.zeros(2, 3)), {}),
         (ValueError, "expected V >= 1", (torch.zeros(6, 0), torch.zeros(2, 3)), {}),
         (ValueError, "num_candidates: expected", (torch.zeros(6, 4), torch.zeros(2, 3)), {"num_candidates": 0}),
-        (TypeError, "valid: expected a bool", (torch.zeros(6, 4), torch.zeros(2, 3)), {"valid": torch.ones(2, 3)}),
+        (
+            TypeError,
+            "valid: expected bool, True for a beam that there is, got torch.float32",
+            (torch.zeros(6, 4), torch.zeros(2, 3)),
+            {"valid": torch.ones(2, 3)},
+        ),
         (
             ValueError,
             "forbidden: expected shape",
