@@ -95,30 +95,3 @@ def gemm_rate(n: int, d: int, dtype: torch.dtype, device: torch.device) -> float
         del product
         times.append(begin.elapsed_time(end))
     return 2.0 * n * n * d / (statistics.median(times[3:]) * 1e-3)
-
-
-def timed(
-    row: dict[str, Any],
-    step: Callable[[], Tensor],
-    leaves: Sequence[Tensor],
-    rates: Callable[[float], dict[str, float]],
-    *,
-    repeats: int,
-    backward: bool = True,
-) -> dict[str, Any]:
-    """Complete a row with the times of its peer, and with the rates that follow from the seconds; print it.
-
-    A peer may run out of memory or refuse a dtype, and its row then says so. mmkernels may only run out of memory.
-    """
-    try:
-        row |= measure(step, leaves, repeats=repeats, backward=backward)
-        row |= rates(row["ms"] * 1e-3)
-    except torch.cuda.OutOfMemoryError:
-        row["error"] = "out of memory"
-    except (RuntimeError, ValueError, AssertionError) as error:
-        if row["peer"] == "mmkernels":
-            raise
-        row["error"] = type(error).__name__
-    torch.cuda.empty_cache()
-    print("  " + ", ".join(f"{k} {x:.3g}" if isinstance(x, float) else f"{k} {x}" for k, x in row.items()), flush=True)
-    return row

@@ -1,6 +1,6 @@
 """The CUDA device code of beam search, run thread by thread on a CPU under AddressSanitizer: the bits of the reference.
 
-The program (beam_search_emulated.cpp) reads cases and writes results; every buffer there is an allocation of its own,
+The program (emulated.cpp) reads cases and writes results; every buffer there is an allocation of its own,
 so that a step over its ends is an error.
 """
 

@@ -22,9 +22,6 @@ if not INTERPRETED:
         run_interpreted(__file__, "-m", "slow")
 
 else:
-    import triton.language as tl
-    from triton.runtime import interpreter
-
     import mmkernels
     from mmkernels.beam_search import triton_kernels
     from tests.beam_search.cases import CASES, Case, assert_same, of
@@ -35,15 +32,6 @@ else:
     STEP = mmkernels.beam_search_step
 
     pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-
-    @pytest.fixture(autouse=True)
-    def language_patched_once(monkeypatch):
-        """The interpreter puts its own in place of Triton's language for each call of a function in a kernel, which is
-        most of its time: once a kernel will do, if it knows of both modules that the functions name."""
-        monkeypatch.setattr(triton_kernels, "core", tl.core, raising=False)
-        monkeypatch.setattr(
-            interpreter.InterpretedFunction, "__call__", lambda self, *args, **options: self.rewrite()(*args, **options)
-        )
 
     @pytest.fixture(autouse=True)
     def guards(monkeypatch):
