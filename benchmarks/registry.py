@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 
 from benchmarks.harness.gpu_forms import Argument, Case, Problem
+from benchmarks.harness.tables import Comparison, Headline, Row, Table
 
 # The public name of every op and the folder of its benchmarks.
 OPS = {
@@ -29,8 +30,6 @@ OPS = {
 # The names that the commands take, each once, in the order of their tables.
 FOLDERS = tuple(dict.fromkeys(OPS.values()))
 
-Row = dict[str, Any]
-
 
 @runtime_checkable
 class Peers(Protocol):
@@ -46,15 +45,17 @@ class Report(Protocol):
     CELLS: Sequence[tuple[Any, ...]]  # the arguments of `measure`, a cell of the table each
     QUICK: Sequence[tuple[Any, ...]]  # a few small ones
     measure: Callable[..., list[Row]]  # (*cell, seconds): a row for each peer
+    COMPARISON: Comparison  # which rows are of one cell, and who ran
+    HEADLINES: Sequence[Headline]  # the op's rows in the README's table and picture
 
     def finish(self, results: list[Row]) -> None:
         """Add to the rows what is known once all are measured: shares of the limit."""
 
-    def table_of(self, results: list[Row]) -> Any:
-        """The table for the screen."""
+    def tables(self, results: list[Row]) -> dict[str, Table]:
+        """The tables by their names, for the screen and for the pages."""
 
-    def draw(self, results: list[Row], path: Path) -> None:
-        """The figure, from rows that were just measured or that were read from a file."""
+    def draw(self, results: list[Row], machine: dict[str, Any], path: Path) -> None:
+        """The figure, from rows that were just measured or that were read from a file with their machine."""
 
 
 @runtime_checkable

@@ -1,8 +1,10 @@
 """The comparison with what users run today: tables on the screen, numbers and a figure on disk.
 
 python -m benchmarks.report [OP ...] [--quick | --draw] [--out docs/figures]
+python -m benchmarks.report --tables    # the marked tables of README.md and docs/ anew from the numbers
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -22,10 +24,23 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import registry
+from benchmarks.harness import figures, tables
 from benchmarks.registry import FOLDERS
 from mmkernels import _backends
 
 mpl.use("Agg")
+
+ROOT = Path(__file__).parents[1]
+NUMBERS = Path("docs/figures")
+
+
+def processor() -> str:
+    """The CPU's model name where Linux tells it, else its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def machine_of(op: str) -> dict[str, Any]:
@@ -37,7 +52,7 @@ def machine_of(op: str) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue  # a peer that is not installed has no rows
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "kernels": torch.ops.mmkernels.cpu_variant(),
         "torch": torch.__version__,
@@ -46,10 +61,49 @@ def machine_of(op: str) -> dict[str, Any]:
     }
 
 
-def draw_again(ops: Sequence[str], folder: Path) -> None:
+def read(folder: str, numbers: Path) -> dict[str, Any]:
+    """The machine and the results of an earlier run."""
+    return json.loads((numbers / f"{folder}.json").read_text())
+
+
+def standings(numbers: Path) -> list[tables.Standing]:
+    """The rows of the README's table and picture."""
+    found = []
+    for folder in FOLDERS:
+        report, results = registry.report(folder), read(folder, numbers)["results"]
+        found += [tables.standing(headline, report.COMPARISON, results) for headline in report.HEADLINES]
+    return found
+
+
+def draw_again(folders: Sequence[str], numbers: Path) -> None:
     """Draw the figures from the numbers of earlier runs."""
-    for op in ops:
-        registry.report(op).draw(json.loads((folder / f"{op}.json").read_text())["results"], folder / f"{op}.png")
+    for folder in folders:
+        stored = read(folder, numbers)
+        registry.report(folder).draw(stored["results"], stored["machine"], numbers / f"{folder}.png")
+    if set(folders) == set(FOLDERS):
+        figures.front(standings(numbers), read("info_nce", numbers)["machine"], numbers / "front.png")
+
+
+def blocks(numbers: Path) -> dict[str, str]:
+    """What stands between the marks of the pages: {name: Markdown}."""
+    found = {"headline": tables.headline_table(standings(numbers)).markdown()}
+    for folder in FOLDERS:
+        stored = read(folder, numbers)
+        found[f"{folder} machine"] = tables.provenance(stored["machine"]) + "\n"
+        made = registry.report(folder).tables(stored["results"])
+        found.update({name: table.markdown() for name, table in made.items()})
+    return found
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def fill_pages(numbers: Path) -> None:
+    """Make the marked tables of the pages anew."""
+    made = blocks(numbers)
+    for page in pages():
+        page.write_text(tables.filled(page.read_text(), made))
 
 
 def main(
@@ -57,7 +111,8 @@ def main(
     quick: Annotated[bool, typer.Option(help="a few small cells, a minute")] = False,
     seconds: Annotated[float, typer.Option(help="time spent on each cell, beyond the least number of rounds")] = 10.0,
     draw: Annotated[bool, typer.Option(help="draw the figures again from the numbers in the folder")] = False,
-    out: Annotated[Path, typer.Option(help="folder of the numbers and the figures")] = Path("docs/figures"),
+    fill: Annotated[bool, typer.Option("--tables", help="make the tables of README.md and docs/ from them")] = False,
+    out: Annotated[Path, typer.Option(help="folder of the numbers and the figures")] = NUMBERS,
 ) -> None:
     """Compare the ops with their peers on this machine's CPU."""
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -66,6 +121,9 @@ def main(
         raise typer.BadParameter(f"expected some of {', '.join(FOLDERS)}, got {', '.join(unknown)}")
     if draw:
         draw_again(ops or FOLDERS, out)
+    if fill:
+        fill_pages(out)
+    if draw or fill:
         return
     reason = _backends.unavailable("cpu")
     if reason is not None:
@@ -81,11 +139,13 @@ def main(
                 torch.compiler.reset()  # every size is compiled for itself, as in training
                 results += report.measure(*cell, seconds=seconds)
         report.finish(results)
-        console.print(report.table_of(results))
+        for name, table in report.tables(results).items():
+            console.print(table.for_screen(f"{name}, CPU, {torch.get_num_threads()} threads"))
         if quick:
             continue
-        (out / f"{op}.json").write_text(json.dumps({"machine": machine_of(op), "results": results}, indent=1) + "\n")
-        report.draw(results, out / f"{op}.png")
+        machine = machine_of(op)
+        (out / f"{op}.json").write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+        report.draw(results, machine, out / f"{op}.png")
         console.print(f"Numbers: {out / f'{op}.json'}; figure: {out / f'{op}.png'}")
 
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
-from rich.table import Table
 
 from benchmarks.beam_search.peers import beam_steps, captioner_loops, gpt2_loops
+from benchmarks.harness import figures
+from benchmarks.harness.tables import Comparison, Headline, Table, duration, multiple
 from benchmarks.harness.timing import bandwidth, interleaved, median
 
 # GPT-2 of two layers by its width: at 64 its forward is about two thirds of Hugging Face's time.
@@ -21,6 +21,25 @@ CELLS = [
     ),
     *(("captioner", torch.float32, B, 5, 9488, 16) for B in (1, 8, 32)),
     *((what, torch.float32, B, 5, 50257, 20) for what in GPT2 for B in (1, 8)),
+]
+COMPARISON = Comparison(("what", "dtype", "B", "K", "V", "T"), "name")
+HEADLINES = [
+    Headline(
+        "beam_search_step",
+        "16 x 5 beams x 50257 tokens",
+        {"what": "step"},
+        {"what": "step", "dtype": "float32", "B": 16, "V": 50257},
+        "eager",
+        "beam_search.md",
+    ),
+    Headline(
+        "beam_search",
+        "8 x 5 beams of a small GPT-2",
+        {"what": "GPT-2, 64 wide"},
+        {"what": "GPT-2, 64 wide", "B": 8},
+        "Hugging Face",
+        "beam_search.md",
+    ),
 ]
 QUICK = [("step", torch.float32, 16, 5, 9488, 1), ("captioner", torch.float32, 8, 5, 9488, 16)]
 
@@ -52,72 +71,64 @@ def measure(what: str, dtype: torch.dtype, B: int, K: int, V: int, T: int, *, se
 
 def finish(results: list[dict[str, Any]]) -> None:
     """How much longer than its model alone a loop takes."""
-    alone = {cell_of(r): r["seconds"] for r in results if r["name"] == "the model alone"}
-    for r in results:
-        if cell_of(r) in alone:
-            r["over_model"] = r["seconds"] / alone[cell_of(r)] - 1
+    for cell in COMPARISON.cells(results):
+        if (alone := cell.get("the model alone")) is not None:
+            for row in cell.values():
+                row["over_model"] = row["seconds"] / alone["seconds"] - 1
 
 
-def cell_of(r: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(r[name] for name in ("what", "dtype", "B", "K", "V", "T"))
+def size_of(row: dict[str, Any]) -> str:
+    return f"{row['B']} x {row['K']} x {row['V']}"
 
 
-def table_of(results: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"Beam search, CPU, {torch.get_num_threads()} threads")
-    for column in ("what", "dtype", "B x K, V, T", "search", "median ms", "x mmkernels", "note"):
-        table.add_column(column, justify="right" if column in ("median ms", "x mmkernels") else "left")
-    own = {cell_of(r): r["seconds"] for r in results if r["name"] == "mmkernels"}
-    previous = None
-    for r in results:
-        cell = cell_of(r)
-        if previous not in (None, cell):
-            table.add_section()
-        previous = cell
-        note = ""
-        if r["what"] == "step" and r["name"] == "mmkernels":
-            note = f"one read of the logits: {r['read'] * 1e3:.2f} ms"
-        elif "over_model" in r and r["name"] != "the model alone":
-            note = f"the model + {r['over_model']:.0%}"
-        elif "forward" in r and r["name"] == "Hugging Face":
-            note = f"{r['forward'] / r['seconds']:.0%} of it in the model"
-        table.add_row(
-            r["what"],
-            r["dtype"],
-            f"{r['B']} x {r['K']}, {r['V']}, {r['T']}",
-            r["name"],
-            f"{r['seconds'] * 1e3:.2f}",
-            f"{r['seconds'] / own[cell]:.2f}",
-            note,
+def tables(results: list[dict[str, Any]]) -> dict[str, Table]:
+    steps = [row for row in results if row["what"] == "step"]
+    peers = {"eager": "eager", "torch.compile": "`torch.compile` of it", "eager in float32": "eager in float32"}
+    of_steps = COMPARISON.table(steps, ("B x K x V, dtype", lambda row: f"{size_of(row)} {row['dtype']}"), peers)
+    heads = list(of_steps.columns)
+    heads.insert(2, "one read of the logits")
+    reads = [duration(cell["mmkernels"]["read"]) for cell in COMPARISON.cells(steps)]
+    rows = [[*row[:2], read, *row[2:]] for row, read in zip(of_steps.rows, reads, strict=True)]
+    loops = [row for row in results if row["what"] != "step"]
+    return {"beam_search_step": Table(heads, rows), "beam_search": _table_of_loops(loops)}
+
+
+def _table_of_loops(results: list[dict[str, Any]]) -> Table:
+    heads = ("loop", "mmkernels", "the model alone", "eager loop", "Hugging Face", "CTranslate2")
+    rows = []
+    for cell in COMPARISON.cells(results):
+        ours = cell["mmkernels"]
+
+        def against(who: str, cell: dict[str, dict[str, Any]] = cell) -> str:
+            if who not in cell:
+                return "-"
+            row = cell[who]
+            in_model = f"; {row['forward'] / row['seconds']:.0%} in the model" if who == "Hugging Face" else ""
+            return f"{duration(row['seconds'])} ({multiple(COMPARISON.ratio(cell, who))}){in_model}"
+
+        added = f" (+{ours['over_model']:.0%})" if "over_model" in ours else ""
+        alone = cell.get("the model alone")
+        rows.append(
+            (
+                f"{ours['what']}, {size_of(ours)}, {ours['T']} steps",
+                f"**{duration(ours['seconds'])}**{added}",
+                "-" if alone is None else duration(alone["seconds"]),
+                *map(against, ("eager", "Hugging Face", "CTranslate2")),
+            )
         )
-    return table
+    return Table(heads, rows)
 
 
-def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Bars: times of the steps and of the loops as multiples of mmkernels'."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axes, of_kind in ((left, {"step"}), (right, {"captioner", *GPT2})):
-        chosen = [r for r in results if r["what"] in of_kind]
-        cells = list(dict.fromkeys(cell_of(r) for r in chosen))
-        names = list(dict.fromkeys(r["name"] for r in chosen))
-        own = {cell_of(r): r["seconds"] for r in chosen if r["name"] == "mmkernels"}
-        width = 0.8 / len(names)
-        for i, name in enumerate(names):
-            points = [(cells.index(cell_of(r)), r["seconds"] / own[cell_of(r)]) for r in chosen if r["name"] == name]
-            where, heights = zip(*points, strict=True)
-            bars = axes.bar([x + (i - (len(names) - 1) / 2) * width for x in where], heights, width, label=name)
-            axes.bar_label(bars, fmt="%.1f", fontsize=6)
-        labels = [
-            f"{'bf16' if c[1] == 'bfloat16' else 'fp32'}\n{c[2]} x {c[3]}\nV={c[4]}"
-            if c[0] == "step"
-            else f"{c[0]}\nB={c[2]}".replace(", ", "\n")
-            for c in cells
-        ]
-        axes.set_xticks(range(len(cells)), labels, fontsize=7)
-        axes.set(ylabel="time, multiples of mmkernels'", title="one step" if of_kind == {"step"} else "the whole loop")
-        axes.margins(y=0.2)
-        axes.legend(frameon=False, fontsize=7, ncols=3, loc="upper center")
-        axes.grid(axis="y", alpha=0.3)
-    left.set_yscale("log")
-    figure.suptitle(f"Beam search, CPU with {torch.get_num_threads()} threads")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def draw(results: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
+    """How many times ours every peer takes: a step, and whole loops."""
+    title = f"Beam search, time as a multiple of mmkernels'; {figures.on(machine)}"
+    with figures.drawing(path, title, rows=2, height=5.4) as panels:
+        for axes, is_step in zip(panels, (True, False), strict=True):
+            cells = COMPARISON.cells([row for row in results if (row["what"] == "step") == is_step])
+            labels = []
+            for cell in cells:
+                row = cell["mmkernels"]
+                size = f"{figures.SHORT[row['dtype']]} {size_of(row)}"
+                labels.append(size if is_step else f"{row['what']}, {row['B']} x {row['K']}")
+            axes.set(title="one step; dark: the fastest peer" if is_step else "the whole loop; dark: the fastest peer")
+            figures.spread(axes, COMPARISON, list(zip(labels, cells, strict=True)), named=1 if is_step else 2)

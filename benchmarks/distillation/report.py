@@ -4,24 +4,37 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from benchmarks.distillation.peers import distillation_losses, group_losses
+from benchmarks.harness import figures
 from benchmarks.harness.peak import cpu_peak
+from benchmarks.harness.tables import Comparison, Headline, Table, size
 from benchmarks.harness.timing import interleaved, median
 from mmkernels._autograd import keeps_products
 from mmkernels.testing import features, peak_allocated
 
 SIZE = 512  # features of student and teacher
 GROUP = 8  # queries, and keys, of a group
+NAMES = {"teacher": "distillation: a teacher's softmaxes", "groups": "info_nce with groups of 8"}
 # (targets, dtype, N, peers too)
 CELLS = [
     *((targets, torch.float32, n, True) for targets in ("groups", "teacher") for n in (1024, 2048, 4096, 8192)),
     *((targets, torch.bfloat16, n, True) for targets in ("groups", "teacher") for n in (2048, 8192)),
     ("teacher", torch.bfloat16, 65536, False),
+]
+COMPARISON = Comparison(("targets", "dtype", "n"), "loss")
+WITH_CLIP = Comparison(COMPARISON.cell, "loss", "mmkernels DistillClipLoss")
+HEADLINES = [
+    Headline(
+        "distillation",
+        "8192 pairs",
+        {"targets": "teacher"},
+        {"targets": "teacher", "dtype": "float32", "n": 8192},
+        "eager",
+        "distillation.md",
+    )
 ]
 QUICK = [("groups", torch.float32, 1024, True), ("teacher", torch.float32, 1024, True)]
 
@@ -81,49 +94,27 @@ def finish(results: list[dict[str, Any]]) -> None:
                 r["share_of_limit"] = r["products"] * 2 * r["n"] ** 2 * SIZE / r["seconds"] / peak
 
 
-def table_of(results: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"Soft targets, forward + backward, D={SIZE}, CPU, {torch.get_num_threads()} threads")
-    heads = (
-        "targets",
-        "dtype",
-        "N",
-        "loss",
-        "median ms",
-        "x mmkernels",
-        "MiB beyond inputs and gradients",
-        "G",
-        "of limit",
-    )
-    for column in heads:
-        table.add_column(column, justify="left" if column in ("targets", "dtype", "loss") else "right")
-    own = {(r["targets"], r["dtype"], r["n"]): r["seconds"] for r in results if r["loss"] == "mmkernels"}
-    previous = None
-    for r in results:
-        cell = (r["targets"], r["dtype"], r["n"])
-        if previous not in (None, cell):
-            table.add_section()
-        previous = cell
-        share = f"{r['share_of_limit']:.0%}" if "share_of_limit" in r else "-"
-        times = (f"{r['seconds'] * 1e3:.1f}", f"{r['seconds'] / own[cell]:.2f}", f"{r['bytes'] / 2**20:.1f}")
-        table.add_row(r["targets"], r["dtype"], str(r["n"]), r["loss"], *times, str(r["products"]), share)
-    return table
+def tables(results: list[dict[str, Any]]) -> dict[str, Table]:
+    peers = {"eager": "eager", "torch.compile": "`torch.compile` of it"}
+    clip = {"open_clip DistillClipLoss": "open_clip `DistillClipLoss`"}
+
+    def with_targets(targets: str) -> Table:
+        chosen = [row for row in results if row["targets"] == targets and "Distill" not in row["loss"]]
+        return COMPARISON.table(chosen, ("N, dtype", size), peers, peers)
+
+    of_clip = [row for row in results if "Distill" in row["loss"]]
+    return {
+        "info_nce with groups": with_targets("groups"),
+        "distillation": with_targets("teacher"),
+        "DistillClipLoss": WITH_CLIP.table(of_clip, ("N, dtype", size), clip, clip),
+    }
 
 
-def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Time against N, float32, a panel for each kind of target."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axes, targets in zip(panels, ("groups", "teacher"), strict=True):
-        chosen = [r for r in results if r["dtype"] == "float32" and r["targets"] == targets]
-        for name in dict.fromkeys(r["loss"] for r in chosen):
-            points = sorted((r["n"], r["seconds"]) for r in chosen if r["loss"] == name)
-            style: dict[str, Any] = {"linewidth": 2.5, "zorder": 3} if name == "mmkernels" else {"linewidth": 1.2}
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, **style)
-        sizes = sorted({r["n"] for r in chosen})
-        axes.set(xscale="log", yscale="log", xlabel="N pairs", ylabel="seconds, forward + backward", title=targets)
-        axes.set_xticks(sizes, [str(n) for n in sizes])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
-    figure.suptitle(f"Soft targets, D={SIZE}, float32, CPU with {torch.get_num_threads()} threads")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def draw(results: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
+    """How many times ours the peers take against N, float32, a panel for each kind of target."""
+    title = f"D = {SIZE}, float32, time as a multiple of mmkernels'; {figures.on(machine)}"
+    with figures.drawing(path, title, columns=2, sharey=True) as panels:
+        for axes, targets in zip(panels, ("teacher", "groups"), strict=True):
+            chosen = [row for row in results if row["dtype"] == "float32" and row["targets"] == targets]
+            axes.set(title=NAMES[targets], xlabel="N pairs")
+            figures.multiples(axes, COMPARISON, chosen, "n")

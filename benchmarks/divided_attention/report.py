@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
-from rich.table import Table
 
 from benchmarks.divided_attention.peers import attentions
+from benchmarks.harness import figures
 from benchmarks.harness.peak import cpu_peak
+from benchmarks.harness.tables import Comparison, Headline, Table, duration, mebibytes, multiple, titled
 from benchmarks.harness.timing import bandwidth, interleaved, median
 from mmkernels.divided_attention.layout import layout_of
 from mmkernels.testing import peak_allocated
@@ -20,6 +20,19 @@ CELLS = [
     for axis in ("time", "space")
     for dtype in (torch.float32, torch.bfloat16)
     for size in ((1, 8, 196), (4, 8, 196), (1, 96, 196), (1, 16, 784))
+]
+COMPARISON = Comparison(("axis", "dtype", "clips", "frames", "positions", "pass"), "attention")
+BOTH = "forward + backward"
+HEADLINES = [
+    Headline(
+        "divided_attention",
+        f"{axis}, 4 clips of 8 x 196",
+        {"axis": axis, "pass": BOTH},
+        {"axis": axis, "pass": BOTH, "dtype": "float32", "clips": 4, "frames": 8},
+        "eager",
+        "divided_attention.md",
+    )
+    for axis in ("time", "space")
 ]
 QUICK = [cell for cell in CELLS if cell[2:] == (1, 8, 196)]
 
@@ -45,7 +58,7 @@ def measure(
 
     steps: dict[str, dict[str, Any]] = {
         "forward": {name: lambda call=call: forward(call) for name, call in calls.items()},
-        "forward + backward": {
+        BOTH: {
             name: lambda call=call, name=name: torch.autograd.grad(call(qkv), qkv, grads[name])
             for name, call in calls.items()
         },
@@ -95,64 +108,42 @@ def finish(results: list[dict[str, Any]]) -> None:
                 r["share_of_floor"] = floor / r["seconds"]
 
 
-def _cell(r: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(r[key] for key in ("axis", "dtype", "clips", "frames", "positions", "pass"))
+def size_of(row: dict[str, Any]) -> str:
+    return f"{row['clips']} x {row['frames']} x {row['positions']}"
 
 
-def table_of(results: list[dict[str, Any]]) -> Table:
-    title = f"Divided attention, {HEADS} heads of {HEAD}, CPU, {torch.get_num_threads()} threads"
-    table = Table(title=title)
-    for column in (
-        "axis, dtype",
-        "B x T x N",
-        "pass",
-        "attention",
-        "median ms",
-        "x mmkernels",
-        "MiB beyond",
-        "of floor",
-    ):
-        left = column in ("axis, dtype", "pass", "attention")
-        table.add_column(column, justify="left" if left else "right")
-    own = {_cell(r): r["seconds"] for r in results if r["attention"] == "mmkernels"}
-    previous = None
-    for r in results:
-        if previous not in (None, _cell(r)):
-            table.add_section()
-        previous = _cell(r)
-        share = f"{r['share_of_floor']:.0%} {r['bound_by']}" if "share_of_floor" in r else "-"
-        table.add_row(
-            f"{r['axis']}, {r['dtype']}",
-            f"{r['clips']} x {r['frames']} x {r['positions']}",
-            r["pass"],
-            r["attention"],
-            f"{r['seconds'] * 1e3:.2f}",
-            f"{r['seconds'] / own[_cell(r)]:.2f}",
-            f"{r['bytes'] / 2**20:.1f}",
-            share,
-        )
-    return table
+def tables(results: list[dict[str, Any]]) -> dict[str, Table]:
+    def table(what: str) -> Table:
+        heads = ("axis, dtype", "B x T x N", "mmkernels", "of the floor", "fastest peer", "eager")
+        rows = []
+        for cell in COMPARISON.cells([row for row in results if row["pass"] == what]):
+            ours = cell["mmkernels"]
+            best = COMPARISON.peers(cell)[0]
+            rows.append(
+                (
+                    f"{ours['axis']}, {ours['dtype']}",
+                    size_of(ours),
+                    f"**{duration(ours['seconds'])}**",
+                    f"{ours['share_of_floor']:.0%} {ours['bound_by']}" if "share_of_floor" in ours else "-",
+                    f"{titled(best)} {duration(cell[best]['seconds'])} ({multiple(COMPARISON.ratio(cell, best))})",
+                    multiple(COMPARISON.ratio(cell, "eager")),
+                    *(mebibytes(cell[who]["bytes"]) for who in ("mmkernels", best, "eager")),
+                )
+            )
+        return Table((*heads, "memory: mmkernels", "that peer", "eager"), rows)
+
+    return {"divided_attention forward": table("forward"), "divided_attention with backward": table(BOTH)}
 
 
-def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """How much longer each peer takes than the fused call, for every cell."""
-    names = [n for n in dict.fromkeys(r["attention"] for r in results) if n != "mmkernels"]
-    own = {_cell(r): r["seconds"] for r in results if r["attention"] == "mmkernels"}
-    passes = list(dict.fromkeys(r["pass"] for r in results))
-    figure, axes = plt.subplots(1, len(passes), figsize=(12, 5), layout="constrained", sharey=True)
-    for panel, what in zip(axes, passes, strict=True):
-        cells = [cell for cell in own if cell[-1] == what]
-        labels = [f"{c[0]} {c[1]}\n{c[2]} x {c[3]} x {c[4]}" for c in cells]
-        for k, name in enumerate(names):
-            ratios = {_cell(r): r["seconds"] / own[_cell(r)] for r in results if r["attention"] == name}
-            places = [i + (k - (len(names) - 1) / 2) * 0.2 for i in range(len(cells))]
-            panel.barh(places, [ratios[c] for c in cells], height=0.2, label=name)
-        panel.axvline(1, color="black", linewidth=1)
-        panel.set_yticks(range(len(cells)), labels, fontsize=7)
-        panel.set(xlabel="time, as a multiple of mmkernels", title=what, xscale="log")
-        panel.grid(alpha=0.3, axis="x")
-    axes[0].invert_yaxis()
-    axes[-1].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"Divided attention (clips x frames x positions), CPU with {torch.get_num_threads()} threads")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def draw(results: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
+    """How many times ours every peer takes, for every cell."""
+    title = f"Divided attention (clips x frames x positions), time as a multiple of mmkernels'; {figures.on(machine)}"
+    with figures.drawing(path, title, columns=2, height=6.2, sharey=True) as panels:
+        for axes, what in zip(panels, ("forward", BOTH), strict=True):
+            cells = COMPARISON.cells([row for row in results if row["pass"] == what])
+            labels = [
+                f"{cell['mmkernels']['axis']} {figures.SHORT[cell['mmkernels']['dtype']]} {size_of(cell['mmkernels'])}"
+                for cell in cells
+            ]
+            axes.set(title=f"{what}; dark: the fastest peer")
+            figures.spread(axes, COMPARISON, list(zip(labels, cells, strict=True)))

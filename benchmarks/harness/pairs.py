@@ -1,19 +1,22 @@
 """The reports of losses over all pairs of N queries and N keys: forward and backward against peers, time and memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import torch
-from rich.table import Table
 from torch import Tensor
 
+from benchmarks.harness import figures
 from benchmarks.harness.peak import cpu_peak
+from benchmarks.harness.tables import Comparison, Table, size
 from benchmarks.harness.timing import interleaved, median
 from mmkernels.testing import features, peak_allocated
 
 SIZE = 512  # features
+COMPARISON = Comparison(("dtype", "n"), "loss")
+# Whose memory the tables show beside ours.
+MEMORY = {"eager": "eager", "torch.compile": "`torch.compile`"}
 
 
 class PairsReport(NamedTuple):
@@ -21,6 +24,7 @@ class PairsReport(NamedTuple):
     products: Callable[[Tensor, Tensor], int]  # of 2 N^2 D FLOP each, for these features, in forward and backward
     losses: Callable[[str], dict[str, Callable[..., Tensor]]]  # by implementation: ours first, then its peers
     numbers: tuple[float, ...]  # what the losses take beside the features: the scale and what follows
+    peers: Mapping[str, str]  # {peer: head of its column}
 
     def leaves(self, n: int, dtype: torch.dtype) -> list[Tensor]:
         rows = [features(n, SIZE, dtype, seed=seed).requires_grad_() for seed in (1, 2)]
@@ -60,59 +64,15 @@ class PairsReport(NamedTuple):
                 if r["dtype"] == dtype and peak > 0:
                     r["share_of_limit"] = r["products"] * 2 * r["n"] ** 2 * SIZE / r["seconds"] / peak
 
-    def table_of(self, results: list[dict[str, Any]]) -> Table:
-        table = Table(title=f"{self.title}, forward + backward, D={SIZE}, CPU, {torch.get_num_threads()} threads")
-        heads = (
-            "dtype",
-            "N",
-            "loss",
-            "median ms",
-            "x mmkernels",
-            "MiB beyond inputs and gradients",
-            "G",
-            "of the limit",
-        )
-        for column in heads:
-            table.add_column(column, justify="left" if column in ("dtype", "loss") else "right")
-        own = {(r["dtype"], r["n"]): r["seconds"] for r in results if r["loss"] == "mmkernels"}
-        previous = None
-        for r in results:
-            cell = (r["dtype"], r["n"])
-            if previous not in (None, cell):
-                table.add_section()
-            previous = cell
-            share = f"{r['share_of_limit']:.0%}" if "share_of_limit" in r else "-"
-            table.add_row(
-                r["dtype"],
-                str(r["n"]),
-                r["loss"],
-                f"{r['seconds'] * 1e3:.1f}",
-                f"{r['seconds'] / own[cell]:.2f}",
-                f"{r['bytes'] / 2**20:.1f}",
-                str(r["products"]),
-                share,
-            )
-        return table
+    def table(self, results: list[dict[str, Any]]) -> Table:
+        return COMPARISON.table(results, ("N, dtype", size), self.peers, MEMORY)
 
-    def draw(self, results: list[dict[str, Any]], path: Path) -> None:
-        """Time and memory against N, float32."""
-        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-        chosen = [r for r in results if r["dtype"] == "float32"]
-        for name in dict.fromkeys(r["loss"] for r in chosen):
-            points = sorted((r["n"], r["seconds"], r["bytes"] / 2**20) for r in chosen if r["loss"] == name)
-            sizes, seconds, mebibytes = zip(*points, strict=True)
-            style: dict[str, Any] = {"linewidth": 2.5, "zorder": 3} if name == "mmkernels" else {"linewidth": 1.2}
-            left.plot(sizes, seconds, marker="o", markersize=4, label=name, **style)
-            right.plot(sizes, mebibytes, marker="o", markersize=4, label=name, **style)
-        inputs = sorted({r["n"] for r in chosen})
-        memory = [2 * n * SIZE * 4 / 2**20 for n in inputs]
-        right.plot(inputs, memory, color="grey", linestyle=":", label="the inputs")
-        for axes, what in ((left, "seconds, forward + backward"), (right, "MiB beyond inputs and gradients")):
-            axes.set(xscale="log", yscale="log", xlabel="N pairs", ylabel=what)
-            axes.set_xticks(inputs, [str(n) for n in inputs], rotation=45)
-            axes.minorticks_off()
-            axes.grid(alpha=0.3)
-        right.legend(frameon=False, fontsize=8)
-        figure.suptitle(f"{self.title}, D={SIZE}, float32, CPU with {torch.get_num_threads()} threads")
-        figure.savefig(path, dpi=130)
-        plt.close(figure)
+    def draw(self, results: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
+        """How many times ours the peers take, and the memory, against N, float32."""
+        chosen = [row for row in results if row["dtype"] == "float32"]
+        title = f"{self.title}, D = {SIZE}, float32, forward and backward; {figures.on(machine)}"
+        with figures.drawing(path, title, columns=2) as (left, right):
+            left.set(title="Time, as a multiple of mmkernels'", xlabel="N pairs")
+            figures.multiples(left, COMPARISON, chosen, "n")
+            right.set(title="MiB beyond inputs and gradients", xlabel="N pairs")
+            figures.memory(right, COMPARISON, chosen, "n")

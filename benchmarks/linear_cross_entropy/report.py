@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
-from rich.table import Table
 
+from benchmarks.harness import figures
 from benchmarks.harness.peak import cpu_peak
+from benchmarks.harness.tables import Comparison, Headline, Table
 from benchmarks.harness.timing import interleaved, median
 from benchmarks.linear_cross_entropy.peers import classification_losses
 from mmkernels.linear_cross_entropy.ops import _keeps_products
@@ -18,6 +18,11 @@ SIZE = 512  # features
 CELLS = [
     (torch.float32, 512, 9488),
     *((dtype, n, 50257) for dtype in (torch.float32, torch.bfloat16) for n in (512, 2048, 8192)),
+]
+COMPARISON = Comparison(("dtype", "n", "v"), "loss")
+SHOWN = {"dtype": "float32", "n": 8192, "v": 50257}
+HEADLINES = [
+    Headline("linear_cross_entropy", "8192 rows x 50257 classes", {}, SHOWN, "eager", "linear_cross_entropy.md")
 ]
 QUICK = [(torch.float32, 512, 9488), (torch.bfloat16, 512, 9488)]
 
@@ -68,52 +73,23 @@ def finish(results: list[dict[str, Any]]) -> None:
                 r["share_of_limit"] = r["limit"] / r["seconds"]
 
 
-def table_of(results: list[dict[str, Any]]) -> Table:
-    threads = torch.get_num_threads()
-    table = Table(title=f"Linear cross-entropy, forward + backward, D={SIZE}, CPU, {threads} threads")
-    heads = ("dtype", "N", "V", "loss", "median ms", "x mmkernels", "MiB beyond inputs and gradients", "of limit")
-    for column in heads:
-        table.add_column(column, justify="left" if column in ("dtype", "loss") else "right")
-    own = {(r["dtype"], r["n"], r["v"]): r["seconds"] for r in results if r["loss"] == "mmkernels"}
-    previous = None
-    for r in results:
-        cell = (r["dtype"], r["n"], r["v"])
-        if previous not in (None, cell):
-            table.add_section()
-        previous = cell
-        table.add_row(
-            r["dtype"],
-            str(r["n"]),
-            str(r["v"]),
-            r["loss"],
-            f"{r['seconds'] * 1e3:.1f}",
-            f"{r['seconds'] / own[cell]:.2f}",
-            f"{r['bytes'] / 2**20:.1f}",
-            f"{r['share_of_limit']:.0%}" if "share_of_limit" in r else "-",
-        )
-    return table
+def tables(results: list[dict[str, Any]]) -> dict[str, Table]:
+    peers = {
+        "eager": "eager",
+        "torch.compile": "`torch.compile` of it",
+        "F.linear_cross_entropy": "`F.linear_cross_entropy`, chunked",
+    }
+    first = ("N x V, dtype", lambda row: f"{row['n']} x {row['v']} {row['dtype']}")
+    return {"linear_cross_entropy": COMPARISON.table(results, first, peers, peers)}
 
 
-def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Time and memory against N, float32, the larger vocabulary."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    classes = max(r["v"] for r in results)
-    chosen = [r for r in results if r["dtype"] == "float32" and r["v"] == classes]
-    for name in dict.fromkeys(r["loss"] for r in chosen):
-        points = sorted((r["n"], r["seconds"], r["bytes"] / 2**20) for r in chosen if r["loss"] == name)
-        sizes, seconds, mebibytes = zip(*points, strict=True)
-        style: dict[str, Any] = {"linewidth": 2.5, "zorder": 3} if name == "mmkernels" else {"linewidth": 1.2}
-        left.plot(sizes, seconds, marker="o", markersize=4, label=name, **style)
-        right.plot(sizes, mebibytes, marker="o", markersize=4, label=name, **style)
-    rows = sorted({r["n"] for r in chosen})
-    right.plot(rows, [n * classes * 4 / 2**20 for n in rows], color="grey", linestyle=":", label="the logits")
-    for axes, what in ((left, "seconds, forward + backward"), (right, "MiB beyond inputs and gradients")):
-        axes.set(xscale="log", yscale="log", xlabel="N rows", ylabel=what)
-        axes.set_xticks(rows, [str(n) for n in rows])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    right.legend(frameon=False, fontsize=8)
-    threads = torch.get_num_threads()
-    figure.suptitle(f"Linear cross-entropy, V={classes}, D={SIZE}, float32, CPU with {threads} threads")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def draw(results: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
+    """How many times ours the peers take, and the memory, against N, float32, the larger vocabulary."""
+    classes = max(row["v"] for row in results)
+    chosen = [row for row in results if row["dtype"] == "float32" and row["v"] == classes]
+    title = f"Linear cross-entropy, V = {classes}, D = {SIZE}, float32, forward and backward; {figures.on(machine)}"
+    with figures.drawing(path, title, columns=2) as (left, right):
+        left.set(title="Time, as a multiple of mmkernels'", xlabel="N rows")
+        figures.multiples(left, COMPARISON, chosen, "n")
+        right.set(title="MiB beyond inputs and gradients", xlabel="N rows")
+        figures.memory(right, COMPARISON, chosen, "n")

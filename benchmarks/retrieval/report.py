@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
-from rich.table import Table
 
+from benchmarks.harness import figures
 from benchmarks.harness.peak import cpu_peak
+from benchmarks.harness.tables import Comparison, Headline, Table, duration
 from benchmarks.harness.timing import interleaved, median
 from benchmarks.retrieval.peers import rankers, searches, torchmetrics_recalls
 from mmkernels.testing import features, peak_allocated
@@ -24,6 +24,12 @@ CELLS = [
     (torch.float32, 1, 131072, 10),
     (torch.float32, ALONE, ALONE, 0),
     (torch.float32, ALONE, ALONE, 10),
+]
+COMPARISON = Comparison(("dtype", "n", "m", "k"), "name")
+SHOWN = {"dtype": "float32", "n": 8192, "m": 8192}
+HEADLINES = [
+    Headline("retrieval_ranks", "8192 x 8192", {"k": 0}, {**SHOWN, "k": 0}, "argsort", "retrieval.md"),
+    Headline("retrieval_topk", "10 of 8192 x 8192", {"k": 10}, {**SHOWN, "k": 10}, "torch.topk", "retrieval.md"),
 ]
 QUICK = [(torch.float32, 2048, 2048, 0), (torch.float32, 2048, 2048, 10)]
 
@@ -78,49 +84,42 @@ def finish(results: list[dict[str, Any]]) -> None:
                 r["share_of_limit"] = r["limit"] / r["seconds"]
 
 
-def cell_of(r: dict[str, Any]) -> tuple[Any, ...]:
-    return r["dtype"], r["n"], r["m"], r["k"]
+def tables(results: list[dict[str, Any]]) -> dict[str, Table]:
+    ranks = [row for row in results if row["k"] == 0]
+    best = [row for row in results if row["k"] > 0]
+
+    def size_of(row: dict[str, Any]) -> str:
+        best_of = f", k = {row['k']}" if row["k"] else ""
+        return f"{row['n']} x {row['m']}{best_of} {row['dtype']}"
+
+    of_ranks = {
+        "argsort": "argsort",
+        "(scores > positive).sum": "`(scores > positive).sum`",
+        "torch.compile of the sum": "`torch.compile` of the sum",
+    }
+    of_best = {
+        "torch.topk": "`torch.topk`",
+        "torch.compile of it": "`torch.compile` of it",
+        "faiss IndexFlatIP": "faiss `IndexFlatIP`",
+    }
+    with_recalls = [row for row in ranks if row["n"] == TORCHMETRICS]
+    names = [row["name"] for row in with_recalls if row["name"].startswith("torchmetrics")]
+    recalls = {name: f"`{name.removeprefix('torchmetrics ')}`" for name in names}
+    return {
+        "retrieval_ranks": COMPARISON.table(ranks, ("N x M", size_of), of_ranks, of_ranks),
+        "torchmetrics": COMPARISON.table(with_recalls, ("N x M", size_of), recalls, recalls),
+        "retrieval_topk": COMPARISON.table(best, ("N x M", size_of), of_best, {"torch.topk": "`torch.topk`"}),
+    }
 
 
-def table_of(results: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"Retrieval, D={SIZE}, CPU, {torch.get_num_threads()} threads")
-    for column in ("what", "dtype", "N x M", "name", "median ms", "x mmkernels", "MiB beyond inputs", "of limit"):
-        table.add_column(column, justify="left" if column in ("what", "dtype", "name") else "right")
-    own = {cell_of(r): r["seconds"] for r in results if r["name"] == "mmkernels"}
-    previous = None
-    for r in results:
-        cell = cell_of(r)
-        if previous not in (None, cell):
-            table.add_section()
-        previous = cell
-        table.add_row(
-            f"{r['k']} best" if r["k"] else "ranks",
-            r["dtype"],
-            f"{r['n']} x {r['m']}",
-            r["name"],
-            f"{r['seconds'] * 1e3:.1f}",
-            f"{r['seconds'] / own[cell]:.2f}",
-            "-" if r["bytes"] is None else f"{r['bytes'] / 2**20:.1f}",
-            f"{r['share_of_limit']:.0%}" if "share_of_limit" in r else "-",
-        )
-    return table
-
-
-def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Times as multiples of the limit's, float32 and bfloat16, ranks and the 10 best."""
-    chosen = [(k, dtype) for k in (0, 10) for dtype in ("float32", "bfloat16")]
-    figure, axes = plt.subplots(1, len(chosen), figsize=(12, 3.6), layout="constrained")
-    for ax, (k, dtype) in zip(axes, chosen, strict=True):
-        rows = [r for r in results if (r["k"], r["dtype"], r["n"], r["m"]) == (k, dtype, 8192, 8192)]
-        colors = ["tab:blue" if r["name"] == "mmkernels" else "tab:gray" for r in rows]
-        bars = ax.bar([r["name"].replace(" ", "\n", 1) for r in rows], [r["seconds"] for r in rows], color=colors)
-        ax.bar_label(bars, [f"{r['seconds']:.2f}" for r in rows], fontsize=8)
-        limit = next((r["limit"] for r in rows if "limit" in r), None)
-        if limit is not None:
-            ax.axhline(limit, color="black", linestyle=":", linewidth=1)
-        ax.set_title(f"{f'the {k} best' if k else 'ranks'}, {dtype}", fontsize=10)
-        ax.tick_params(axis="x", labelsize=7)
-    axes[0].set_ylabel("seconds; dotted: the products at the cores' best rate", fontsize=8)
-    figure.suptitle(f"8192 queries x 8192 keys, D={SIZE}, CPU with {torch.get_num_threads()} threads")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def draw(results: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
+    """Seconds at 8192 x 8192, ranks and the 10 best, float32 and bfloat16, and the limit."""
+    title = f"8192 x 8192, D = {SIZE}, seconds (dotted: the product at the cores' best rate); {figures.on(machine)}"
+    shown = [(k, dtype) for k in (0, 10) for dtype in ("float32", "bfloat16")]
+    with figures.drawing(path, title, rows=2, columns=2, height=4.6) as panels:
+        for axes, (k, dtype) in zip(panels, shown, strict=True):
+            rows = [r for r in results if (r["k"], r["dtype"], r["n"], r["m"]) == (k, dtype, 8192, 8192)]
+            axes.set(title=f"{f'the {k} best keys' if k else 'ranks'}, {dtype}")
+            figures.bars(axes, {row["name"]: row["seconds"] for row in rows}, duration)
+            if (limit := rows[0].get("limit")) is not None:
+                axes.axvline(limit, color=figures.INK, linestyle=":", linewidth=1.2)

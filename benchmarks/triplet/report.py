@@ -4,13 +4,29 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
-from rich.console import Group
 
-from benchmarks.harness.pairs import SIZE, PairsReport
+from benchmarks.harness import figures
+from benchmarks.harness.pairs import MEMORY, SIZE, PairsReport
+from benchmarks.harness.tables import Comparison, Headline, Table, size
 from benchmarks.triplet.peers import Loss, triplet_losses
 
+PEERS = {
+    "pytorch-metric-learning": "pytorch-metric-learning",
+    "eager": "eager",
+    "torch.compile": "`torch.compile` of it",
+}
+COMPARISON = Comparison(("mining", "dtype", "n"), "loss")
+HEADLINES = [
+    Headline(
+        "triplet",
+        "hardest of 8192 pairs",
+        {"mining": "hardest"},
+        {"mining": "hardest", "dtype": "float32", "n": 8192},
+        "pytorch-metric-learning",
+        "triplet.md",
+    )
+]
 # pytorch-metric-learning lists all triplets by way of an N x N x N tensor.
 LARGEST_LIST_OF_TRIPLETS = 512
 
@@ -24,7 +40,8 @@ def losses_for(mining: str, n: int, impl: str) -> dict[str, Loss]:
 
 def report_of(mining: str, n: int = 0) -> PairsReport:
     products = 3 if mining == "all" else 1
-    return PairsReport(f"Triplet loss, {mining}", lambda *_: products, functools.partial(losses_for, mining, n), ())
+    losses = functools.partial(losses_for, mining, n)
+    return PairsReport(f"Triplet loss, {mining}", lambda *_: products, losses, (), PEERS)
 
 
 REPORTS = {mining: report_of(mining) for mining in ("all", "hardest", "semi_hard")}
@@ -55,27 +72,16 @@ def finish(results: list[dict[str, Any]]) -> None:
         report.finish(of(mining, results))
 
 
-def table_of(results: list[dict[str, Any]]) -> Group:
-    return Group(*(report.table_of(of(mining, results)) for mining, report in REPORTS.items()))
+def tables(results: list[dict[str, Any]]) -> dict[str, Table]:
+    first = ("mining, N, dtype", lambda row: f"{row['mining']}, {size(row)}")
+    return {"triplet": COMPARISON.table(results, first, PEERS, MEMORY)}
 
 
-def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Time against N in float32, one panel for each mining."""
-    figure, panels = plt.subplots(1, len(REPORTS), figsize=(12, 4), layout="constrained", sharey=True)
-    for axes, mining in zip(panels, REPORTS, strict=True):
-        chosen = [r for r in of(mining, results) if r["dtype"] == "float32"]
-        for name in dict.fromkeys(r["loss"] for r in chosen):
-            points = sorted((r["n"], r["seconds"]) for r in chosen if r["loss"] == name)
-            sizes, seconds = zip(*points, strict=True)
-            style: dict[str, Any] = {"linewidth": 2.5, "zorder": 3} if name == "mmkernels" else {"linewidth": 1.2}
-            axes.plot(sizes, seconds, marker="o", markersize=4, label=name, **style)
-        ticks = sorted({r["n"] for r in chosen})
-        axes.set(xscale="log", yscale="log", xlabel="N pairs", title=mining)
-        axes.set_xticks(ticks, [str(n) for n in ticks], rotation=45)
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("seconds, forward + backward")
-    panels[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"Triplet loss, D={SIZE}, float32, CPU with {torch.get_num_threads()} threads")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def draw(results: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
+    """How many times ours the peers take against N in float32, one panel for each mining."""
+    title = f"Triplet loss, D = {SIZE}, float32, time as a multiple of mmkernels'; {figures.on(machine)}"
+    with figures.drawing(path, title, columns=3, sharey=True) as panels:
+        for axes, mining in zip(panels, REPORTS, strict=True):
+            chosen = [row for row in of(mining, results) if row["dtype"] == "float32"]
+            axes.set(title=mining, xlabel="N pairs")
+            figures.multiples(axes, COMPARISON, chosen, "n", highest=30)
