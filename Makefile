@@ -85,7 +85,7 @@ bench: env ## Compare the kernels with what users run today; tables and plots in
 gpu-check: env ## Parity, speed and memory on this machine's GPU; says so if there is none
 	$(PY) -m benchmarks.gpu_check
 
-docs: env ## Check that the code blocks and links of README.md and docs/ hold
+docs: env ## Check that code blocks, links and tables of README.md and docs/ hold
 	$(PY) -m pytest tests/docs
 
 clean: ## Remove what was built

@@ -1,0 +1,60 @@
+"""The tables between the marks of README.md and docs/ are those that the numbers in docs/figures give."""
+
+import re
+
+import pytest
+
+for package in ("matplotlib", "rich", "triton", "typer"):
+    pytest.importorskip(package)
+
+from benchmarks.harness import tables
+from benchmarks.registry import FOLDERS
+from benchmarks.report import NUMBERS, ROOT, blocks, pages
+
+MADE = blocks(ROOT / NUMBERS)
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_the_tables_of_a_page_are_those_of_the_numbers(page):
+    text = page.read_text()
+    assert tables.filled(text, MADE) == text, "python -m benchmarks.report --tables makes them anew"
+
+
+def test_every_table_stands_on_a_page():
+    shown = {name for page in pages() for name in re.findall(r"<!-- table (.+?) -->", page.read_text())}
+    assert set(MADE) <= shown
+    assert {f"{folder} machine" for folder in FOLDERS} <= shown
+
+
+def test_a_page_whose_numbers_were_changed_by_hand_is_seen():
+    page = (ROOT / "docs/siglip.md").read_text()
+    changed = page.replace("**1.02 s**", "**0.99 s**")
+    assert changed != page
+    assert tables.filled(changed, MADE) == page
+
+
+def test_a_mark_without_a_table_is_refused():
+    with pytest.raises(KeyError, match="no such table"):
+        tables.filled("<!-- table no such table -->\n<!-- end of table -->\n", MADE)
+
+
+def test_what_a_file_knows_of_its_machine_is_said_and_no_more():
+    old = {"processor": "x86_64", "threads": 2, "kernels": "avx2", "torch": "2.14.1"}
+    assert tables.provenance(old) == "Measured on a CPU x86_64, 2 threads, kernels avx2; torch 2.14.1."
+    new = old | {"processor": "AMD EPYC 9B14", "peers": {"faiss-cpu": "1.15.1"}, "date": "2026-11-29"}
+    said = "Measured on a CPU AMD EPYC 9B14, 2 threads, kernels avx2; torch 2.14.1, faiss-cpu 1.15.1; 2026-11-29."
+    assert tables.provenance(new) == said
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(43.37, "43.4 s"), (0.9996, "1.00 s"), (0.0674, "67.4 ms"), (0.00999, "9.99 ms"), (7.27e-5, "72.7 µs")],
+)
+def test_durations_have_three_digits(value, text):
+    assert tables.duration(value) == text
+
+
+def test_a_table_for_the_screen_has_no_marks_of_markdown():
+    table = tables.Table(("N", "`torch.compile`"), [("8192", "**1.32 s**")]).for_screen("title")
+    assert [list(column.cells) for column in table.columns] == [["8192"], ["1.32 s"]]
+    assert table.columns[1].header == "torch.compile"
