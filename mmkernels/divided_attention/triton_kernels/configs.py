@@ -90,7 +90,7 @@ def _table(
 
 _SINGLE_MASKED = _spread(_SINGLE, 8)
 _SINGLE_MASKED[32] = _SINGLE_MASKED[32]._replace(grad_queries=Tile(32, 16, 32, 8, 2))
-_SINGLE_MASKED[64] = _SINGLE_MASKED[64]._replace(forward=Tile(32, 16, 64, 8, 1), grad_queries=Tile(32, 16, 64, 8, 2))
+_SINGLE_MASKED[64] = _SINGLE_MASKED[64]._replace(forward=Tile(32, 16, 64, 8, 2), grad_queries=Tile(32, 16, 64, 8, 2))
 _SINGLE_MASKED[128] = Config(*[_square(16, 128, 8)] * 5)._replace(grad_keys=Tile(32, 16, 128, 8, 1))
 _SM_100_MASKED = _HALF_MASKED | {
     32: _HALF_MASKED[32]._replace(forward=Tile(64, 32, 32, 4, 3)),
