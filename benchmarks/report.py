@@ -140,6 +140,8 @@ def main(
                 results += report.measure(*cell, seconds=seconds)
         report.finish(results)
         for name, table in report.tables(results).items():
+            if not table.rows:
+                continue  # the quick cells fill not every table
             console.print(table.for_screen(f"{name}, CPU, {torch.get_num_threads()} threads"))
         if quick:
             continue

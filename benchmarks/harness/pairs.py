@@ -15,8 +15,6 @@ from mmkernels.testing import features, peak_allocated
 
 SIZE = 512  # features
 COMPARISON = Comparison(("dtype", "n"), "loss")
-# Whose memory the tables show beside ours.
-MEMORY = {"eager": "eager", "torch.compile": "`torch.compile`"}
 
 
 class PairsReport(NamedTuple):
@@ -65,7 +63,7 @@ class PairsReport(NamedTuple):
                     r["share_of_limit"] = r["products"] * 2 * r["n"] ** 2 * SIZE / r["seconds"] / peak
 
     def table(self, results: list[dict[str, Any]]) -> Table:
-        return COMPARISON.table(results, ("N, dtype", size), self.peers, MEMORY)
+        return COMPARISON.table(results, ("N, dtype", size), self.peers, self.peers)
 
     def draw(self, results: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
         """How many times ours the peers take, and the memory, against N, float32."""

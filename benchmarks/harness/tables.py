@@ -22,7 +22,7 @@ class Table(NamedTuple):
     def for_screen(self, title: str) -> rich.table.Table:
         table = rich.table.Table(title=title)
         for i, column in enumerate(self.columns):
-            table.add_column(_plain(column), justify="right" if i else "left")
+            table.add_column(_plain(column), justify="right" if i else "left", overflow="fold")
         for row in self.rows:
             table.add_row(*map(_plain, row))
         return table

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import figures
-from benchmarks.harness.pairs import MEMORY, SIZE, PairsReport
+from benchmarks.harness.pairs import SIZE, PairsReport
 from benchmarks.harness.tables import Comparison, Headline, Table, size
 from benchmarks.triplet.peers import Loss, triplet_losses
 
@@ -74,7 +74,7 @@ def finish(results: list[dict[str, Any]]) -> None:
 
 def tables(results: list[dict[str, Any]]) -> dict[str, Table]:
     first = ("mining, N, dtype", lambda row: f"{row['mining']}, {size(row)}")
-    return {"triplet": COMPARISON.table(results, first, PEERS, MEMORY)}
+    return {"triplet": COMPARISON.table(results, first, PEERS, PEERS)}
 
 
 def draw(results: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
