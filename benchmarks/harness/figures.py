@@ -158,15 +158,20 @@ def spread(axes: Axes, comparison: Comparison, cells: Sequence[tuple[str, Mappin
 def front(standings: Sequence[Standing], machine: Mapping[str, Any], path: Path) -> None:
     """The README's picture: how many times faster than what users run, and in what share of its memory."""
     shown = sorted(standings, key=lambda s: -s.faster)
-    title = f"The same numbers, in less time and less memory ({on(machine)})"
+    shares = [s.bytes[0] / s.bytes[1] for s in shown if s.bytes is not None]
+    title = (
+        f"{multiple(shown[-1].faster)} to {multiple(shown[0].faster)} the speed of what you run now; "
+        f"{sum(share <= 0.01 for share in shares)} of {len(shares)} in a hundredth of its memory or less\n"
+        f"{on(machine)}, float32"
+    )
     height = 0.9 + 0.42 * len(shown)
     with drawing(path, title, columns=2, height=height, sharey=True, width_ratios=(1.25, 1)) as (left, right):
-        left.set(title="Times faster than what it replaces\nblack mark: than the fastest peer", xlim=(0, 24))
+        left.set(title="Times faster than what it replaces\nblack mark: than the fastest peer", xlim=(0, 22))
         right.set(title="Memory beyond inputs, gradients\ngrey: what it replaces", xscale="log", xlim=(8e-3, 5e4))
         for y, s in enumerate(shown):
             left.barh(y, s.faster, color=OURS, height=0.56)
             left.plot([s.faster_than_best] * 2, [y - 0.28, y + 0.28], color="black", linewidth=2.2)
-            said = f"{multiple(s.faster)}  than {s.headline.replaces}"
+            said = f"{multiple(s.faster)}  {s.headline.replaces}"
             left.annotate(said, (s.faster, y), (6, 0), textcoords="offset points", va="center", fontsize=9)
             if s.bytes is not None:
                 _memory_of(right, y, *s.bytes)
