@@ -9,6 +9,7 @@ from benchmarks.beam_search.peers import beam_steps, captioner_loops, gpt2_loops
 from benchmarks.harness import figures
 from benchmarks.harness.tables import Comparison, Headline, Table, duration, multiple
 from benchmarks.harness.timing import bandwidth, interleaved, median
+from mmkernels.testing import peak_allocated
 
 # GPT-2 of two layers by its width: at 64 its forward is about two thirds of Hugging Face's time.
 GPT2 = {"GPT-2, 64 wide": 64, "GPT-2, 256 wide": 256}
@@ -45,7 +46,7 @@ QUICK = [("step", torch.float32, 16, 5, 9488, 1), ("captioner", torch.float32, 8
 
 
 def measure(what: str, dtype: torch.dtype, B: int, K: int, V: int, T: int, *, seconds: float) -> list[dict[str, Any]]:
-    """Every candidate at one size: median seconds; for the step also one read of the logits at the bandwidth."""
+    """Every candidate at one size: median seconds; for the step also its memory, and one read at the bandwidth."""
     cell = {"what": what, "dtype": str(dtype).removeprefix("torch."), "B": B, "K": K, "V": V, "T": T}
     if what == "step":
         generator = torch.Generator().manual_seed(0)
@@ -63,10 +64,14 @@ def measure(what: str, dtype: torch.dtype, B: int, K: int, V: int, T: int, *, se
         forward = calls.pop("the model, in Hugging Face's")
         cell["forward"] = median([forward() for _ in range(9)])
     times = interleaved(calls, seconds=seconds, least=5, most=200)
-    return [
+    rows: list[dict[str, Any]] = [
         {**cell, "name": name, "seconds": median(times[name]), "best": min(times[name]), "calls": len(times[name])}
         for name in calls
     ]
+    if what == "step":
+        for row in rows:
+            row["bytes"] = peak_allocated(calls[row["name"]])
+    return rows
 
 
 def finish(results: list[dict[str, Any]]) -> None:
@@ -84,7 +89,7 @@ def size_of(row: dict[str, Any]) -> str:
 def tables(results: list[dict[str, Any]]) -> dict[str, Table]:
     steps = [row for row in results if row["what"] == "step"]
     peers = {"eager": "eager", "torch.compile": "`torch.compile` of it", "eager in float32": "eager in float32"}
-    of_steps = COMPARISON.table(steps, ("B x K x V, dtype", lambda row: f"{size_of(row)} {row['dtype']}"), peers)
+    of_steps = COMPARISON.table(steps, ("B x K x V, dtype", lambda row: f"{size_of(row)} {row['dtype']}"), peers, peers)
     heads = list(of_steps.columns)
     heads.insert(2, "one read of the logits")
     reads = [duration(cell["mmkernels"]["read"]) for cell in COMPARISON.cells(steps)]

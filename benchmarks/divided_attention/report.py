@@ -8,7 +8,7 @@ import torch
 from benchmarks.divided_attention.peers import attentions
 from benchmarks.harness import figures
 from benchmarks.harness.peak import cpu_peak
-from benchmarks.harness.tables import Comparison, Headline, Table, duration, mebibytes, multiple, titled
+from benchmarks.harness.tables import Comparison, Headline, Table, duration, memory_text, multiple, titled
 from benchmarks.harness.timing import bandwidth, interleaved, median
 from mmkernels.divided_attention.layout import layout_of
 from mmkernels.testing import peak_allocated
@@ -127,7 +127,7 @@ def tables(results: list[dict[str, Any]]) -> dict[str, Table]:
                     f"{ours['share_of_floor']:.0%} {ours['bound_by']}" if "share_of_floor" in ours else "-",
                     f"{titled(best)} {duration(cell[best]['seconds'])} ({multiple(COMPARISON.ratio(cell, best))})",
                     multiple(COMPARISON.ratio(cell, "eager")),
-                    *(mebibytes(cell[who]["bytes"]) for who in ("mmkernels", best, "eager")),
+                    *(memory_text(cell[who]["bytes"]) for who in ("mmkernels", best, "eager")),
                 )
             )
         return Table((*heads, "memory: mmkernels", "that peer", "eager"), rows)

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-from benchmarks.harness.tables import Comparison, Row, Standing, mebibytes, multiple
+from benchmarks.harness.tables import Comparison, Row, Standing, memory_text, multiple
 
 STYLE = Path(__file__).with_suffix(".mplstyle")
 WIDTH = 9.0  # inches
@@ -193,8 +193,8 @@ def _memory_of(axes: Axes, y: float, ours: int, theirs: int) -> None:
     axes.plot(right, y, "o", color=PEERS, markersize=8)
     axes.plot(left, y, "o", color=OURS, markersize=8)
     texts = (
-        (mebibytes(theirs), right, (8, 0), "left"),
-        (mebibytes(ours), left, (-8, 0), "right"),
+        (memory_text(theirs), right, (8, 0), "left"),
+        (memory_text(ours), left, (-8, 0), "right"),
         (f"1/{float(f'{theirs / ours:.3g}'):.0f}", (left * right) ** 0.5, (0, 7), "center"),
     )
     for text, x, offset, side in texts:

@@ -28,7 +28,7 @@ class Table(NamedTuple):
         return table
 
     def markdown(self) -> str:
-        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -74,7 +74,8 @@ class Comparison(NamedTuple):
             peers: {who: head of the column}.
             memory: the same for those whose memory is shown beside ours.
         """
-        memory = memory or {}
+        if memory is None or all(row.get("bytes") is None for row in results):
+            memory = {}  # files of earlier runs do not have it
         limits = any("share_of_limit" in row for row in results)
         columns = [first[0], "mmkernels", *(["of the limit"] if limits else []), *peers.values()]
         if memory:
@@ -90,7 +91,7 @@ class Comparison(NamedTuple):
                 for who in peers
             ]
             if memory:
-                texts += [mebibytes(cell[who]["bytes"]) if who in cell else "-" for who in (self.ours, *memory)]
+                texts += [memory_text(cell[who].get("bytes")) if who in cell else "-" for who in (self.ours, *memory)]
             rows.append(texts)
         return Table(columns, rows)
 
@@ -141,7 +142,7 @@ def standing(headline: Headline, comparison: Comparison, results: Sequence[Row])
 def headline_table(standings: Sequence[Standing]) -> Table:
     rows = []
     for s in standings:
-        memory = "-" if s.bytes is None else f"{mebibytes(s.bytes[0])} instead of {mebibytes(s.bytes[1])}"
+        memory = "-" if s.bytes is None else f"{memory_text(s.bytes[0])} instead of {memory_text(s.bytes[1])}"
         rows.append(
             [
                 f"[`{s.headline.call}`](docs/{s.headline.page})",
@@ -174,10 +175,12 @@ def multiple(ratio: float) -> str:
     return f"{_three_digits(ratio)}x"
 
 
-def mebibytes(count: float | None) -> str:
+def memory_text(count: float | None) -> str:
     if count is None:
         return "-"
     size = count / 2**20
+    if size < 0.095:
+        return f"{count / 2**10:.1f} KiB"
     return f"{size:.0f} MiB" if size >= 99.5 else f"{size:.1f} MiB" if size >= 0.95 else f"{size:.2f} MiB"
 
 

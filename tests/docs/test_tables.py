@@ -54,6 +54,14 @@ def test_durations_have_three_digits(value, text):
     assert tables.duration(value) == text
 
 
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(None, "-"), (8200, "8.0 KiB"), (131080, "0.13 MiB"), (5111812, "4.9 MiB"), (1073807384, "1024 MiB")],
+)
+def test_memory_is_in_the_unit_that_shows_it(count, text):
+    assert tables.memory_text(count) == text
+
+
 def test_a_table_for_the_screen_has_no_marks_of_markdown():
     table = tables.Table(("N", "`torch.compile`"), [("8192", "**1.32 s**")]).for_screen("title")
     assert [list(column.cells) for column in table.columns] == [["8192"], ["1.32 s"]]
