@@ -126,8 +126,8 @@ def _table_of_loops(results: list[dict[str, Any]]) -> Table:
 
 def draw(results: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
     """How many times ours every peer takes: a step, and whole loops."""
-    title = f"Beam search, time as a multiple of mmkernels'; {figures.on(machine)}"
-    with figures.drawing(path, title, rows=2, height=5.4) as panels:
+    title = "Beam search, time as a multiple of mmkernels'"
+    with figures.drawing(path, title, figures.on(machine), rows=2, height=5.4) as panels:
         for axes, is_step in zip(panels, (True, False), strict=True):
             cells = COMPARISON.cells([row for row in results if (row["what"] == "step") == is_step])
             labels = []

@@ -137,8 +137,8 @@ def tables(results: list[dict[str, Any]]) -> dict[str, Table]:
 
 def draw(results: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
     """How many times ours every peer takes, for every cell."""
-    title = f"Divided attention (clips x frames x positions), time as a multiple of mmkernels'; {figures.on(machine)}"
-    with figures.drawing(path, title, columns=2, height=6.2, sharey=True) as panels:
+    title = "Divided attention (clips x frames x positions), time as a multiple of mmkernels'"
+    with figures.drawing(path, title, figures.on(machine), columns=2, height=6.2, sharey=True) as panels:
         for axes, what in zip(panels, ("forward", BOTH), strict=True):
             cells = COMPARISON.cells([row for row in results if row["pass"] == what])
             labels = [

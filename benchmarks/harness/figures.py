@@ -21,14 +21,16 @@ SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 
 @contextlib.contextmanager
 def drawing(
-    path: Path, title: str, *, rows: int = 1, columns: int = 1, height: float = 3.6, **options: Any
+    path: Path, title: str, note: str = "", *, rows: int = 1, columns: int = 1, height: float = 3.8, **options: Any
 ) -> Iterator[list[Axes]]:
-    """The panels of a figure, which is written when they are drawn."""
+    """The panels of a figure, which is written when they are drawn; the note stands below them."""
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(
             rows, columns, figsize=(WIDTH, height), squeeze=False, layout="constrained", **options
         )
         figure.suptitle(title, x=0.01, ha="left")
+        if note:
+            figure.supxlabel(note, x=0.01, ha="left", fontsize=9, color="#666666")
         yield list(axes.flat)
         figure.savefig(path)
         plt.close(figure)
@@ -36,8 +38,7 @@ def drawing(
 
 def on(machine: Mapping[str, Any]) -> str:
     """Where the numbers of a figure were measured."""
-    processor = machine["processor"]
-    return f"CPU, {machine['threads']} threads" + ("" if processor == "x86_64" else f" ({processor})")
+    return f"Measured on {machine['threads']} threads of a CPU ({machine['processor']})."
 
 
 def color(who: str) -> str:
@@ -161,11 +162,11 @@ def front(standings: Sequence[Standing], machine: Mapping[str, Any], path: Path)
     shares = [s.bytes[0] / s.bytes[1] for s in shown if s.bytes is not None]
     title = (
         f"{multiple(shown[-1].faster)} to {multiple(shown[0].faster)} the speed of what you run now; "
-        f"{sum(share <= 0.01 for share in shares)} of {len(shares)} in a hundredth of its memory or less\n"
-        f"{on(machine)}, float32"
+        f"{sum(share <= 0.01 for share in shares)} of {len(shares)} in a hundredth of its memory or less"
     )
-    height = 0.9 + 0.42 * len(shown)
-    with drawing(path, title, columns=2, height=height, sharey=True, width_ratios=(1.25, 1)) as (left, right):
+    note = f"{on(machine)} All in float32."
+    height, widths = 1.1 + 0.42 * len(shown), (1.25, 1)
+    with drawing(path, title, note, columns=2, height=height, sharey=True, width_ratios=widths) as (left, right):
         left.set(title="Times faster than what it replaces\nblack mark: than the fastest peer", xlim=(0, 22))
         right.set(title="Memory beyond inputs, gradients\ngrey: what it replaces", xscale="log", xlim=(8e-3, 5e4))
         for y, s in enumerate(shown):

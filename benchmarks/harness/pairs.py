@@ -68,8 +68,8 @@ class PairsReport(NamedTuple):
     def draw(self, results: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
         """How many times ours the peers take, and the memory, against N, float32."""
         chosen = [row for row in results if row["dtype"] == "float32"]
-        title = f"{self.title}, D = {SIZE}, float32, forward and backward; {figures.on(machine)}"
-        with figures.drawing(path, title, columns=2) as (left, right):
+        title = f"{self.title}, D = {SIZE}, float32, forward and backward"
+        with figures.drawing(path, title, figures.on(machine), columns=2) as (left, right):
             left.set(title="Time, as a multiple of mmkernels'", xlabel="N pairs")
             figures.multiples(left, COMPARISON, chosen, "n")
             right.set(title="MiB beyond inputs and gradients", xlabel="N pairs")

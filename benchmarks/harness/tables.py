@@ -12,7 +12,7 @@ import rich.table
 
 Row = dict[str, Any]
 
-_MARKED = re.compile(r"(<!-- table (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+_MARKED = re.compile(r"^(<!-- table (.+?) -->\n)(.*?)^(<!-- end of table -->)$", re.DOTALL | re.MULTILINE)
 
 
 class Table(NamedTuple):
@@ -201,13 +201,12 @@ def size(row: Row) -> str:
 def provenance(machine: Mapping[str, Any]) -> str:
     """On what, with which versions and when the numbers of a file were measured: what the file knows of it."""
     versions = {"torch": machine["torch"], **machine.get("peers", {})}
-    parts = [
-        f"CPU {machine['processor']}, {machine['threads']} threads, kernels {machine['kernels']}",
-        ", ".join(f"{package} {version}" for package, version in versions.items()),
-    ]
-    if "date" in machine:
-        parts.append(machine["date"])
-    return f"Measured on a {'; '.join(parts)}."
+    under = ", ".join(f"{package} {version}" for package, version in versions.items())
+    on = f"on {machine['date']} " if "date" in machine else ""
+    return (
+        f"Measured {on}on {machine['threads']} threads of a CPU ({machine['processor']}) with the"
+        f" `{machine['kernels']}` kernels, under {under}."
+    )
 
 
 def filled(page: str, blocks: Mapping[str, str]) -> str:
@@ -216,6 +215,8 @@ def filled(page: str, blocks: Mapping[str, str]) -> str:
     def block(mark: re.Match[str]) -> str:
         if mark[2] not in blocks:
             raise KeyError(f"table {mark[2]}: expected one of {', '.join(blocks)}")
-        return f"{mark[1]}{blocks[mark[2]]}{mark[3]}"
+        if "<!-- table" in mark[3]:
+            raise ValueError(f"table {mark[2]}: expected <!-- end of table --> before the next table")
+        return f"{mark[1]}{blocks[mark[2]]}{mark[4]}"
 
     return _MARKED.sub(block, page)

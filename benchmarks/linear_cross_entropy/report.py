@@ -87,8 +87,8 @@ def draw(results: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> 
     """How many times ours the peers take, and the memory, against N, float32, the larger vocabulary."""
     classes = max(row["v"] for row in results)
     chosen = [row for row in results if row["dtype"] == "float32" and row["v"] == classes]
-    title = f"Linear cross-entropy, V = {classes}, D = {SIZE}, float32, forward and backward; {figures.on(machine)}"
-    with figures.drawing(path, title, columns=2) as (left, right):
+    title = f"Linear cross-entropy, V = {classes}, D = {SIZE}, float32, forward and backward"
+    with figures.drawing(path, title, figures.on(machine), columns=2) as (left, right):
         left.set(title="Time, as a multiple of mmkernels'", xlabel="N rows")
         figures.multiples(left, COMPARISON, chosen, "n")
         right.set(title="MiB beyond inputs and gradients", xlabel="N rows")

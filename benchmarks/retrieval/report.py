@@ -114,9 +114,9 @@ def tables(results: list[dict[str, Any]]) -> dict[str, Table]:
 
 def draw(results: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
     """Seconds at 8192 x 8192, ranks and the 10 best, float32 and bfloat16, and the limit."""
-    title = f"8192 x 8192, D = {SIZE}, seconds (dotted: the product at the cores' best rate); {figures.on(machine)}"
+    title = f"8192 x 8192, D = {SIZE}, seconds (dotted: the product at the cores' best rate)"
     shown = [(k, dtype) for k in (0, 10) for dtype in ("float32", "bfloat16")]
-    with figures.drawing(path, title, rows=2, columns=2, height=4.6) as panels:
+    with figures.drawing(path, title, figures.on(machine), rows=2, columns=2, height=4.6) as panels:
         for axes, (k, dtype) in zip(panels, shown, strict=True):
             rows = [r for r in results if (r["k"], r["dtype"], r["n"], r["m"]) == (k, dtype, 8192, 8192)]
             axes.set(title=f"{f'the {k} best keys' if k else 'ranks'}, {dtype}")

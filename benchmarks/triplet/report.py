@@ -79,8 +79,8 @@ def tables(results: list[dict[str, Any]]) -> dict[str, Table]:
 
 def draw(results: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
     """How many times ours the peers take against N in float32, one panel for each mining."""
-    title = f"Triplet loss, D = {SIZE}, float32, time as a multiple of mmkernels'; {figures.on(machine)}"
-    with figures.drawing(path, title, columns=3, sharey=True) as panels:
+    title = f"Triplet loss, D = {SIZE}, float32, time as a multiple of mmkernels'"
+    with figures.drawing(path, title, figures.on(machine), columns=3, sharey=True) as panels:
         for axes, mining in zip(panels, REPORTS, strict=True):
             chosen = [row for row in of(mining, results) if row["dtype"] == "float32"]
             axes.set(title=mining, xlabel="N pairs")

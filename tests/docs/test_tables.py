@@ -38,12 +38,19 @@ def test_a_mark_without_a_table_is_refused():
         tables.filled("<!-- table no such table -->\n<!-- end of table -->\n", MADE)
 
 
+def test_a_table_without_an_end_is_refused():
+    page = "<!-- table siglip -->\n<!-- table triplet -->\n<!-- end of table -->\n"
+    with pytest.raises(ValueError, match="siglip: expected <!-- end of table -->"):
+        tables.filled(page, MADE)
+
+
 def test_what_a_file_knows_of_its_machine_is_said_and_no_more():
     old = {"processor": "x86_64", "threads": 2, "kernels": "avx2", "torch": "2.14.1"}
-    assert tables.provenance(old) == "Measured on a CPU x86_64, 2 threads, kernels avx2; torch 2.14.1."
+    said = "Measured on 2 threads of a CPU (x86_64) with the `avx2` kernels, under torch 2.14.1."
+    assert tables.provenance(old) == said
     new = old | {"processor": "AMD EPYC 9B14", "peers": {"faiss-cpu": "1.15.1"}, "date": "2026-11-29"}
-    said = "Measured on a CPU AMD EPYC 9B14, 2 threads, kernels avx2; torch 2.14.1, faiss-cpu 1.15.1; 2026-11-29."
-    assert tables.provenance(new) == said
+    said = "Measured on 2026-11-29 on 2 threads of a CPU (AMD EPYC 9B14) with the `avx2` kernels, under torch 2.14.1,"
+    assert tables.provenance(new) == f"{said} faiss-cpu 1.15.1."
 
 
 @pytest.mark.parametrize(
