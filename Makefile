@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+SOURCES := $(wildcard csrc/*/*.h csrc/*/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 FORMATTED := $(SOURCES) $(wildcard tests/*.h tests/*/*.cpp)
 
 .DEFAULT_GOAL := help
@@ -18,7 +18,7 @@ env: $(STAMP) ## Make .venv, install the dependencies, build the kernels
 # Built against the torch that is installed: build isolation would fetch a second one.
 $(STAMP): pyproject.toml setup.py $(SOURCES)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q "torch>=2.13" torchvision numpy "setuptools>=77" wheel ninja
+	$(PY) -m pip install -q "torch>=2.13" torchvision numpy "setuptools>=77" wheel
 	$(PY) -m pip install -q --no-build-isolation -e ".[bench,dev,models]"
 	touch $@
 

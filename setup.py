@@ -6,6 +6,7 @@ them out. Without a C++ compiler the package is installed without the library. `
 missing.
 """
 
+import json
 import os
 import platform
 import re
@@ -16,8 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from setuptools import setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+# pip gives every build a new temporary folder. Objects stay here instead, so that a second build compiles what changed.
+OBJECTS = ROOT / "build" / "objects"
 # One source, compiled once for each instruction set; csrc/common/dispatch.h chooses at run time.
 VARIANTS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -28,6 +32,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     }
 # No contraction: the logits must round alike in the forward and the backward pass. The code writes fma where it wants.
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
+# at::parallel_for runs on one thread unless its caller is compiled with OpenMP.
+TORCH_FLAGS = [*FLAGS, "-fopenmp", "-DNDEBUG"]
 
 
 def find_compiler() -> str | None:
@@ -35,6 +41,43 @@ def find_compiler() -> str | None:
         if name and shutil.which(name.split()[0]):
             return name
     return None
+
+
+class Job(NamedTuple):
+    """One run of a compiler: from a source to an object in OBJECTS."""
+
+    source: Path
+    variant: str
+    command: tuple[str, ...]
+
+    @property
+    def object(self) -> Path:
+        return OBJECTS / f"{self.source.parent.name}_{self.source.name}{self.variant and '_' + self.variant}.o"
+
+    def guess(self) -> int:
+        """What the compiler's time grows with: the code in the folder."""
+        return sum(p.stat().st_size for p in self.source.parent.iterdir())
+
+    def is_done(self) -> bool:
+        """Whether the object is there, from this command, and younger than every file that the compiler read."""
+        try:
+            command, *files = json.loads(self.object.with_suffix(".json").read_text())
+            made = self.object.stat().st_mtime
+            return command == [*self.command] and all(Path(file).stat().st_mtime < made for file in files)
+        except (OSError, ValueError):
+            return False
+
+    def run(self) -> str:
+        if not self.is_done():
+            record, dependencies = self.object.with_suffix(".json"), self.object.with_suffix(".d")
+            record.unlink(missing_ok=True)
+            print(f"mmkernels: compiling {self.object.stem}", flush=True)
+            output = ["-MD", "-MF", str(dependencies), "-o", str(self.object)]
+            subprocess.run([*self.command, "-c", str(self.source), *output], check=True)
+            # "object: file file \\ file": a line goes on after a backslash, and one stands before a space in a name.
+            files = re.findall(r"(?:\\.|[^\s\\])+", dependencies.read_text().partition(": ")[2])
+            record.write_text(json.dumps([self.command, *(re.sub(r"\\(.)", r"\1", file) for file in files)]))
+        return str(self.object)
 
 
 # Compute capabilities with code of their own; later ones compile the last's PTX.
@@ -98,62 +141,54 @@ def build_arguments() -> dict:
         print(f"mmkernels: building without the CUDA kernels: {found}")
     toolkit = None if isinstance(found, str) else found
 
-    sources = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/*/cpu.cpp"))
-    headers = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.h"))
-    kernels = sorted(ROOT.glob("csrc/*/cpu_kernels.cpp"))
-    cuda_kernels = sorted(ROOT.glob("csrc/*/cuda.cu"))
-    cuda_sources = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/*/cuda.cpp"))
-    extension = cpp_extension.CppExtension(
-        "mmkernels._C",
-        sources,
-        depends=[*headers, *cuda_sources, *(str(k.relative_to(ROOT)) for k in [*kernels, *cuda_kernels])],
-        # at::parallel_for runs on one thread unless its caller is compiled with OpenMP.
-        extra_compile_args={"cxx": [*FLAGS, "-fopenmp"]},
-        extra_link_args=["-fopenmp"],
-        py_limited_api=True,
-    )
+    def torch_job(source: Path) -> Job:
+        includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+        return Job(source, "", (*compiler.split(), *TORCH_FLAGS, *includes))
 
-    class Build(cpp_extension.BuildExtension):
-        """Compiles the variants of the kernels, which need no torch header, before the rest."""
+    # The kernels include no torch header: plain data goes between them and the op's cpu.cpp.
+    kernels = [*ROOT.glob("csrc/*/cpu_kernels*.cpp")]
+    jobs = [
+        Job(kernel, variant, (*compiler.split(), *FLAGS, *flags, f"-DMMK_VARIANT={variant}"))
+        for kernel in kernels
+        for variant, flags in VARIANTS.items()
+    ]
+    jobs += map(torch_job, ROOT.glob("csrc/*/cpu.cpp"))
+    cuda_jobs = []
+    if toolkit is not None:
+        last = toolkit.architectures[-1]
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in toolkit.architectures]
+        codes.append(f"-gencode=arch=compute_{last},code=compute_{last}")
+        host = ["-ccbin", compiler] if os.environ.get("CXX") else []
+        cuda_jobs = [Job(k, "", (toolkit.nvcc, *NVCC_FLAGS, *host, *codes)) for k in ROOT.glob("csrc/*/cuda.cu")]
+        cuda_jobs += map(torch_job, ROOT.glob("csrc/*/cuda.cpp"))
+
+    class Build(build_ext):
+        """Compiles everything in one pool, what takes longest first, then links."""
 
         def build_extension(self, ext):
-            jobs = [(kernel, variant) for kernel in kernels for variant in VARIANTS]
+            OBJECTS.mkdir(parents=True, exist_ok=True)
             with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-                cuda = [] if toolkit is None else [pool.submit(self.compile_cuda, kernel) for kernel in cuda_kernels]
-                ext.extra_objects = list(pool.map(self.compile_variant, jobs))
+                in_turn = sorted([*jobs, *cuda_jobs], key=Job.guess, reverse=True)
+                running = {job: pool.submit(job.run) for job in in_turn}
+            ext.extra_objects = [running[job].result() for job in jobs]
             try:
-                ext.extra_objects += [job.result() for job in cuda]
-                if toolkit is not None:
-                    ext.sources += cuda_sources
-                    ext.extra_objects.append(toolkit.runtime)
+                cuda_objects = [running[job].result() for job in cuda_jobs]
+                ext.extra_objects += [*cuda_objects, *([] if toolkit is None else [toolkit.runtime])]
             except subprocess.CalledProcessError as error:
                 if os.environ.get("FORCE_CUDA") == "1":
                     raise
                 print(f"mmkernels: building without the CUDA kernels: {error}")
+            self.force = True  # links even if no source of its own is newer: it has none
             super().build_extension(ext)
 
-        def compile_variant(self, job):
-            kernel, variant = job
-            flags = [*FLAGS, *VARIANTS[variant], f"-DMMK_VARIANT={variant}"]
-            return self.compile_apart(kernel, f"{kernel.parent.name}_{variant}.o", [*compiler.split(), *flags])
-
-        def compile_cuda(self, kernel):
-            codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in toolkit.architectures]
-            codes.append(f"-gencode=arch=compute_{toolkit.architectures[-1]},code=compute_{toolkit.architectures[-1]}")
-            host = ["-ccbin", compiler] if os.environ.get("CXX") else []
-            return self.compile_apart(
-                kernel, f"{kernel.parent.name}_cuda.o", [toolkit.nvcc, *NVCC_FLAGS, *host, *codes]
-            )
-
-        def compile_apart(self, kernel, name, command):
-            target = Path(self.build_temp).absolute() / name
-            inputs = [kernel, *kernel.parent.glob("*.h"), *ROOT.glob("csrc/common/*.h")]
-            if not target.exists() or target.stat().st_mtime < max(p.stat().st_mtime for p in inputs):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                subprocess.run([*command, "-c", str(kernel), "-o", str(target)], check=True)
-            return str(target)
-
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build.with_options(use_ninja=False)}}
+    extension = cpp_extension.CppExtension(
+        "mmkernels._C",
+        [],
+        depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.*"))],
+        extra_link_args=["-fopenmp"],
+        py_limited_api=True,
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 
 setup(**build_arguments())
