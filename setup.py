@@ -146,7 +146,7 @@ def build_arguments() -> dict:
         return Job(source, "", (*compiler.split(), *TORCH_FLAGS, *includes))
 
     # The kernels include no torch header: plain data goes between them and the op's cpu.cpp.
-    kernels = [*ROOT.glob("csrc/*/cpu_kernels*.cpp")]
+    kernels = [ROOT / "csrc/common/engine.cpp", *ROOT.glob("csrc/*/cpu_kernels*.cpp")]
     jobs = [
         Job(kernel, variant, (*compiler.split(), *FLAGS, *flags, f"-DMMK_VARIANT={variant}"))
         for kernel in kernels

@@ -22,7 +22,6 @@ namespace {
 constexpr int64_t kBlock = 256;
 // A softmax's terms are added in float32 where they are kColumns apart in a part of kRows x kColumns, then exactly.
 constexpr int64_t kRows = 8, kColumns = 16;
-constexpr float kNegativeInfinity = -__builtin_inff();
 
 // 1.5 x 2^23 quanta of the sum: see quantum_bits and log_sums in the reference.
 float quantum_shift(int64_t vocabulary) {
@@ -188,9 +187,6 @@ int64_t scratch_floats(int64_t vocabulary) {
 }
 
 }  // namespace
-
-#define MMK_STRING_(x) #x
-#define MMK_STRING(x) MMK_STRING_(x)
 
 extern const BeamKernels beam_kernels;
 const BeamKernels beam_kernels{MMK_STRING(MMK_VARIANT), scratch_floats, row};

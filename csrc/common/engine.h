@@ -1,23 +1,16 @@
-// The tile engine of the losses over all pairs of two sets of rows. Compiled once for each instruction set
-// (MMK_VARIANT).
+// The tile engine of the losses over all pairs of two sets of rows. engine.cpp is compiled once for each instruction
+// set (MMK_VARIANT), and so is each loss.
 //
 // A thread holds one panel of queries, packed for both products, and walks the chunks of keys:
 //   forward    S = K_J Q_I^T, and the epilogue folds the tile into the statistics of its rows and columns;
 //   backward   S again, the epilogue turns it into G = d loss / d logits in place, dQ_I += G^T K_J, dK_J += G Q_I.
 // Tiles are stored with the keys as rows, [keys][queries]: the packed panel of queries is the streamed operand.
 //
-// A loss is an epilogue; the engine knows nothing of softmax. An epilogue has
-//   begin_panel(row0, rows)      the panel of queries that comes next;
-//   recall(s, col0, cols)        backward alone: fills in the products of a tile if it has them, else returns false;
-//   tile(s, col0, cols)          forward: reads the products of a tile; backward: turns them into gradients;
-//   update_columns(col0, cols)   where there is something: what belongs to the keys, whatever the threads in the order
-//                                of panels;
-//   end_panel(panel)             the panel has met all the keys.
+// A loss is an epilogue; the engine knows nothing of softmax, and the epilogue nothing of dtypes and products.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
-#include <thread>
 #include <type_traits>
 
 #include "engine_types.h"
@@ -26,333 +19,74 @@
 namespace mmkernels {
 inline namespace MMK_VARIANT {
 
+// The largest tile: 256 x 256 floats = 256 KiB, half of a 512 KiB L2.
 constexpr int64_t kMaxRows = 256;
 constexpr int64_t kMaxCols = 256;
-// Rows of a tile lie this far apart: not a multiple of 4 KiB, or they would fight for the same lines of L1.
+// Rows of a tile lie this far apart. A line (16 floats) more than kMaxRows: rows of 256 floats = 1 KiB would put every
+// fourth row on the same lines of an L1, whose sets repeat every 4 KiB.
 constexpr int64_t kTileStride = kMaxRows + 16;
-// A panel of this many words fits in L1 beside the other operand.
-constexpr int64_t kWordsInL1 = 256;
-constexpr int64_t kPanelElements = kMaxRows * 512;
-// What may be held beside inputs and gradients even where it is more than the inputs take.
-constexpr int64_t kFreeBytes = int64_t{64} << 20;
 
-constexpr float kNegativeInfinity = -__builtin_inff();
+// What a loss makes of the tiles. A call meets one tile of up to 256 x 256 pairs, so that its cost is nothing.
+class Epilogue {
+ public:
+  // The next panel of queries begins: `rows` of them from row0.
+  virtual void begin_panel(int64_t row0, int64_t rows) = 0;
+  // Forward: reads the products of a tile, and may change them. Backward: turns them into gradients.
+  virtual void tile(float* s, int64_t col0, int64_t cols) = 0;
+  // The panel has met all the keys.
+  virtual void end_panel(int64_t panel) = 0;
 
-MMK_INLINE void wait_for_turn(const std::atomic<int32_t>& done, int64_t panel) {
-  for (int spins = 0; done.load(std::memory_order_acquire) != panel; ++spins) {
-    if (spins > 4096) std::this_thread::yield();
-  }
-}
+  // Whether the loss folds results of the keys. If so, the engine calls update_columns after each tile, in the order
+  // of panels for each chunk of keys, so that sums do not depend on thread timing.
+  virtual bool has_columns() const { return false; }
+  virtual void update_columns(int64_t /*col0*/, int64_t /*cols*/) {}
 
-// The buffers of one thread, cut from its scratch.
-template <class Product>
-struct Buffers {
-  static constexpr bool kPairs = Product::kPerWord == 2;
+  // Backward: fills in the products of a tile if the forward pass kept them, else returns false.
+  virtual bool recall(float* /*s*/, int64_t /*col0*/, int64_t /*cols*/) const { return false; }
 
-  int64_t words, panels_of_words, padded_size;
-  float* query_columns;  // [rows / kPanel][words][kPanel]
-  float* key_rows;       // [words / kPanel][cols][kPanel]
-  float* tile;           // [cols][kTileStride]
-  // Backward alone.
-  float* query_rows;   // as key_rows; pairs of rows for bfloat16
-  float* key_pairs;    // bfloat16: [size / kPanel][cols / 2][kPanel]; float32: key_rows serves
-  float* grad_pairs;   // bfloat16: the tile as pairs of keys, [cols / 2][kTileStride] words
-  float* grad_rows;    // bfloat16: the tile as pairs of queries, [cols][kTileStride / 2] words; float32: the tile
-  float* grad_panel;   // [padded_size / kPanel][rows][kPanel]
-  int64_t floats = 0;  // taken in all
-
-  Buffers(const Logits& x, const Tiling& t, bool backward, float* scratch) {
-    words = (x.size + Product::kPerWord - 1) / Product::kPerWord;
-    panels_of_words = (words + kPanel - 1) / kPanel;
-    padded_size = round_up(x.size, kPanel);
-    const int64_t rows = round_up(t.rows, kPanel), cols = round_up(t.cols, kRows);
-    const auto take = [&](int64_t count) {
-      float* p = scratch + floats;
-      floats += round_up(count, 16);
-      return p;
-    };
-    query_columns = take(rows * words);
-    key_rows = take(cols * panels_of_words * kPanel);
-    tile = take(cols * kTileStride);
-    if (!backward) return;
-    query_rows = take(rows * padded_size / Product::kPerWord);
-    key_pairs = kPairs ? take(cols * padded_size / 2) : key_rows;
-    grad_pairs = kPairs ? take(cols / 2 * kTileStride) : tile;
-    grad_rows = kPairs ? take(cols * kTileStride / 2) : tile;
-    grad_panel = take(rows * padded_size);
-  }
+ protected:
+  ~Epilogue() = default;
 };
 
-// How often the products of one tile call the register kernel.
-inline int64_t calls_in_tile(const Logits& x, int64_t words, int64_t rows, int64_t cols, bool backward) {
-  const int64_t tiles = (rows + kPanel - 1) / kPanel * ((cols + kRows - 1) / kRows);
-  const int64_t panels = (x.size + kPanel - 1) / kPanel;
-  return (words + kWordsInL1 - 1) / kWordsInL1 * tiles + (backward ? panels * ((rows + kRows - 1) / kRows) : 0);
-}
-
-// The words of a chunk of keys as the left operand: where they lie if they can be read there, else packed.
-template <class Product>
-RowsLeft key_words(const Features& keys, int64_t col0, int64_t cols, int64_t size, int64_t capacity, float* packed) {
-  const int64_t element = keys.dtype == Dtype::kFloat32 ? 4 : 2, row_bytes = keys.row_stride * element;
-  const bool same_words = element * Product::kPerWord == 4 && size % Product::kPerWord == 0 && row_bytes % 4 == 0;
-  // Whole register tiles only, and rows that do not all fall on the same lines of L1.
-  if (same_words && cols % kRows == 0 && row_bytes % 4096 != 0)
-    return {reinterpret_cast<const float*>(static_cast<const char*>(keys.data) + col0 * row_bytes), row_bytes / 4, 0};
-  pack_rows<Product>(keys, col0, cols, size, capacity, packed);
-  return {packed, kPanel, (capacity - 1) * kPanel};
-}
-
-// S = K Q^T of one tile.
-template <class Product>
-void product_of_features(const Buffers<Product>& b, const RowsLeft& keys, int64_t rows, int64_t cols, Ahead& ahead) {
-  for (int64_t w = 0; w < b.words; w += kWordsInL1) {
-    const int64_t count = std::min(kWordsInL1, b.words - w);
-    const float* from = keys.data + w + w / kPanel * keys.jump;
-    for (int64_t r = 0; r < rows; r += kPanel) {
-      const float* right = b.query_columns + r * b.words + w * kPanel;
-      for (int64_t c = 0; c < cols; c += kRows) {
-        ahead.fetch();
-        const FloatTile to{b.tile + c * kTileStride + r, kTileStride, w > 0};
-        multiply<Product>(count, RowsLeft{from + c * keys.row, keys.row, keys.jump}, right, to);
-      }
-    }
-  }
-}
-
-// The products of single pairs, of the `rows` queries from row0 and the key of each, keys.index[0] and following: the
-// very bits of the tiles, whose sums these repeat. The scratch holds 2 words kPanel floats.
-template <class Product>
-void products_of_pairs(const Features& queries, int64_t row0, const ListedFeatures& keys, int64_t rows, int64_t size,
-                       float* scratch, float* out) {
-  const int64_t words = (size + Product::kPerWord - 1) / Product::kPerWord;
-  float *query_columns = scratch, *key_columns = scratch + words * kPanel;
-  for (int64_t r = 0; r < rows; r += kPanel) {
-    const int64_t count = std::min<int64_t>(kPanel, rows - r);
-    pack_columns<Product>(queries, row0 + r, count, size, query_columns);
-    pack_columns<Product>(keys, r, count, size, key_columns);
-    for (int64_t j = 0; j < count; j += Vec::kLanes) {
-      Vec total = Vec::set1(0.f);
-      for (int64_t w0 = 0; w0 < words; w0 += kWordsInL1) {
-        Vec acc = Vec::set1(0.f);
-        for (int64_t w = w0; w < std::min(words, w0 + kWordsInL1); ++w)
-          acc = Product::fma(Vec::load(key_columns + w * kPanel + j), Vec::load(query_columns + w * kPanel + j), acc);
-        total = w0 > 0 ? acc + total : acc;
-      }
-      total.store(out + r + j, static_cast<int>(std::min<int64_t>(Vec::kLanes, count - j)));
-    }
-  }
-}
-
-// dQ += G^T K.
-template <class Product>
-void add_query_gradients(const Buffers<Product>& b, int64_t rows, int64_t row_capacity, int64_t cols,
-                         int64_t col_capacity, bool first, Ahead& ahead) {
-  constexpr int kPer = Product::kPerWord;
-  const int64_t k_words = (cols + kPer - 1) / kPer;
-  for (int64_t j = 0; j < b.padded_size / kPanel; ++j) {
-    const float* right = b.key_pairs + j * (col_capacity / kPer) * kPanel;
-    float* out = b.grad_panel + j * row_capacity * kPanel;
-    for (int64_t r = 0; r < rows; r += kRows) {
-      ahead.fetch();
-      const FloatTile to{out + r * kPanel, kPanel, !first};
-      multiply<Product>(k_words, FixedLeft<1, kTileStride>{b.grad_pairs + r}, right, to);
-    }
-  }
-}
-
-// dK += G Q; out is where the gradient of the chunk's first key begins.
-template <class Product, class Tile>
-void add_key_gradients(const Buffers<Product>& b, int64_t rows, int64_t row_capacity, int64_t cols, int64_t size,
-                       const Tile& out) {
-  constexpr int kPer = Product::kPerWord;
-  const int64_t k_words = (rows + kPer - 1) / kPer;
-  for (int64_t d = 0; d < size; d += kPanel) {
-    const float* right = b.query_rows + d * (row_capacity / kPer);
-    const int64_t width = std::min<int64_t>(kPanel, size - d);
-    for (int64_t c = 0; c < cols; c += kRows) {
-      const FixedLeft<kTileStride / kPer, 1> left{b.grad_rows + c * (kTileStride / kPer)};
-      const int64_t height = std::min<int64_t>(kRows, cols - c);
-      const Tile to = out.at(c, d);
-      if (height == kRows && width == kPanel) {
-        multiply<Product>(k_words, left, right, to);
-        continue;
-      }
-      float part[kRows * kPanel];
-      multiply<Product>(k_words, left, right, FloatTile{part, kPanel, false});
-      for (int64_t i = 0; i < height; ++i)
-        for (int64_t j = 0; j < width; ++j) to.set(i, j, part[i * kPanel + j] + (to.accumulate ? to.get(i, j) : 0.f));
-    }
-  }
-}
-
-#ifdef MMK_HAS_BF16_PRODUCT
-// The tile of gradients as bfloat16, in the two forms that the products contract over.
-inline void round_tile(const Buffers<BFloat16Product>& b, int64_t rows, int64_t cols) {
-  uint16_t* by_rows = reinterpret_cast<uint16_t*>(b.grad_rows);
-  for (int64_t c = 0; c < cols; c += 2) {
-    const float* tile = b.tile + c * kTileStride;
-    for (int64_t r = 0; r < rows; r += Vec::kLanes) {
-      const Vec first = Vec::load(tile + r), second = Vec::load(tile + kTileStride + r);
-      store_bf16(first, by_rows + c * kTileStride + r);
-      store_bf16(second, by_rows + (c + 1) * kTileStride + r);
-      round_to_pairs(first, second).store(b.grad_pairs + c / 2 * kTileStride + r);
-    }
-  }
-}
-#endif
-
-// A finished row of gradients, scaled and written in their dtype. It lies in panels, one kPanel wide part every
-// grad_stride.
-inline void finish_row(const float* grad, int64_t grad_stride, float scale, Dtype dtype_of_grads, int64_t row,
-                       int64_t size, void* out) {
-  with_dtype(dtype_of_grads, [&](auto dtype) {
-    void* to = static_cast<char*>(out) + row * size * bytes_of(dtype());
-    for (int64_t d = 0; d < size; d += Vec::kLanes) {
-      const Vec value = load_floats<Dtype::kFloat32>(grad + d / kPanel * grad_stride + d % kPanel, 0, size - d);
-      store_floats<dtype()>(value * Vec::set1(scale), to, d, size);
-    }
-  });
-}
-
-// The gradients of a chunk of keys are complete: scaled and rounded in place.
-template <class Tile>
-void finish_keys(const Logits& x, Dtype dtype, int64_t col0, int64_t cols, const Tile& grads, void* out,
-                 float* buffer) {
-  for (int64_t c = 0; c < cols; ++c) {
-    for (int64_t d = 0; d < x.size; ++d) buffer[d] = grads.get(c, d);
-    finish_row(buffer, kPanel, x.scale, dtype, col0 + c, x.size, out);
-  }
-}
-
-template <class Product, class Epilogue>
-void forward_panels(const Logits& x, const Tiling& t, Wavefront& wave, float* scratch, Epilogue& epilogue) {
-  const Buffers<Product> b(x, t, false, scratch);
-  const int64_t col_capacity = round_up(t.cols, kRows);
-  for (int64_t panel; (panel = wave.next_panel.fetch_add(1)) < t.panels;) {
-    const int64_t row0 = panel * t.rows, rows = std::min(t.rows, x.queries.rows - row0);
-    pack_columns<Product>(x.queries, row0, rows, x.size, b.query_columns);
-    epilogue.begin_panel(row0, rows);
-    for (int64_t chunk = 0; chunk < t.chunks; ++chunk) {
-      const int64_t col0 = chunk * t.cols, cols = std::min(t.cols, x.keys.rows - col0);
-      const RowsLeft keys = key_words<Product>(x.keys, col0, cols, x.size, col_capacity, b.key_rows);
-      const int64_t next = (chunk + 1) % t.chunks * t.cols, next_cols = std::min(t.cols, x.keys.rows - next);
-      Ahead ahead = Ahead::of(x.keys, next, next_cols, x.size, calls_in_tile(x, b.words, rows, cols, false));
-      product_of_features(b, keys, rows, cols, ahead);
-      epilogue.tile(b.tile, col0, cols);
-      if constexpr (requires { epilogue.update_columns(col0, cols); }) {
-        wait_for_turn(wave.done[chunk], panel);
-        epilogue.update_columns(col0, cols);
-        wave.done[chunk].store(static_cast<int32_t>(panel + 1), std::memory_order_release);
-      }
-    }
-    epilogue.end_panel(panel);
-  }
-}
-
-template <class Product, class Epilogue>
+// The work of one thread. Each thread has its own scratch and its own epilogue.
+void forward_panels(const Logits& x, const Tiling& t, Wavefront& wave, float* scratch, Epilogue& epilogue);
 void backward_panels(const Logits& x, const Gradients& grads, const Tiling& t, Wavefront& wave, float* scratch,
-                     Epilogue& epilogue) {
-  constexpr bool kColumns = requires { epilogue.update_columns(0, 0); };
-  const Buffers<Product> b(x, t, true, scratch);
-  const int64_t row_capacity = round_up(t.rows, kPanel), col_capacity = round_up(t.cols, kRows);
-  const Dtype dtype = grads.in_float32 ? Dtype::kFloat32 : x.queries.dtype;
-  for (int64_t panel; (panel = wave.next_panel.fetch_add(1)) < t.panels;) {
-    const int64_t row0 = panel * t.rows, rows = std::min(t.rows, x.queries.rows - row0);
-    pack_columns<Product>(x.queries, row0, rows, x.size, b.query_columns);
-    if constexpr (Buffers<Product>::kPairs) {
-      pack_row_pairs(x.queries, row0, rows, x.size, row_capacity, b.query_rows);
-    } else {
-      pack_rows<Product>(x.queries, row0, rows, x.size, row_capacity, b.query_rows);
-    }
-    epilogue.begin_panel(row0, rows);
-    for (int64_t chunk = 0; chunk < t.chunks; ++chunk) {
-      const int64_t col0 = chunk * t.cols, cols = std::min(t.cols, x.keys.rows - col0);
-      const RowsLeft keys = key_words<Product>(x.keys, col0, cols, x.size, col_capacity, b.key_rows);
-      const int64_t next = (chunk + 1) % t.chunks * t.cols, next_cols = std::min(t.cols, x.keys.rows - next);
-      Ahead ahead = Ahead::of(x.keys, next, next_cols, x.size, calls_in_tile(x, b.words, rows, cols, true));
-      if (!epilogue.recall(b.tile, col0, cols)) product_of_features(b, keys, rows, cols, ahead);
-      epilogue.tile(b.tile, col0, cols);
-      // Lanes and rows past the edge of the logits held padding: no gradient comes from there.
-      const int64_t padded_rows = round_up(rows, kPanel), padded_cols = round_up(cols, kRows);
-      for (int64_t c = 0; c < cols && rows < padded_rows; ++c)
-        std::fill(b.tile + c * kTileStride + rows, b.tile + c * kTileStride + padded_rows, 0.f);
-      for (int64_t c = cols; c < padded_cols; ++c)
-        std::fill(b.tile + c * kTileStride, b.tile + c * kTileStride + padded_rows, 0.f);
-      if constexpr (Buffers<Product>::kPairs) {
-        pack_row_pairs(x.keys, col0, cols, x.size, col_capacity, b.key_pairs);
-        round_tile(b, padded_rows, padded_cols);
-      } else if (grads.queries != nullptr && keys.data != b.key_rows) {
-        pack_rows<Product>(x.keys, col0, cols, x.size, col_capacity, b.key_rows);
-      }
-      if (grads.queries != nullptr) add_query_gradients(b, rows, row_capacity, cols, col_capacity, chunk == 0, ahead);
-      const int64_t wanted_cols = grads.keys == nullptr ? 0 : std::min(cols, x.keys.rows - grads.keys_left_out - col0);
-      const bool wanted = wanted_cols > 0;
-      if (!wanted && !kColumns) continue;
-      wait_for_turn(wave.done[chunk], panel);
-      const auto add = [&](const auto& out) {
-        add_key_gradients(b, rows, row_capacity, wanted_cols, x.size, out);
-        if (panel == t.panels - 1) finish_keys(x, dtype, col0, wanted_cols, out, grads.keys, b.tile);
-      };
-      if (!wanted) {
-      } else if (dtype == Dtype::kFloat32) {
-        add(FloatTile{static_cast<float*>(grads.keys) + col0 * x.size, x.size, panel > 0});
-      } else {
-        const int64_t at = col0 * x.size;
-        add(SplitTile{static_cast<uint16_t*>(grads.keys) + at, grads.low_keys + at, x.size, panel > 0});
-      }
-      if constexpr (kColumns) epilogue.update_columns(col0, cols);
-      wave.done[chunk].store(static_cast<int32_t>(panel + 1), std::memory_order_release);
-    }
-    epilogue.end_panel(panel);
-    for (int64_t r = 0; r < rows && grads.queries != nullptr; ++r)
-      finish_row(b.grad_panel + r * kPanel, row_capacity * kPanel, x.scale, dtype, row0 + r, x.size, grads.queries);
-  }
-}
+                     Epilogue& epilogue);
 
-// A tile of products to where all of them are kept for the backward pass, [keys, queries]; null: they are not.
-inline void keep_tile(const Logits& x, const float* tile, int64_t row0, int64_t rows, int64_t col0, int64_t cols,
-                      float* kept) {
-  for (int64_t c = 0; c < cols && kept != nullptr; ++c)
-    std::memcpy(kept + (col0 + c) * x.queries.rows + row0, tile + c * kTileStride, rows * sizeof(float));
-}
+// `companion`: the logits of the epilogue's Companion, if it holds one.
+Tiling choose_tiling(const Logits& x, bool backward, int64_t threads, const Logits* companion);
+Tiling tiling_of(const Logits& x, bool backward, int64_t threads);
 
-// And back, with zeros in the lanes past the last row, as the product itself leaves them; false if none are kept.
-inline bool recall_tile(const Logits& x, const float* kept, int64_t row0, int64_t rows, int64_t col0, int64_t cols,
-                        float* tile) {
-  for (int64_t c = 0; c < cols && kept != nullptr; ++c) {
-    float* to = tile + c * kTileStride;
-    std::memcpy(to, kept + (col0 + c) * x.queries.rows + row0, rows * sizeof(float));
-    std::fill(to + rows, to + round_up(rows, Vec::kLanes), 0.f);
-  }
-  return kept != nullptr;
-}
+// How many floats of a thread's scratch the engine takes. What an epilogue needs lies behind them.
+int64_t engine_floats(const Logits& x, const Tiling& t, bool backward);
 
-// The products of a second pair of sets of rows, tile by tile beside the engine's own: an epilogue that needs them
+// Writes a tile of products to where all of them are kept for the backward pass, [keys, queries]; null: they are not.
+void keep_tile(const Logits& x, const float* tile, int64_t row0, int64_t rows, int64_t col0, int64_t cols, float* kept);
+
+// Reads it back, with zeros in the lanes past the last row, as the product itself leaves them; false if none are kept.
+bool recall_tile(const Logits& x, const float* kept, int64_t row0, int64_t rows, int64_t col0, int64_t cols,
+                 float* tile);
+
+// The products of single pairs: the `rows` queries from row0, each with one key, keys.index[0] and following. They have
+// the very bits of the tiles, whose sums they repeat. The scratch holds 2 size kPanel floats.
+void products_of_pairs(const Features& queries, int64_t row0, const ListedFeatures& keys, int64_t rows, int64_t size,
+                       float* scratch, float* out);
+
+// The products of a second pair of sets of rows, tile by tile beside the engine's own. An epilogue that needs them
 // holds one, in scratch behind the engine's.
-template <class Product>
-struct Companion {
-  Companion(const Logits& x, const Tiling& t, float* scratch)
-      : x(x), b(x, t, false, scratch), col_capacity(round_up(t.cols, kRows)) {}
+class Companion {
+ public:
+  Companion(const Logits& x, const Tiling& t, float* scratch) : x(x), t(t), scratch(scratch) {}
 
+  void begin_panel(int64_t first_row, int64_t count);
+  // Of the panel and a chunk of keys, as the engine's tile; valid until the next call. `kept`: all products, or null.
+  float* products(int64_t col0, int64_t cols, const float* kept = nullptr) const;
+
+ private:
   const Logits& x;
-  const Buffers<Product> b;
-  const int64_t col_capacity;
+  const Tiling& t;
+  float* const scratch;
   int64_t row0 = 0, rows = 0;
-
-  void begin_panel(int64_t first_row, int64_t count) {
-    row0 = first_row;
-    rows = count;
-    pack_columns<Product>(x.queries, row0, rows, x.size, b.query_columns);
-  }
-
-  // Of the panel and a chunk of keys, as the engine's tile; valid until the next call.
-  float* products(int64_t col0, int64_t cols, const float* kept = nullptr) const {
-    if (recall_tile(x, kept, row0, rows, col0, cols, b.tile)) return b.tile;
-    const RowsLeft keys = key_words<Product>(x.keys, col0, cols, x.size, col_capacity, b.key_rows);
-    Ahead nothing;
-    product_of_features(b, keys, rows, cols, nothing);
-    return b.tile;
-  }
 };
 
 // Calls visit(row, element of the tile) for every row of the panel whose target lies in the tile.
@@ -366,49 +100,6 @@ void for_each_target(const int64_t* targets, int64_t row0, int64_t rows, int64_t
   }
 }
 
-// For the last vector of a panel of `rows`: minus infinity in the lanes past the last row, else zero.
-MMK_INLINE Vec edge_of(int64_t rows) {
-  const int64_t inside = rows - (round_up(rows, Vec::kLanes) - Vec::kLanes);
-  float lanes[Vec::kLanes];
-  for (int i = 0; i < Vec::kLanes; ++i) lanes[i] = i < inside ? 0.f : kNegativeInfinity;
-  return Vec::load(lanes);
-}
-
-// `companion`: of the epilogue, if it holds one.
-template <class Product>
-Tiling choose_tiling(const Logits& x, bool backward, int64_t threads, const Logits* companion = nullptr) {
-  const int64_t n = x.queries.rows, m = x.keys.rows;
-  Tiling t{};
-  // Wide features get lower panels, so that a panel stays near the core.
-  const int64_t widest = companion == nullptr ? x.size : std::max(x.size, companion->size);
-  const int64_t highest = std::min(kMaxRows, std::max<int64_t>(kPanel, kPanelElements / widest / kPanel * kPanel));
-  t.rows = std::min(highest, std::max<int64_t>(64, round_up((n + 7) / 8, kPanel)));
-  t.cols = std::min(kMaxCols, round_up(m, kRows));
-  t.panels = (n + t.rows - 1) / t.rows;
-  t.chunks = (m + t.cols - 1) / t.cols;
-  t.scratch_floats = Buffers<Product>(x, t, backward, nullptr).floats;
-  if (companion != nullptr) t.scratch_floats += Buffers<Product>(*companion, t, false, nullptr).floats;
-
-  const int64_t element = x.queries.dtype == Dtype::kFloat32 ? 4 : 2;
-  // All that is held beside inputs and gradients stays within the size of the inputs: statistics, some ten floats a
-  // row; for half precision the low halves of the accumulators; and scratch, which bounds the threads.
-  const int64_t held = (n + m) * 48 + (element == 2 ? m * x.size * 2 : 0);
-  const int64_t allowed = (std::max((n + m) * x.size * element, kFreeBytes) - held) / (t.scratch_floats * 4);
-  // A small problem is over before a second thread has woken up.
-  const bool small = n * m * x.size < (int64_t{1} << 20);
-  t.threads = small ? 1 : std::max<int64_t>(1, std::min({threads, t.panels, allowed}));
-  return t;
-}
-
-// float32 everywhere; bfloat16 as pairs where the machine multiplies them, else as float32.
-template <class Call>
-auto with_product([[maybe_unused]] Dtype dtype, const Call& call) {
-#ifdef MMK_HAS_BF16_PRODUCT
-  if (dtype == Dtype::kBFloat16) return call(BFloat16Product{});
-#endif
-  return call(Float32Product{});
-}
-
 template <class Call>
 void with_flag(bool flag, const Call& call) {
   flag ? call(std::true_type{}) : call(std::false_type{});
@@ -417,14 +108,6 @@ template <class Call>
 void with_flags(bool first, bool second, const Call& call) {
   with_flag(first, [&](auto one) { with_flag(second, [&](auto two) { call(one, two); }); });
 }
-
-inline Tiling tiling_of(const Logits& x, bool backward, int64_t threads) {
-  return with_product(x.queries.dtype,
-                      [&](auto product) { return choose_tiling<decltype(product)>(x, backward, threads); });
-}
-
-#define MMK_STRING_(x) #x
-#define MMK_STRING(x) MMK_STRING_(x)
 
 }  // namespace MMK_VARIANT
 }  // namespace mmkernels

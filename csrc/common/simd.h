@@ -19,9 +19,13 @@
 #endif
 
 #define MMK_INLINE inline __attribute__((always_inline))
+#define MMK_STRING_(x) #x
+#define MMK_STRING(x) MMK_STRING_(x)
 
 namespace mmkernels {
 inline namespace MMK_VARIANT {
+
+constexpr float kNegativeInfinity = -__builtin_inff();
 
 MMK_INLINE uint32_t to_bits(float x) {
   uint32_t bits;

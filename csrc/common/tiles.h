@@ -172,6 +172,14 @@ MMK_INLINE void store_floats(Vec values, void* row, int64_t at, int64_t size) {
   values.store_f16(static_cast<uint16_t*>(row) + at, n);
 }
 
+// For the last vector of `count` values: minus infinity in the lanes past the last, else zero.
+MMK_INLINE Vec edge_of(int64_t count) {
+  const int64_t inside = count - (round_up(count, Vec::kLanes) - Vec::kLanes);
+  float lanes[Vec::kLanes];
+  for (int i = 0; i < Vec::kLanes; ++i) lanes[i] = i < inside ? 0.f : kNegativeInfinity;
+  return Vec::load(lanes);
+}
+
 // One vector of words of a row, elements [at, size), zero past the end.
 template <class Product, Dtype kDtype>
 MMK_INLINE Vec load_words(const void* row, int64_t at, int64_t size) {

@@ -55,13 +55,13 @@ struct SumsOf {
 };
 
 // loss = log(sum) - weighted / teacher_sum: the cross-entropy of the student's softmax under the teacher's.
-template <class Product, bool kColumns>
-struct DistillationStatistics {
+template <bool kColumns>
+struct DistillationStatistics final : Epilogue {
   DistillationStatistics(const DistillationForward& p, const Tiling& t, float* scratch)
       : p(p), teacher(p.teacher, t, scratch) {}
 
   const DistillationForward& p;
-  Companion<Product> teacher;
+  Companion teacher;
   int64_t row0 = 0, rows = 0, padded_rows = 0;
   float positive[kMaxRows];
   SumsOf<kMaxRows> row_storage, tile_row_storage;
@@ -69,7 +69,7 @@ struct DistillationStatistics {
   DistillationSums row = row_storage, tile_row = tile_row_storage, col = col_storage;
   float col_reference[kMaxCols], col_teacher_reference[kMaxCols];
 
-  void begin_panel(int64_t first_row, int64_t count) {
+  void begin_panel(int64_t first_row, int64_t count) override {
     row0 = first_row;
     rows = count;
     padded_rows = round_up(count, Vec::kLanes);
@@ -78,7 +78,7 @@ struct DistillationStatistics {
     teacher.begin_panel(first_row, count);
   }
 
-  void tile(float* s, int64_t col0, int64_t cols) {
+  void tile(float* s, int64_t col0, int64_t cols) override {
     float* t = teacher.products(col0, cols);
     keep_tile(p.logits, s, row0, rows, col0, cols, p.products);
     keep_tile(p.teacher, t, row0, rows, col0, cols, p.teacher_products);
@@ -159,8 +159,10 @@ struct DistillationStatistics {
     }
   }
 
-  void update_columns(int64_t col0, int64_t cols) {
-    for (int64_t c = 0; kColumns && c < cols; c += Vec::kLanes) {
+  bool has_columns() const override { return kColumns; }
+
+  void update_columns(int64_t col0, int64_t cols) override {
+    for (int64_t c = 0; c < cols; c += Vec::kLanes) {
       const int n = static_cast<int>(std::min<int64_t>(Vec::kLanes, cols - c));
       Sums sums = row0 == 0 ? Sums::none() : Sums::load(p.col, col0 + c, n);
       sums.join(Sums::load(col, c, Vec::kLanes), Vec::load(col_reference + c), Vec::load(col_teacher_reference + c));
@@ -168,7 +170,7 @@ struct DistillationStatistics {
     }
   }
 
-  void end_panel(int64_t) {
+  void end_panel(int64_t) override {
     for (int64_t r = 0; r < rows; r += Vec::kLanes)
       Sums::load(row, r, Vec::kLanes)
           .store(p.row, row0 + r, static_cast<int>(std::min<int64_t>(Vec::kLanes, rows - r)));
@@ -177,8 +179,8 @@ struct DistillationStatistics {
 };
 
 // Turns a tile of products into d loss / d logits.
-template <class Product, bool kColumns>
-struct DistillationGradient {
+template <bool kColumns>
+struct DistillationGradient final : Epilogue {
   DistillationGradient(const DistillationBackward& p, const Tiling& t, float* scratch)
       : p(p),
         teacher(p.teacher, t, scratch),
@@ -186,12 +188,12 @@ struct DistillationGradient {
         of_teacher(p.teacher, p.teacher_row, p.teacher_col) {}
 
   const DistillationBackward& p;
-  Companion<Product> teacher;
+  Companion teacher;
   TileOfSoftmaxes<kColumns> of_student, of_teacher;
   int64_t row0 = 0, rows = 0, padded_rows = 0;
   double product_of_logits = 0.;  // <d loss / d logits, logits / scale> of the panel
 
-  void begin_panel(int64_t first_row, int64_t count) {
+  void begin_panel(int64_t first_row, int64_t count) override {
     row0 = first_row;
     rows = count;
     padded_rows = round_up(count, Vec::kLanes);
@@ -201,11 +203,11 @@ struct DistillationGradient {
     of_teacher.begin_panel(first_row, count);
   }
 
-  bool recall(float* s, int64_t col0, int64_t cols) const {
+  bool recall(float* s, int64_t col0, int64_t cols) const override {
     return recall_tile(p.logits, p.products, row0, rows, col0, cols, s);
   }
 
-  void tile(float* s, int64_t col0, int64_t cols) {
+  void tile(float* s, int64_t col0, int64_t cols) override {
     const float* t = teacher.products(col0, cols, p.teacher_products);
     const bool one = of_student.begin_tile(col0, cols), teacher_one = of_teacher.begin_tile(col0, cols);
     for_each_target(nullptr, row0, rows, col0, cols, s, [&](int64_t r, float& product) {
@@ -243,39 +245,26 @@ struct DistillationGradient {
     }
   }
 
-  void end_panel(int64_t panel) {
+  void end_panel(int64_t panel) override {
     if (p.grad_scale != nullptr) p.grad_scale[panel] = product_of_logits;
   }
 };
 
 Tiling tiling(const Logits& x, const Logits& teacher, bool backward, int64_t threads) {
-  return with_product(x.queries.dtype,
-                      [&](auto product) { return choose_tiling<decltype(product)>(x, backward, threads, &teacher); });
-}
-
-template <class Product>
-float* companion_scratch(const Logits& x, const Tiling& t, bool backward, float* scratch) {
-  return scratch + Buffers<Product>(x, t, backward, nullptr).floats;
+  return choose_tiling(x, backward, threads, &teacher);
 }
 
 void forward(const DistillationForward& p, const Tiling& t, Wavefront& wave, float* scratch) {
-  with_product(p.logits.queries.dtype, [&](auto product) {
-    with_flag(p.columns, [&](auto columns) {
-      using Product = decltype(product);
-      DistillationStatistics<Product, columns()> epilogue(p, t,
-                                                          companion_scratch<Product>(p.logits, t, false, scratch));
-      forward_panels<Product>(p.logits, t, wave, scratch, epilogue);
-    });
+  with_flag(p.columns, [&](auto columns) {
+    DistillationStatistics<columns()> epilogue(p, t, scratch + engine_floats(p.logits, t, false));
+    forward_panels(p.logits, t, wave, scratch, epilogue);
   });
 }
 
 void backward(const DistillationBackward& p, const Tiling& t, Wavefront& wave, float* scratch) {
-  with_product(p.logits.queries.dtype, [&](auto product) {
-    with_flag(p.col.lse != nullptr, [&](auto columns) {
-      using Product = decltype(product);
-      DistillationGradient<Product, columns()> epilogue(p, t, companion_scratch<Product>(p.logits, t, true, scratch));
-      backward_panels<Product>(p.logits, p.grads, t, wave, scratch, epilogue);
-    });
+  with_flag(p.col.lse != nullptr, [&](auto columns) {
+    DistillationGradient<columns()> epilogue(p, t, scratch + engine_floats(p.logits, t, true));
+    backward_panels(p.logits, p.grads, t, wave, scratch, epilogue);
   });
 }
 

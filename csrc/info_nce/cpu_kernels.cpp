@@ -23,7 +23,7 @@ void for_each_positive(const Positives& positives, int64_t row0, int64_t rows, i
 
 // Running statistics of rows and columns: loss = lse - positive, lse = max + log(sum).
 template <bool kColumns, bool kTotals>
-struct InfoNceStatistics {
+struct InfoNceStatistics final : Epilogue {
   explicit InfoNceStatistics(const InfoNceForward& p) : p(p) {}
 
   const InfoNceForward& p;
@@ -33,7 +33,7 @@ struct InfoNceStatistics {
   float tile_row_max[kMaxRows];                           // of the tile at hand
   ColumnStatistics col;
 
-  void begin_panel(int64_t first_row, int64_t count) {
+  void begin_panel(int64_t first_row, int64_t count) override {
     row0 = first_row;
     rows = count;
     padded_rows = round_up(count, Vec::kLanes);
@@ -44,7 +44,7 @@ struct InfoNceStatistics {
     }
   }
 
-  void tile(float* s, int64_t col0, int64_t cols) {
+  void tile(float* s, int64_t col0, int64_t cols) override {
     keep_tile(p.logits, s, row0, rows, col0, cols, p.products);
     scale_and_find_maxima(s, cols);
     if (p.positives.queries != nullptr) {
@@ -120,7 +120,9 @@ struct InfoNceStatistics {
     }
   }
 
-  void update_columns(int64_t col0, int64_t cols) {
+  bool has_columns() const override { return kColumns; }
+
+  void update_columns(int64_t col0, int64_t cols) override {
     if constexpr (kColumns) {
       col.join_to<kTotals>(col0, cols, row0 == 0, p.col_max, p.col_sum, p.col_total);
       for (int64_t c = 0; p.positives.queries != nullptr && c < cols; ++c)
@@ -128,7 +130,7 @@ struct InfoNceStatistics {
     }
   }
 
-  void end_panel(int64_t) {
+  void end_panel(int64_t) override {
     const auto write = [&](const auto* from, auto* to) { std::memcpy(to + row0, from, rows * sizeof(*from)); };
     write(row_max, p.row_max);
     write(row_sum, p.row_sum);
@@ -139,7 +141,7 @@ struct InfoNceStatistics {
 
 // Turns a tile of products into d loss / d logits: softmax over rows and columns by one exponential where it can.
 template <bool kColumns, bool kShift>
-struct InfoNceGradient {
+struct InfoNceGradient final : Epilogue {
   explicit InfoNceGradient(const InfoNceBackward& p) : p(p), softmaxes(p.logits, p.row, p.col) {}
 
   const InfoNceBackward& p;
@@ -148,7 +150,7 @@ struct InfoNceGradient {
   float row_shift[kMaxRows];
   double product_of_logits = 0.;  // <d loss / d logits, logits / scale> of the panel
 
-  void begin_panel(int64_t first_row, int64_t count) {
+  void begin_panel(int64_t first_row, int64_t count) override {
     row0 = first_row;
     rows = count;
     padded_rows = round_up(count, Vec::kLanes);
@@ -157,11 +159,11 @@ struct InfoNceGradient {
     if constexpr (kShift) softmaxes.read(p.row_shift, row_shift);
   }
 
-  bool recall(float* s, int64_t col0, int64_t cols) const {
+  bool recall(float* s, int64_t col0, int64_t cols) const override {
     return recall_tile(p.logits, p.products, row0, rows, col0, cols, s);
   }
 
-  void tile(float* s, int64_t col0, int64_t cols) {
+  void tile(float* s, int64_t col0, int64_t cols) override {
     // Of the positives in the tile, each with its weight in the gradient.
     const auto visit_positives = [&](const auto& visit) {
       if (p.positives.queries == nullptr) {
@@ -184,7 +186,7 @@ struct InfoNceGradient {
     visit_positives([](float weight, float& grad) { grad -= weight; });
   }
 
-  void end_panel(int64_t panel) {
+  void end_panel(int64_t panel) override {
     if (p.grad_scale != nullptr) p.grad_scale[panel] = product_of_logits;
   }
 
@@ -210,20 +212,16 @@ struct InfoNceGradient {
 };
 
 void info_nce_forward(const InfoNceForward& p, const Tiling& t, Wavefront& wave, float* scratch) {
-  with_product(p.logits.queries.dtype, [&](auto product) {
-    with_flags(p.columns, p.totals, [&](auto columns, auto totals) {
-      InfoNceStatistics<columns(), totals()> epilogue(p);
-      forward_panels<decltype(product)>(p.logits, t, wave, scratch, epilogue);
-    });
+  with_flags(p.columns, p.totals, [&](auto columns, auto totals) {
+    InfoNceStatistics<columns(), totals()> epilogue(p);
+    forward_panels(p.logits, t, wave, scratch, epilogue);
   });
 }
 
 void info_nce_backward(const InfoNceBackward& p, const Tiling& t, Wavefront& wave, float* scratch) {
-  with_product(p.logits.queries.dtype, [&](auto product) {
-    with_flags(p.col.lse != nullptr, p.row_shift != nullptr, [&](auto columns, auto shift) {
-      InfoNceGradient<columns(), shift()> epilogue(p);
-      backward_panels<decltype(product)>(p.logits, p.grads, t, wave, scratch, epilogue);
-    });
+  with_flags(p.col.lse != nullptr, p.row_shift != nullptr, [&](auto columns, auto shift) {
+    InfoNceGradient<columns(), shift()> epilogue(p);
+    backward_panels(p.logits, p.grads, t, wave, scratch, epilogue);
   });
 }
 

@@ -32,16 +32,16 @@ struct PanelBias {
 
 // loss = lse - positive, lse = largest + log(sum): statistics of the columns of the tiles, which are the hidden rows.
 template <bool kTotals>
-struct ClassStatistics {
+struct ClassStatistics final : Epilogue {
   explicit ClassStatistics(const LinearCrossEntropyForward& p) : p(p) {}
 
   const LinearCrossEntropyForward& p;
   PanelBias bias;
   ColumnStatistics col;
 
-  void begin_panel(int64_t first, int64_t count) { bias.begin(p.bias, first, count); }
+  void begin_panel(int64_t first, int64_t count) override { bias.begin(p.bias, first, count); }
 
-  void tile(float* s, int64_t col0, int64_t cols) {
+  void tile(float* s, int64_t col0, int64_t cols) override {
     keep_tile(p.logits, s, bias.class0, bias.classes, col0, cols, p.products);
     for (int64_t c = 0; c < cols; ++c) {
       float* row = s + c * kTileStride;
@@ -69,32 +69,34 @@ struct ClassStatistics {
     }
   }
 
-  void update_columns(int64_t col0, int64_t cols) {
+  bool has_columns() const override { return true; }
+
+  void update_columns(int64_t col0, int64_t cols) override {
     col.join_to<kTotals>(col0, cols, bias.class0 == 0, p.largest, p.sum, p.total);
   }
 
-  void end_panel(int64_t) {}
+  void end_panel(int64_t) override {}
 };
 
 // Turns a tile of products into d loss / d logits, and sums it over the hidden rows for the bias.
 template <bool kShift, bool kBiasGradient>
-struct ClassGradient {
+struct ClassGradient final : Epilogue {
   explicit ClassGradient(const LinearCrossEntropyBackward& p) : p(p) {}
 
   const LinearCrossEntropyBackward& p;
   PanelBias bias;
   float bias_grad[kMaxRows];
 
-  void begin_panel(int64_t first, int64_t count) {
+  void begin_panel(int64_t first, int64_t count) override {
     bias.begin(p.bias, first, count);
     std::fill(bias_grad, bias_grad + kMaxRows, 0.f);
   }
 
-  bool recall(float* s, int64_t col0, int64_t cols) const {
+  bool recall(float* s, int64_t col0, int64_t cols) const override {
     return recall_tile(p.logits, p.products, bias.class0, bias.classes, col0, cols, s);
   }
 
-  void tile(float* s, int64_t col0, int64_t cols) {
+  void tile(float* s, int64_t col0, int64_t cols) override {
     // A tile's own sums first: a long sum in float32 would lose digits.
     float sums[kMaxRows] = {};
     for (int64_t c = 0; c < cols; ++c) {
@@ -119,26 +121,22 @@ struct ClassGradient {
     }
   }
 
-  void end_panel(int64_t) {
+  void end_panel(int64_t) override {
     if constexpr (kBiasGradient) std::memcpy(p.grad_bias + bias.class0, bias_grad, bias.classes * sizeof(float));
   }
 };
 
 void forward(const LinearCrossEntropyForward& p, const Tiling& t, Wavefront& wave, float* scratch) {
-  with_product(p.logits.queries.dtype, [&](auto product) {
-    with_flag(p.totals, [&](auto totals) {
-      ClassStatistics<totals()> epilogue(p);
-      forward_panels<decltype(product)>(p.logits, t, wave, scratch, epilogue);
-    });
+  with_flag(p.totals, [&](auto totals) {
+    ClassStatistics<totals()> epilogue(p);
+    forward_panels(p.logits, t, wave, scratch, epilogue);
   });
 }
 
 void backward(const LinearCrossEntropyBackward& p, const Tiling& t, Wavefront& wave, float* scratch) {
-  with_product(p.logits.queries.dtype, [&](auto product) {
-    with_flags(p.shift != nullptr, p.grad_bias != nullptr, [&](auto shift, auto bias_gradient) {
-      ClassGradient<shift(), bias_gradient()> epilogue(p);
-      backward_panels<decltype(product)>(p.logits, p.grads, t, wave, scratch, epilogue);
-    });
+  with_flags(p.shift != nullptr, p.grad_bias != nullptr, [&](auto shift, auto bias_gradient) {
+    ClassGradient<shift(), bias_gradient()> epilogue(p);
+    backward_panels(p.logits, p.grads, t, wave, scratch, epilogue);
   });
 }
 

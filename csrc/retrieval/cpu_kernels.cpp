@@ -17,8 +17,7 @@ struct Before {
 
 // Counts the keys that come before each query's target. Its score is known before the walk, and is the bits that the
 // tiles have.
-template <class Product>
-struct CountBefore {
+struct CountBefore final : Epilogue {
   CountBefore(const RetrievalRanks& p, float* scratch) : p(p), scratch(scratch) {}
 
   const RetrievalRanks& p;
@@ -28,7 +27,7 @@ struct CountBefore {
   float positive[kMaxRows], tie[kMaxRows];
   float counts[kMaxRows];  // whole numbers, in the bits
 
-  void begin_panel(int64_t first_row, int64_t count) {
+  void begin_panel(int64_t first_row, int64_t count) override {
     row0 = first_row;
     rows = count;
     padded_rows = round_up(count, Vec::kLanes);
@@ -37,10 +36,10 @@ struct CountBefore {
     std::fill(positive + rows, positive + padded_rows, 0.f);
     std::fill(counts, counts + padded_rows, 0.f);
     const ListedFeatures keys{p.keys.data, p.keys.dtype, target, p.keys.row_stride};
-    products_of_pairs<Product>(p.scores.queries, row0, keys, rows, p.scores.size, scratch, positive);
+    products_of_pairs(p.scores.queries, row0, keys, rows, p.scores.size, scratch, positive);
   }
 
-  void tile(const float* s, int64_t col0, int64_t cols) {
+  void tile(float* s, int64_t col0, int64_t cols) override {
     const int64_t key0 = p.first_key + col0;
     // A key that ties counts if it stands before the target: here all do or none, but for targets in this very tile.
     for (int64_t r = 0; r < padded_rows; ++r) tie[r] = target[r] >= key0 + cols ? positive[r] : __builtin_nanf("");
@@ -64,7 +63,7 @@ struct CountBefore {
     }
   }
 
-  void end_panel(int64_t) {
+  void end_panel(int64_t) override {
     for (int64_t r = 0; r < rows; ++r)
       p.counts[row0 + r] = positive[r] != positive[r] ? -1 : static_cast<int32_t>(to_bits(counts[r]));
   }
@@ -72,7 +71,7 @@ struct CountBefore {
 
 // Keeps what may be among the best of each query: a list that is cut to k entries when it is full, whose last is then
 // what a key must be beyond. Keys come in the order of their indices: one that ties with it is behind it.
-struct KeepBest {
+struct KeepBest final : Epilogue {
   KeepBest(const RetrievalTopk& p, uint64_t* lists) : p(p), lists(lists) {}
 
   const RetrievalTopk& p;
@@ -81,14 +80,14 @@ struct KeepBest {
   int64_t used[kMaxRows];
   float level[kMaxRows];  // NaN, which everything is beyond, until the first cut
 
-  void begin_panel(int64_t first_row, int64_t count) {
+  void begin_panel(int64_t first_row, int64_t count) override {
     row0 = first_row;
     rows = count;
     std::fill(used, used + rows, int64_t{0});
     std::fill(level, level + round_up(rows, Vec::kLanes), __builtin_nanf(""));
   }
 
-  void tile(const float* s, int64_t col0, int64_t cols) {
+  void tile(float* s, int64_t col0, int64_t cols) override {
     for (int64_t c = 0; c < cols; ++c) {
       const float* row = s + c * kTileStride;
       for (int64_t r = 0; r < rows; r += Vec::kLanes) {
@@ -117,7 +116,7 @@ struct KeepBest {
     used[r] = p.k;
   }
 
-  void end_panel(int64_t) {
+  void end_panel(int64_t) override {
     for (int64_t r = 0; r < rows; ++r) {
       uint64_t *list = lists + r * p.capacity, *best = p.best + (row0 + r) * p.k;
       cut(list, r);
@@ -138,31 +137,22 @@ Tiling ranks_tiling(const Logits& x, int64_t threads) {
 }
 
 Tiling topk_tiling(const Logits& x, int64_t capacity, int64_t threads) {
-  return with_product(x.queries.dtype, [&](auto product) {
-    Tiling t = choose_tiling<decltype(product)>(x, false, threads);
-    const int64_t highest = kListBytes / static_cast<int64_t>(capacity * sizeof(uint64_t)) / kPanel * kPanel;
-    t.rows = std::min(t.rows, std::max<int64_t>(highest, kPanel));
-    t.panels = (x.queries.rows + t.rows - 1) / t.rows;
-    t.scratch_floats = Buffers<decltype(product)>(x, t, false, nullptr).floats;
-    return with_scratch(t, 2 * t.rows * capacity);
-  });
+  Tiling t = tiling_of(x, false, threads);
+  const int64_t highest = kListBytes / static_cast<int64_t>(capacity * sizeof(uint64_t)) / kPanel * kPanel;
+  t.rows = std::min(t.rows, std::max<int64_t>(highest, kPanel));
+  t.panels = (x.queries.rows + t.rows - 1) / t.rows;
+  t.scratch_floats = engine_floats(x, t, false);
+  return with_scratch(t, 2 * t.rows * capacity);
 }
 
 void ranks(const RetrievalRanks& p, const Tiling& t, Wavefront& wave, float* scratch) {
-  with_product(p.scores.queries.dtype, [&](auto product) {
-    using Product = decltype(product);
-    CountBefore<Product> epilogue(p, scratch + Buffers<Product>(p.scores, t, false, nullptr).floats);
-    forward_panels<Product>(p.scores, t, wave, scratch, epilogue);
-  });
+  CountBefore epilogue(p, scratch + engine_floats(p.scores, t, false));
+  forward_panels(p.scores, t, wave, scratch, epilogue);
 }
 
 void topk(const RetrievalTopk& p, const Tiling& t, Wavefront& wave, float* scratch) {
-  with_product(p.scores.queries.dtype, [&](auto product) {
-    using Product = decltype(product);
-    float* lists = scratch + Buffers<Product>(p.scores, t, false, nullptr).floats;
-    KeepBest epilogue(p, reinterpret_cast<uint64_t*>(lists));
-    forward_panels<Product>(p.scores, t, wave, scratch, epilogue);
-  });
+  KeepBest epilogue(p, reinterpret_cast<uint64_t*>(scratch + engine_floats(p.scores, t, false)));
+  forward_panels(p.scores, t, wave, scratch, epilogue);
 }
 
 }  // namespace

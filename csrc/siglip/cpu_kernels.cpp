@@ -15,7 +15,7 @@ constexpr int64_t kShortSum = 16;
 // With y = -label * logit: the loss of a pair is log(1 + e^y) = max(y, 0) + log1p(e), its gradient to the logit
 // -label * sigmoid(y), sigmoid(y) = (y < 0 ? e : 1) / (1 + e). Both from one exponential, e = e^-|y|.
 template <bool kLosses, bool kGradients>
-struct SigmoidEpilogue {
+struct SigmoidEpilogue final : Epilogue {
   explicit SigmoidEpilogue(const SigmoidPass& p) : p(p) { std::fill(signs[0], signs[0] + kTogether * kMaxRows, 1.f); }
 
   const SigmoidPass& p;
@@ -25,7 +25,7 @@ struct SigmoidEpilogue {
   double losses[kMaxRows];
   DoubleSum scale_sum, bias_sum;
 
-  void begin_panel(int64_t first_row, int64_t count) {
+  void begin_panel(int64_t first_row, int64_t count) override {
     row0 = first_row;
     rows = count;
     padded_rows = round_up(count, Vec::kLanes);
@@ -37,9 +37,7 @@ struct SigmoidEpilogue {
     }
   }
 
-  static constexpr bool recall(float*, int64_t, int64_t) { return false; }
-
-  void tile(float* s, int64_t col0, int64_t cols) {
+  void tile(float* s, int64_t col0, int64_t cols) override {
     // Lanes past the last row hold a product of zeros: NaN, if a key is not finite.
     for (int64_t c = 0; c < cols && rows < padded_rows; ++c)
       std::fill(s + c * kTileStride + rows, s + c * kTileStride + padded_rows, 0.f);
@@ -93,9 +91,7 @@ struct SigmoidEpilogue {
     if constexpr (kMatches) mark(1.f);
   }
 
-  void update_columns(int64_t, int64_t) {}
-
-  void end_panel(int64_t panel) {
+  void end_panel(int64_t panel) override {
     for (int64_t r = 0; kLosses && r < rows; ++r) p.losses[row0 + r] = static_cast<float>(losses[r]);
     if constexpr (kGradients) {
       if (p.grad_scale != nullptr) p.grad_scale[panel] = scale_sum.total();
@@ -105,18 +101,14 @@ struct SigmoidEpilogue {
 };
 
 void losses(const SigmoidPass& p, const Tiling& t, Wavefront& wave, float* scratch) {
-  with_product(p.logits.queries.dtype, [&](auto product) {
-    SigmoidEpilogue<true, false> epilogue(p);
-    forward_panels<decltype(product)>(p.logits, t, wave, scratch, epilogue);
-  });
+  SigmoidEpilogue<true, false> epilogue(p);
+  forward_panels(p.logits, t, wave, scratch, epilogue);
 }
 
 void gradients(const SigmoidPass& p, const Tiling& t, Wavefront& wave, float* scratch) {
-  with_product(p.logits.queries.dtype, [&](auto product) {
-    with_flag(p.losses != nullptr, [&](auto with_losses) {
-      SigmoidEpilogue<with_losses(), true> epilogue(p);
-      backward_panels<decltype(product)>(p.logits, p.grads, t, wave, scratch, epilogue);
-    });
+  with_flag(p.losses != nullptr, [&](auto with_losses) {
+    SigmoidEpilogue<with_losses(), true> epilogue(p);
+    backward_panels(p.logits, p.grads, t, wave, scratch, epilogue);
   });
 }
 

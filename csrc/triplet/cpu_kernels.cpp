@@ -42,7 +42,7 @@ struct TripletPanel {
 // The sums of the hinges of rows and columns; with the gradient, turns a tile of similarities into that of the weighted
 // sum of its hinges.
 template <bool kColumns, bool kGradient>
-struct Hinges {
+struct Hinges final : Epilogue {
   explicit Hinges(const TripletHinges& p) : p(p) {}
 
   const TripletHinges& p;
@@ -52,7 +52,7 @@ struct Hinges {
   double row_sum[kMaxRows];
   float col_sum[kMaxCols], col_count[kMaxCols];
 
-  void begin_panel(int64_t first_row, int64_t count) {
+  void begin_panel(int64_t first_row, int64_t count) override {
     panel.begin(p.positives, first_row, count);
     std::fill(row_sum, row_sum + panel.padded_rows, 0.);
     std::fill(short_sum, short_sum + panel.padded_rows, 0.f);
@@ -61,15 +61,13 @@ struct Hinges {
     if (kGradient) std::memcpy(row_weight, p.weights + first_row, count * sizeof(float));
   }
 
-  static constexpr bool recall(float*, int64_t, int64_t) { return false; }
-
   // 1 for a hinge above 0, else 0; NaN for one that is not finite.
   static MMK_INLINE Vec counted(Vec above) {
     const Vec zero = Vec::set1(0.f);
     return fma(above, zero, select_above(above, zero, Vec::set1(1.f), zero));
   }
 
-  void tile(float* s, int64_t col0, int64_t cols) {
+  void tile(float* s, int64_t col0, int64_t cols) override {
     panel.exclude(s, col0, cols, kExcluded);
     const int64_t padded_rows = panel.padded_rows;
     const Vec zero = Vec::set1(0.f), margin = Vec::set1(p.margin);
@@ -113,8 +111,9 @@ struct Hinges {
     std::fill(short_sum, short_sum + panel.padded_rows, 0.f);
   }
 
-  void update_columns(int64_t col0, int64_t cols) {
-    if constexpr (!kColumns) return;
+  bool has_columns() const override { return kColumns; }
+
+  void update_columns(int64_t col0, int64_t cols) override {
     const bool first = panel.row0 == 0;
     for (int64_t c = 0; c < std::min(cols, p.logits.queries.rows - col0); ++c) {
       p.col_sum[col0 + c] = col_sum[c] + (first ? 0. : p.col_sum[col0 + c]);
@@ -122,7 +121,7 @@ struct Hinges {
     }
   }
 
-  void end_panel(int64_t) {
+  void end_panel(int64_t) override {
     std::copy(row_sum, row_sum + panel.rows, p.row_sum + panel.row0);
     if (kGradient) std::copy(row_count, row_count + panel.rows, p.row_count + panel.row0);
   }
@@ -130,7 +129,7 @@ struct Hinges {
 
 // The worst negative of rows and columns, the first of equals. Indices are whole numbers in the bits of the lanes.
 template <bool kColumns, bool kSemiHard>
-struct WorstNegatives {
+struct WorstNegatives final : Epilogue {
   explicit WorstNegatives(const TripletWorst& p) : p(p) {}
 
   const TripletWorst& p;
@@ -142,7 +141,7 @@ struct WorstNegatives {
   // The next number below: x > below(y) is x >= y, but true for no NaN.
   static float below(float x) { return x == 0.f ? -FLT_MIN : std::nextafter(x, kNegativeInfinity); }
 
-  void begin_panel(int64_t first_row, int64_t count) {
+  void begin_panel(int64_t first_row, int64_t count) override {
     panel.begin(p.positives, first_row, count);
     std::fill(row_best, row_best + panel.padded_rows, kNegativeInfinity);
     std::fill(row_index, row_index + panel.padded_rows, 0.f);
@@ -157,7 +156,7 @@ struct WorstNegatives {
     return select_above(Vec::set1(FLT_MIN), above, none, value);
   }
 
-  void tile(float* s, int64_t col0, int64_t cols) {
+  void tile(float* s, int64_t col0, int64_t cols) override {
     panel.exclude(s, col0, cols, kNegativeInfinity);
     const int64_t padded_rows = panel.padded_rows;
     const Vec none = Vec::set1(kNegativeInfinity), margin = Vec::set1(p.margin);
@@ -199,8 +198,9 @@ struct WorstNegatives {
     }
   }
 
-  void update_columns(int64_t col0, int64_t cols) {
-    if constexpr (!kColumns) return;
+  bool has_columns() const override { return kColumns; }
+
+  void update_columns(int64_t col0, int64_t cols) override {
     for (int64_t c = 0; c < std::min(cols, p.logits.queries.rows - col0); ++c) {
       if (panel.row0 > 0 && !(col_best[c] > p.col_best[col0 + c])) continue;
       p.col_best[col0 + c] = col_best[c];
@@ -208,44 +208,36 @@ struct WorstNegatives {
     }
   }
 
-  void end_panel(int64_t) {
+  void end_panel(int64_t) override {
     std::copy(row_best, row_best + panel.rows, p.row_best + panel.row0);
     std::memcpy(p.row_index + panel.row0, row_index, panel.rows * sizeof(float));
   }
 };
 
 void positives(const Logits& x, const int64_t* own, int64_t row0, int64_t rows, float* out) {
-  with_product(x.queries.dtype, [&](auto product) {
-    const ListedFeatures keys{x.keys.data, x.keys.dtype, own + row0, x.keys.row_stride};
-    std::vector<float> scratch(2 * x.size * kPanel);
-    products_of_pairs<decltype(product)>(x.queries, row0, keys, rows, x.size, scratch.data(), out + row0);
-  });
+  const ListedFeatures keys{x.keys.data, x.keys.dtype, own + row0, x.keys.row_stride};
+  std::vector<float> scratch(2 * x.size * kPanel);
+  products_of_pairs(x.queries, row0, keys, rows, x.size, scratch.data(), out + row0);
 }
 
 void hinges(const TripletHinges& p, const Tiling& t, Wavefront& wave, float* scratch) {
-  with_product(p.logits.queries.dtype, [&](auto product) {
-    with_flag(p.columns, [&](auto columns) {
-      Hinges<columns(), false> epilogue(p);
-      forward_panels<decltype(product)>(p.logits, t, wave, scratch, epilogue);
-    });
+  with_flag(p.columns, [&](auto columns) {
+    Hinges<columns(), false> epilogue(p);
+    forward_panels(p.logits, t, wave, scratch, epilogue);
   });
 }
 
 void hinge_gradients(const TripletHinges& p, const Tiling& t, Wavefront& wave, float* scratch) {
-  with_product(p.logits.queries.dtype, [&](auto product) {
-    with_flag(p.columns, [&](auto columns) {
-      Hinges<columns(), true> epilogue(p);
-      backward_panels<decltype(product)>(p.logits, p.grads, t, wave, scratch, epilogue);
-    });
+  with_flag(p.columns, [&](auto columns) {
+    Hinges<columns(), true> epilogue(p);
+    backward_panels(p.logits, p.grads, t, wave, scratch, epilogue);
   });
 }
 
 void worst(const TripletWorst& p, const Tiling& t, Wavefront& wave, float* scratch) {
-  with_product(p.logits.queries.dtype, [&](auto product) {
-    with_flags(p.columns, p.semi_hard, [&](auto columns, auto semi_hard) {
-      WorstNegatives<columns(), semi_hard()> epilogue(p);
-      forward_panels<decltype(product)>(p.logits, t, wave, scratch, epilogue);
-    });
+  with_flags(p.columns, p.semi_hard, [&](auto columns, auto semi_hard) {
+    WorstNegatives<columns(), semi_hard()> epilogue(p);
+    forward_panels(p.logits, t, wave, scratch, epilogue);
   });
 }
 
