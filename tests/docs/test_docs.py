@@ -39,6 +39,12 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page):
+    for named in re.findall(r"`((?:mmkernels|csrc|benchmarks|models|tests|docs)/[\w./*]+)`", page.read_text()):
+        assert list(ROOT.glob(named)), f"{page.name}: {named}"
+
+
 def test_the_index_leads_to_every_page():
     index = (ROOT / "docs/index.md").read_text()
     assert [page.name for page in DOCS if page.name != "index.md" and f"({page.name})" not in index] == []
