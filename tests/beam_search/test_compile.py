@@ -4,7 +4,6 @@ Triton's by its own toolchain, CUDA's as the library was built with them.
 """
 
 import dataclasses
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -12,71 +11,50 @@ from pathlib import Path
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+from tests.compiling import check, each_form, gpu_bounds, registry
 
 ROOT = Path(__file__).parents[2]
+import triton
+
 import mmkernels
-from benchmarks import gpu_bounds
-from benchmarks.beam_search import gpu_bounds as gpu_bounds_beam_search
 from mmkernels import _backends
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+OP = registry.gpu_bounds("beam_search")
+FORMS = OP.cases()
+HEAVIEST = set(gpu_bounds.heaviest(FORMS))
 
 
-def check(cases):
-    assert cases
-    found = gpu_bounds.all_faults(cases)
-    assert not found, "\n".join(found)
-
-
-@pytest.mark.parametrize("gpu", gpu_bounds.GPUS)
-def test_plain_kernels(gpu):
+def is_plain(form) -> bool:
     """float32 without masks, in eight parts."""
-    cases = gpu_bounds_beam_search.cases([gpu])
-    check([case for case in cases if gpu_bounds_beam_search.is_main(case) and case.dtype == "fp32"])
+    return form.dtype == "fp32" and OP.is_main(form)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["scan", "sum", "merge"])
-@pytest.mark.parametrize("gpu", gpu_bounds.GPUS)
-def test_every_configuration(gpu, kernel):
-    heaviest = gpu_bounds.heaviest(gpu_bounds_beam_search.cases([gpu]))
-    check([case for case in heaviest if case.kernel == kernel])
+@each_form([form for form in FORMS if form in HEAVIEST or is_plain(form)], is_plain)
+def test_every_form(form):
+    check(form)
 
 
-def main_case(kernel: str, gpu: str = "sm_90"):
-    return next(
-        case
-        for case in gpu_bounds_beam_search.cases([gpu])
-        if case.kernel == kernel and case.dtype == "fp32" and gpu_bounds_beam_search.is_main(case)
-    )
+def main_form(kernel: str):
+    return next(form for form in FORMS if form.gpu == "sm_90" and form.kernel == kernel and is_plain(form))
 
 
-def contractions(case) -> list[str]:
+def contractions(form) -> list[str]:
     """Fused multiply-adds of float32, and what takes subnormals for zero."""
-    return re.findall(r"\b(?:fma\.rn\.f32|\w+\.ftz\S*)", gpu_bounds.assembly(case)["ptx"])
-
-
-def test_the_check_notices_a_spill():
-    case = main_case("merge")
-    large = dict(case.constants) | {"BEAMS": 64, "PARTS": 32}
-    case = dataclasses.replace(case, constants=tuple(large.items()), num_warps=1)
-    assert any("spills" in fault for fault in gpu_bounds.faults(case, gpu_bounds.compile_case(case)))
+    return re.findall(r"\b(?:fma\.rn\.f32|\w+\.ftz\S*)", gpu_bounds.assembly(form)["ptx"])
 
 
 @pytest.mark.parametrize("kernel", ["scan", "sum", "merge"])
 def test_triton_contracts_nothing(kernel):
     """Each operation is rounded by itself, or the bits differ from the reference's."""
-    case = main_case(kernel)
+    form = main_form(kernel)
     if kernel == "scan":
-        case = dataclasses.replace(case, constants=tuple((dict(case.constants) | {"SUM": True}).items()))
-    assert contractions(case) == []
+        form = dataclasses.replace(form, constants=tuple((dict(form.constants) | {"SUM": True}).items()))
+    assert contractions(form) == []
 
 
 def test_the_check_notices_a_contraction():
-    assert contractions(dataclasses.replace(main_case("sum"), options=()))
+    assert contractions(dataclasses.replace(main_form("sum"), options=()))
 
 
 # The CUDA kernels. ------------------------------------------------------------------------------------------------

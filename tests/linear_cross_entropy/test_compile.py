@@ -1,34 +1,17 @@
 """Every Triton kernel of linear_cross_entropy that info_nce does not have, compiled for GPUs that are not here."""
 
-import os
+from tests.compiling import check, each_form, gpu_bounds, registry
 
-import pytest
-
-pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
-
-from benchmarks import gpu_bounds
-from benchmarks.linear_cross_entropy import gpu_bounds as gpu_bounds_linear_cross_entropy
+FORMS = registry.gpu_bounds("linear_cross_entropy").cases()
+HEAVIEST = set(gpu_bounds.heaviest(FORMS))
 
 
-def check(cases):
-    assert cases
-    found = gpu_bounds.all_faults(cases)
-    assert not found, "\n".join(found)
-
-
-def is_plain(case) -> bool:
+def is_plain(form) -> bool:
     """bf16, without smoothing, the hidden rows' side."""
-    constants = dict(case.constants)
-    return case.dtype == "bf16" and case.has_dot and not constants.get("SMOOTHED") and not constants.get("OF_KEYS")
+    constants = dict(form.constants)
+    return form.dtype == "bf16" and form.has_dot and not constants.get("SMOOTHED") and not constants.get("OF_KEYS")
 
 
-def test_plain_kernels():
-    check([case for case in gpu_bounds_linear_cross_entropy.cases() if is_plain(case)])
-
-
-@pytest.mark.slow
-def test_every_configuration():
-    heaviest = gpu_bounds.heaviest(gpu_bounds_linear_cross_entropy.cases())
-    check([case for case in heaviest if not is_plain(case)])
+@each_form([form for form in FORMS if form in HEAVIEST or is_plain(form)], is_plain)
+def test_every_form(form):
+    check(form)
