@@ -205,7 +205,7 @@ def test_products_are_kept_where_they_are_small():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @needs_library
 def test_memory_stays_below_the_inputs(dtype):
-    inputs = Case(16384, 16384, 256, 256).inputs(dtype)
+    inputs = Case(8192, 8192, 256, 256).inputs(dtype)
     leaves = [x.requires_grad_() for x in inputs[:2]]
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -247,7 +247,7 @@ def memory_beyond_inputs_and_gradients(queries, keys, threads) -> int:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @needs_library
 def test_memory_stays_below_the_inputs(dtype, threads):
-    queries, keys = Case(16384, 16384, 256).inputs(dtype)
+    queries, keys = Case(8192, 8192, 256).inputs(dtype)
     inputs = queries.nbytes + keys.nbytes
     # Beside small inputs many threads may keep scratch of up to 64 MiB; one stays below the inputs anyway.
     assert memory_beyond_inputs_and_gradients(queries, keys, threads) <= (inputs if threads == 1 else 64 << 20)
