@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+# A worker for each core. pytest-benchmark, which times nothing here, would warn of them.
+PYTEST := $(PY) -m pytest -n logical --dist worksteal -p no:benchmark
 SOURCES := $(wildcard csrc/*/*.h csrc/*/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 FORMATTED := $(SOURCES) $(wildcard tests/*.h tests/*/*.cpp)
 
@@ -23,10 +25,10 @@ $(STAMP): pyproject.toml setup.py $(SOURCES)
 	touch $@
 
 test: env ## Run the fast tests: parity, memory, compile checks, models
-	$(PY) -m pytest tests -m "not slow"
+	$(PYTEST) tests -m "not slow"
 
-test-slow: env ## Run the tests that take over a minute
-	$(PY) -m pytest tests -m slow
+test-slow: env ## Run the rest: every compiled form, every dtype in the interpreter
+	$(PYTEST) tests -m slow
 
 lint: env ## ruff, mypy and clang-format, without changing a file
 	$(VENV)/bin/ruff format --check .
@@ -79,9 +81,8 @@ train-retrieval: env ## Train the retrieval model on emoji in four languages, ev
 train-av-fusion: env ## Train and compare audio-visual fusions and both modalities alone, five seeds each (resumable)
 	$(PY) -m models.av_fusion compare --out runs/av-fusion --seeds 5
 
-bench: env ## Compare the kernels with what users run today; numbers and figures into docs/figures, tables into the pages
+bench: env ## Compare the kernels with what users run today; tables and plots into docs/figures
 	$(PY) -m benchmarks.report
-	$(PY) -m benchmarks.report --draw --tables
 
 gpu-check: env ## Parity, speed and memory on this machine's GPU; says so if there is none
 	$(PY) -m benchmarks.gpu_check

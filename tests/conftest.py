@@ -1,5 +1,14 @@
+"""What all tests share: a thread for each worker, NaN in fresh memory, Triton's interpreter in a process of its own."""
+
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # there are as many workers as cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
+
+from tests.interpreting import INTERPRETED, run_interpreted
 
 
 @pytest.fixture(autouse=True)
@@ -12,3 +21,28 @@ def _fill_empty_with_nan():
     yield
     torch.use_deterministic_algorithms(previous)
     torch.utils.deterministic.fill_uninitialized_memory = filling
+
+
+class InTheInterpreter(pytest.Item):
+    """The tests of a file that are slow, or those that are not, in a process that runs Triton's interpreter."""
+
+    def runtest(self) -> None:
+        pytest.importorskip("triton")
+        run_interpreted(self.path, "-m", "slow" if self.get_closest_marker("slow") else "not slow")
+
+    def reportinfo(self) -> tuple[os.PathLike[str], None, str]:
+        return self.path, None, self.name
+
+
+class KernelsInTheInterpreter(pytest.File):
+    def collect(self) -> list[pytest.Item]:
+        fast, slow = (InTheInterpreter.from_parent(self, name=name) for name in ("fast_cases", "slow_cases"))
+        slow.add_marker(pytest.mark.slow)
+        return [fast, slow]
+
+
+def pytest_pycollect_makemodule(module_path, parent) -> pytest.File | None:
+    """The interpreter must be chosen before Triton is imported: a process that has not imports no test_triton.py."""
+    if module_path.name == "test_triton.py" and not INTERPRETED:
+        return KernelsInTheInterpreter.from_parent(parent, path=module_path)
+    return None

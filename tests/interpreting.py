@@ -1,6 +1,7 @@
 """What the tests of Triton kernels in Triton's interpreter share: the process that chooses it, its dot product, its
 patches, and guard bands."""
 
+import functools
 import importlib.util
 import os
 import subprocess
@@ -16,6 +17,14 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GUARD = 1 << 15  # bytes, more than any block
 NAN = 0xFF  # bytes that are a NaN in every floating dtype
+POINTER = np.dtype(np.uint64)  # the interpreter's
+HALVES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+# float16 and bfloat16 go the same way through the kernels: a few cases of float16 serve, the rest are slow.
+_FP32 = pytest.param(torch.float32, id="fp32")
+_SLOW_HALVES = [pytest.param(x, id=name, marks=pytest.mark.slow) for x, name in HALVES.items()]
+DTYPES = [_FP32, *_SLOW_HALVES]
+FAST_IN_FP16 = [_FP32, pytest.param(torch.float16, id="fp16"), *_SLOW_HALVES[1:]]
+OPERATIONS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 def product_in_order(x: np.ndarray, y: np.ndarray, acc: np.ndarray) -> np.ndarray:
@@ -34,29 +43,42 @@ def _create_dot(self, x, y, acc, input_precision, max_num_imprecise_acc):
     return interpreter.TensorHandle(product_in_order(x.data, y.data, acc.data), acc.dtype.scalar)
 
 
+def _refuse_overflow(self, lhs, rhs, operation) -> None:
+    """A sum, difference or product of tiles of integers leaves no integer out of range. The interpreter's own check
+    makes some ten operations of Triton's language of each of the kernel's."""
+    if lhs.dtype.int_bitwidth < 64:
+        exact = OPERATIONS[operation.__name__](lhs.handle.data, rhs.handle.data, dtype=np.int64)
+        limits = np.iinfo(lhs.handle.data.dtype)
+        assert limits.min <= exact.min() <= exact.max() <= limits.max, f"{lhs.dtype} overflows"
+
+
 def _patch_interpreter() -> None:
-    """For this process: dot products in the order of k, and Triton's language replaced once, not for each call of a
-    function in a kernel, which is most of the interpreter's time."""
+    """For this process: dot products in the order of k; and what the interpreter does at every operation, it does once
+    or in a few calls of numpy, which saves most of its time."""
     interpreter.InterpreterBuilder.create_dot = _create_dot
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
+    of_scalar = functools.cache(interpreter._get_np_dtype)
+    interpreter._get_np_dtype = lambda dtype: POINTER if dtype.scalar.is_ptr() else of_scalar(dtype.scalar)
+    TritonSemantic.binary_op_sanitize_overflow_impl = _refuse_overflow
 
 
 if INTERPRETED and importlib.util.find_spec("triton"):
     import triton.language as tl
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
     _patch_interpreter()
 
 
-def run_interpreted(file: str, *options: str) -> None:
-    """Run a test file again in a process where the interpreter is chosen before Triton is imported."""
+def run_interpreted(file: Path | str, *options: str) -> None:
+    """Run a test file in a process where the interpreter is chosen before Triton is imported."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, file]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, str(file)]
     root = Path(__file__).parents[1]
     run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    print(run.stdout[-6000:], run.stderr[-2000:])
-    assert run.returncode == 0
+    if run.returncode:
+        pytest.fail(run.stdout[-6000:] + run.stderr[-2000:], pytrace=False)
 
 
 def guarded_allocations(
