@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu_check [OP ...] [--out runs/gpu_check] [--quick]
 
-Compares with eager PyTorch, torch.compile of it, and what else users run and have installed. Writes report.md and
-report.json. Speed is reported only if parity holds. Without a GPU it says so and ends well.
+Parity runs the cases of the tests (tests/<op>/cases.py), so this command needs the repository, not the wheel alone.
+Speed is measured only if parity holds, against eager PyTorch, torch.compile of it, and what else users run; a peer that
+is not installed has no row. Writes report.md and report.json. Without a GPU it says so and ends well.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks import registry
+from benchmarks.harness import gpu_runs
 from benchmarks.registry import FOLDERS
 
 
@@ -43,7 +45,7 @@ def main() -> None:
     every = ", ".join(FOLDERS)
     parser.add_argument("ops", nargs="*", default=list(FOLDERS), metavar="op", help=f"of {every}; default all")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"))
-    parser.add_argument("--quick", action="store_true", help="bf16 and two sizes only")
+    parser.add_argument("--quick", action="store_true", help="bf16 and a few sizes only")
     arguments = parser.parse_args()
     unknown = set(arguments.ops) - set(FOLDERS)
     if unknown:
@@ -66,7 +68,8 @@ def main() -> None:
     failures = 0
     for op in arguments.ops:
         print(f"{op}, parity:")
-        parity = registry.gpu_check(op).check_parity(device)
+        check = registry.gpu_check(op)
+        parity = gpu_runs.check_parity(check.CASES, check.check, device)
         failed = [row for row in parity if row["verdict"] != "ok"]
         failures += len(failed)
         results[op] = {"parity": parity, "speed": []}
@@ -74,7 +77,8 @@ def main() -> None:
             print(f"{len(failed)} of {len(parity)} cases fail: speed is not measured")
         else:
             print(f"{op}, speed:")
-            results[op]["speed"] = registry.gpu_check(op).measure_all(device, arguments.quick)
+            sizes, dtypes = (check.QUICK, gpu_runs.DTYPES[:1]) if arguments.quick else (check.SIZES, gpu_runs.DTYPES)
+            results[op]["speed"] = gpu_runs.measure_all(sizes, check.contest, device, dtypes)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "report.md").write_text(report(machine, results))
     (arguments.out / "report.json").write_text(json.dumps({"machine": machine} | results, indent=1) + "\n")

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from benchmarks.harness.gpu_forms import Argument, Case, Problem
+from benchmarks.harness.gpu_runs import Contest
 from benchmarks.harness.tables import Comparison, Headline, Row, Table
 
 # The public name of every op and the folder of its benchmarks.
@@ -60,15 +62,18 @@ class Report(Protocol):
 
 @runtime_checkable
 class GpuCheck(Protocol):
-    """gpu_check.py: parity and speed on a GPU."""
+    """gpu_check.py: parity on the cases of the tests (tests/<op>/cases.py) and larger ones; speed against the peers."""
 
     NOTE: str  # what the columns of the table of speeds mean
+    CASES: Sequence[Any]
+    SIZES: Sequence[Any]  # NamedTuples, the sizes of the contests
+    QUICK: Sequence[Any]  # one or a few of them
 
-    def check_parity(self, device: torch.device) -> list[Row]:
-        """Every case in every dtype; a failure is a row of the report, not the end of it."""
+    def check(self, case: Any, dtype: torch.dtype, device: torch.device) -> Sequence[Tensor]:
+        """Hold the results of one case to its oracle, by an AssertionError, and return them."""
 
-    def measure_all(self, device: torch.device, quick: bool) -> list[Row]:
-        """Speed and memory of the op and its peers."""
+    def contest(self, size: Any, dtype: torch.dtype, device: torch.device) -> Contest:
+        """Our call and its peers at one size."""
 
 
 @runtime_checkable

@@ -1,12 +1,18 @@
-"""Check the step of beam search on a GPU: the reference's bits on all cases of the tests, and what users run today."""
+"""What the check on a GPU runs for the step of beam search: the reference's bits on the cases of the tests, its peers.
 
-from typing import Any
+CUDA's and Triton's kernels are both checked, each called and replayed from a CUDA graph.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import mmkernels
-from benchmarks.harness.gpu_runs import DTYPES, measure
+from benchmarks.beam_search.peers import beam_steps
+from benchmarks.harness.gpu_runs import Contest
 from mmkernels import _backends
 from mmkernels.beam_search.specification import BeamCandidates
 from tests.beam_search import cases
@@ -15,39 +21,23 @@ NOTE = (
     "GB/s: one read of the logits over the time. cuda graph: the same call, captured once and replayed. Eager and "
     "torch.compile: log_softmax, add and topk of 2 K; in the dtype of the logits and in float32."
 )
+CASES = cases.CASES
 
 
-def implementations() -> list[Any]:
+def implementations() -> list[str]:
     return [name for name in ("cuda", "triton") if _backends.unavailable(name) is None]
 
 
-def check_parity(device: torch.device) -> list[dict[str, Any]]:
-    """Every case of the tests in every dtype, twice, and from a CUDA graph; a failure is a line of the report."""
-    results = []
-    for case in cases.CASES:
-        for dtype in DTYPES:
-            logits, scores, options = case.inputs(dtype)
-            expected = mmkernels.beam_search_step(logits, scores, **options, impl="reference")
-            there = [x.to(device) if isinstance(x, Tensor) else x for x in (logits, scores, *options.values())]
-            arguments, moved = there[:2], dict(zip(options, there[2:], strict=True))
-            for impl in implementations():
-                row: dict[str, Any] = {"case": str(case), "dtype": str(dtype)[6:], "impl": impl}
-
-                def step(arguments: Any = arguments, moved: dict[str, Any] = moved, impl: Any = impl) -> BeamCandidates:
-                    return mmkernels.beam_search_step(*arguments, **moved, impl=impl)
-
-                try:
-                    for found in (step(), step(), *([captured(step)()] if case.B else [])):
-                        cases.assert_same(BeamCandidates(*(x.cpu() for x in found)), expected)
-                    row["verdict"] = "ok"
-                except (AssertionError, RuntimeError) as error:
-                    row["verdict"] = f"FAILED: {str(error).splitlines()[0]}"
-                results.append(row)
-                print(f"  {row['case']:<50} {row['dtype']:<9} {impl:<7} {row['verdict']}", flush=True)
+def check(case: cases.Case, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    results: list[Tensor] = []
+    for impl in implementations():
+        results += cases.check_case(case, dtype, impl, device)
+        if case.B:
+            results += cases.check_case(case, dtype, impl, device, replayed_once)
     return results
 
 
-def captured(step: Any) -> Any:
+def captured(step: Callable[[], BeamCandidates]) -> Callable[[], BeamCandidates]:
     """The call as a CUDA graph; its outputs are NaN before a replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -67,44 +57,31 @@ def captured(step: Any) -> Any:
     return replay
 
 
-def eager_step(logits: Tensor, scores: Tensor) -> Tensor:
-    B, K = scores.shape
-    totals = scores[:, :, None] + torch.log_softmax(logits, -1).view(B, K, -1)
-    return totals.view(B, -1).topk(2 * K)[0]
+def replayed_once(*arguments: Tensor, **options: Any) -> BeamCandidates:
+    """The step, from a CUDA graph of its own."""
+    return captured(functools.partial(mmkernels.beam_search_step, *arguments, **options))()
 
 
-def measure_all(device: torch.device, quick: bool) -> list[dict[str, Any]]:
-    """One step without masks, 2 K candidates, for a captioner's and language models' vocabularies."""
-    sizes = (
-        [(16, 5, 50257)] if quick else [(1, 5, 50257), (16, 5, 50257), (32, 5, 9488), (8, 4, 128256), (64, 5, 50257)]
-    )
-    compiled = torch.compile(eager_step)
-    results = []
-    for dtype in (torch.bfloat16,) if quick else DTYPES:
-        for B, K, V in sizes:
-            logits, scores = torch.randn(B * K, V, device=device, dtype=dtype), torch.randn(B, K, device=device)
-            peers: dict[str, Any] = {}
-            for impl in implementations():
+class Size(NamedTuple):
+    B: int
+    K: int
+    V: int
 
-                def step(logits: Tensor = logits, scores: Tensor = scores, impl: Any = impl) -> Tensor:
-                    return mmkernels.beam_search_step(logits, scores, impl=impl).scores
 
-                peers[impl] = step
-                graph = captured(
-                    lambda logits=logits, scores=scores, impl=impl: mmkernels.beam_search_step(
-                        logits, scores, impl=impl
-                    )
-                )
-                peers[f"{impl}, cuda graph"] = lambda graph=graph: graph().scores
-            peers["eager"] = lambda logits=logits, scores=scores: eager_step(logits, scores)
-            peers["torch.compile"] = lambda logits=logits, scores=scores: compiled(logits, scores)
-            if dtype != torch.float32:
-                peers["eager, float32"] = lambda logits=logits, scores=scores: eager_step(logits.float(), scores)
-            for name, peer in peers.items():
-                row: dict[str, Any] = {"B": B, "K": K, "V": V, "dtype": str(dtype)[6:], "peer": name}
-                row |= measure(peer, [logits], repeats=10 if quick else 50, backward=False)
-                row["GB/s"] = logits.numel() * logits.element_size() / row["ms"] / 1e6
-                results.append(row)
-                cells = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
-                print("  " + ", ".join(cells), flush=True)
-    return results
+# A captioner's vocabulary and language models'.
+SIZES = [Size(1, 5, 50257), Size(16, 5, 50257), Size(32, 5, 9488), Size(8, 4, 128256), Size(64, 5, 50257)]
+QUICK = [Size(16, 5, 50257)]
+
+
+def contest(size: Size, dtype: torch.dtype, device: torch.device) -> Contest:
+    """One step without masks, 2 K candidates."""
+    B, K, V = size
+    logits, scores = torch.randn(B * K, V, device=device, dtype=dtype), torch.randn(B, K, device=device)
+    peers: dict[str, Callable[[], Any]] = {}
+    for impl in implementations():
+        step = functools.partial(mmkernels.beam_search_step, logits, scores, impl=impl)  # type: ignore[arg-type]
+        peers |= {impl: step, f"{impl}, cuda graph": captured(step)}
+    theirs = beam_steps(dtype)
+    del theirs["mmkernels"]
+    peers |= {name: functools.partial(call, logits, scores) for name, call in theirs.items()}
+    return Contest(peers, [logits], lambda seconds: {"GB/s": logits.nbytes / seconds / 1e9}, backward=False)

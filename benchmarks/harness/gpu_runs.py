@@ -1,20 +1,112 @@
-"""What the checks of all ops do on a GPU: hold results to the error budget, time a pass, and print the rows."""
+"""What the checks of all ops do on a GPU: hold every case to its oracle, and time ours against its peers.
 
-import contextlib
+An op's gpu_check.py gives the cases, the sizes and the peers; the loops over them are here.
+"""
+
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmkernels.testing import assert_within_budget
+from mmkernels.testing import features
+
+Row = dict[str, Any]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_PRODUCT = 16384  # rows and columns: 1 GiB in float32
+
+
+class Contest(NamedTuple):
+    """What is timed at one size: our call and its peers by name, on the same tensors."""
+
+    peers: Mapping[str, Callable[[], Any]]
+    leaves: Sequence[Tensor]  # the backward pass gives their gradients
+    figures: Callable[[float], dict[str, float]]  # what a pass of so many seconds amounts to
+    backward: bool = True
+
+
+class PairSize(NamedTuple):
+    """The size of a contest of losses over all pairs of N queries and N keys, rows of D features."""
+
+    N: int
+    D: int
+
+
+PAIR_SIZES = [PairSize(2048, 512), PairSize(8192, 512), PairSize(32768, 512), PairSize(8192, 1024)]
+QUICK_PAIR_SIZES = [PairSize(4096, 512), PairSize(16384, 512)]
+
+
+def pair_leaves(N: int, D: int, dtype: torch.dtype, device: torch.device, *numbers: float) -> list[Tensor]:
+    """Queries, keys near them, and the numbers that the loss takes beside them; all ask for gradients."""
+    queries = features(N, D, dtype, seed=0)
+    keys = features(N, D, dtype, seed=1, like=queries, mean_cosine=0.3)
+    return [x.to(device).requires_grad_() for x in (queries, keys, *map(torch.tensor, numbers))]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def shown(row: Row) -> None:
+    cells = (f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+    print("  " + ", ".join(cells), flush=True)
+
+
+def check_parity(
+    cases: Iterable[Any],
+    check: Callable[[Any, torch.dtype, torch.device], Sequence[Tensor]],
+    device: torch.device,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+) -> list[Row]:
+    """Run `check` on every case in every dtype, twice, and compare the bits; a failure is a row of the report."""
+    results = []
+    for case in cases:
+        for dtype in dtypes:
+            row = {"case": str(case), "dtype": name_of(dtype), "verdict": "ok"}
+            try:
+                first, second = (tuple(check(case, dtype, device)) for _ in range(2))
+                torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True, msg="two runs differ")
+            except (AssertionError, RuntimeError) as error:
+                row["verdict"] = f"FAILED: {next(iter(str(error).splitlines()), type(error).__name__)}"
+            results.append(row)
+            shown(row)
+    return results
+
+
+def measure_all(
+    sizes: Iterable[Any],
+    contest: Callable[[Any, torch.dtype, torch.device], Contest],
+    device: torch.device,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    repeats: int = 20,
+) -> list[Row]:
+    """Time every contest: a row for each peer at each size (a NamedTuple: its fields head the columns)."""
+    results = []
+    for dtype in dtypes:
+        for size in sizes:
+            torch.compiler.reset()  # every size is compiled for itself, as in training
+            peers, leaves, figures, backward = contest(size, dtype, device)
+            for name, forward in peers.items():
+                row: Row = {**size._asdict(), "dtype": name_of(dtype), "peer": name}
+                try:
+                    row |= measure(forward, leaves, repeats=repeats, backward=backward)
+                    row |= figures(row["ms"] * 1e-3)
+                except torch.cuda.OutOfMemoryError:
+                    row["error"] = "out of memory"
+                except (RuntimeError, ValueError, AssertionError) as error:  # a peer may not take this dtype
+                    if name == next(iter(peers)):
+                        raise
+                    row["error"] = type(error).__name__
+                torch.cuda.empty_cache()
+                results.append(row)
+                shown(row)
+    return results
 
 
 def measure(
-    forward: Callable[[], Tensor], leaves: Sequence[Tensor], *, repeats: int = 20, backward: bool = True
+    forward: Callable[[], Any], leaves: Sequence[Tensor], *, repeats: int, backward: bool = True
 ) -> dict[str, float]:
     """Milliseconds of a pass (median), and the most memory beyond inputs and gradients."""
     gradient: list[Tensor] = []
@@ -34,64 +126,38 @@ def measure(
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
-    gradients = sum(x.numel() * x.element_size() for x in leaves) if backward else 0
+    gradients = sum(x.nbytes for x in leaves) if backward else 0
     memory = torch.cuda.max_memory_allocated() - before - gradients
     flush = torch.empty(64 << 20, dtype=torch.int32, device=leaves[0].device)
+    # Zeros between the runs push the inputs out of the L2 cache.
+    times = milliseconds(step, repeats, between=flush.zero_)
+    return {"ms": statistics.median(times), "spread ms": max(times) - min(times), "memory MB": memory / 1e6}
+
+
+def milliseconds(step: Callable[[], Any], repeats: int, between: Callable[[], Any] = lambda: None) -> list[float]:
+    """The time of each run of the step by the GPU's own clock."""
     times = []
     for _ in range(repeats):
-        flush.zero_()  # the L2 cache begins without the inputs
+        between()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         step()
         end.record()
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end))
-    return {"ms": statistics.median(times), "spread ms": max(times) - min(times), "memory MB": memory / 1e6}
+    return times
 
 
-@contextlib.contextmanager
-def judged(row: dict[str, Any], results: list[dict[str, Any]]) -> Iterator[None]:
-    """Adds a case to the results with a verdict on what is checked inside, and prints it: a failure is a line of the
-    report, not the end of it."""
-    try:
-        yield
-        row["verdict"] = "ok"
-    except (AssertionError, RuntimeError) as error:
-        row["verdict"] = f"FAILED: {str(error).splitlines()[0]}"
-    results.append(row)
-    print(f"  {row['case']:<50} {row['dtype']:<9} {row['verdict']}", flush=True)
+def gemm_rate(N: int, M: int, D: int, dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP a second of torch's own product of that shape, or of its largest part that fits: the practical limit."""
+    x, y = (torch.randn(min(rows, LARGEST_PRODUCT), D, device=device, dtype=dtype) for rows in (N, M))
+    times = milliseconds(lambda: x @ y.T, 13)
+    return 2.0 * len(x) * len(y) * D / (statistics.median(times[3:]) * 1e-3)
 
 
-def compare(
-    row: dict[str, Any],
-    names: Sequence[str],
-    actual: Sequence[Tensor],
-    again: Sequence[Tensor],
-    rough: Sequence[Tensor],
-    exact: Sequence[Tensor],
-    terms: Sequence[float],
-    *,
-    dtype: torch.dtype | None = None,
-    of: str = "",
-) -> None:
-    """Hold results to the error budget and to the bits of a second run; their relative errors go into the row."""
-    for name, a, e, b, c, term in zip(names, actual, again, rough, exact, terms, strict=True):
-        row[name] = float((a.double() - c).abs().max() / c.abs().max().clamp_min(1e-30))
-        if not torch.equal(a, e):
-            raise AssertionError(f"{name}: two runs differ")
-        assert_within_budget(a, b, c, dtype=dtype, terms=term, name=name + of)
-
-
-def gemm_rate(n: int, d: int, dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of torch's own product of the same shape: the practical limit."""
-    x = torch.randn(n, d, device=device, dtype=dtype)
-    times = []
-    for _ in range(13):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        product = x @ x.T
-        end.record()
-        torch.cuda.synchronize()
-        del product
-        times.append(begin.elapsed_time(end))
-    return 2.0 * n * n * d / (statistics.median(times[3:]) * 1e-3)
+def share_of_products(
+    count: int, N: int, M: int, D: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[float], dict[str, float]]:
+    """Figures of a contest: the share of a pass that its products [N, D] x [D, M] take at the rate of torch's own."""
+    seconds_of_products = count * 2.0 * N * M * D / gemm_rate(N, M, D, dtype, device)
+    return lambda seconds: {f"share of {count} G": seconds_of_products / seconds}

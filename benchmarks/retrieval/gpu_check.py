@@ -1,57 +1,48 @@
-"""Check retrieval's Triton kernels on a GPU: all cases of the tests, and what users run today."""
+"""What the check on a GPU runs for retrieval: the cases of the tests, and what users run today."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.gpu_runs import DTYPES, gemm_rate, judged, measure
+from benchmarks.harness.gpu_runs import Contest, share_of_products
 from benchmarks.retrieval.peers import rankers, searches
 from tests.retrieval import cases
 
-NOTE = "Memory: the most beyond inputs. Share of G: one product at the rate of torch's own."
+NOTE = (
+    "k: the k best keys, or the ranks where it is 0. Memory: the most beyond inputs. Share of 1 G: one product at the "
+    "rate of torch's own."
+)
+
+CASES = cases.CASES
 
 
-def check_parity(device: torch.device) -> list[dict[str, Any]]:
-    """Every case of the tests in every dtype; a failure is a line of the report, not the end of it."""
-    results: list[dict[str, Any]] = []
-    for case in cases.CASES:
-        for dtype in DTYPES:
-            row: dict[str, Any] = {"case": str(case), "dtype": str(dtype)[6:]}
-            with judged(row, results):
-                cases.check_case(case, dtype, "triton", lambda x: x.to(device))
-    return results
+def check(case: cases.Case, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    return cases.check_case(case, dtype, "triton", lambda x: x.to(device))
 
 
-def measure_all(device: torch.device, quick: bool) -> list[dict[str, Any]]:
-    results = []
-    sizes = [(8192, 8192, 512)] if quick else [(8192, 8192, 512), (32768, 32768, 512), (16, 1 << 20, 512)]
-    for dtype in (torch.bfloat16,) if quick else DTYPES:
-        for n, m, d in sizes:
-            queries, keys = torch.randn(n, d, device=device).to(dtype), torch.randn(m, d, device=device).to(dtype)
-            targets = torch.arange(n, device=device)
-            rate = gemm_rate(n, d, dtype, device)
-            peers: dict[tuple[str, int], Any] = {(name, 0): call for name, call in rankers("triton").items()}
-            peers |= {(name, k): call for k in (1, 10, 64, 1000) for name, call in searches("triton").items()}
-            for (name, k), call in peers.items():
-                if name.startswith("faiss"):
-                    continue
-                row: dict[str, Any] = {"N": n, "M": m, "D": d, "dtype": str(dtype)[6:], "k": k, "peer": name}
-                given = (queries, keys, k if k else targets)
+class Size(NamedTuple):
+    N: int
+    M: int
+    D: int
+    k: int
 
-                def step(call: Any = call, given: Any = given) -> Tensor:
-                    found = call(*given)
-                    return found if isinstance(found, Tensor) else found[0]
 
-                try:
-                    row |= measure(step, [queries, keys], repeats=10 if quick else 20, backward=False)
-                    row["share of G"] = 2.0 * n * m * d / (row["ms"] * 1e-3) / rate
-                except (RuntimeError, ValueError) as error:  # out of memory
-                    if name == "mmkernels":
-                        raise
-                    row["error"] = type(error).__name__
-                torch.cuda.empty_cache()
-                results.append(row)
-                cells = (f"{k} {x:.3g}" if isinstance(x, float) else f"{k} {x}" for k, x in row.items())
-                print("  " + ", ".join(cells), flush=True)
-    return results
+SIZES = [
+    Size(*size, k)
+    for size in ((8192, 8192, 512), (32768, 32768, 512), (16, 1 << 20, 512))
+    for k in (0, 1, 10, 64, 1000)
+]
+QUICK = [size for size in SIZES if size.N == 8192]
+
+
+def contest(size: Size, dtype: torch.dtype, device: torch.device) -> Contest:
+    N, M, D, k = size
+    queries, keys = torch.randn(N, D, device=device).to(dtype), torch.randn(M, D, device=device).to(dtype)
+    calls: dict[str, Callable[..., Any]] = dict(searches("triton") if k else rankers("triton"))
+    calls.pop("faiss IndexFlatIP", None)  # a CPU's
+    wanted = k or torch.arange(N, device=device)
+    peers = {name: functools.partial(call, queries, keys, wanted) for name, call in calls.items()}
+    return Contest(peers, [queries, keys], share_of_products(1, N, M, D, dtype, device), backward=False)

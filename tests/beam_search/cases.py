@@ -5,6 +5,7 @@ import dataclasses
 import torch
 
 import mmkernels
+from tests.devices import on_device
 
 INF = torch.inf
 
@@ -110,7 +111,10 @@ def assert_same(actual, expected):
         assert torch.equal(a, e), f"{name}: {a} is not {e}"
 
 
-def check_case(case, dtype, impl):
+def check_case(case, dtype, impl, device="cpu", step=mmkernels.beam_search_step):
+    """Hold the result of the step on that device to the bits of the reference, and return it."""
     logits, scores, options = case.inputs(dtype)
     expected = mmkernels.beam_search_step(logits, scores, **options, impl="reference")
-    assert_same(mmkernels.beam_search_step(logits, scores, **options, impl=impl), expected)
+    actual = on_device(step, device)(logits, scores, **options, impl=impl)
+    assert_same(actual, expected)
+    return actual

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mmkernels.distillation.api import distillation_losses
 from mmkernels.testing import assert_within_budget, features
+from tests.devices import Device, on_device
 
 
 @dataclass
@@ -56,7 +57,14 @@ CASES = [
 ]
 
 
-def run(inputs: tuple[Tensor, ...], scale: float, teacher_scale: float, symmetric: bool, impl: str) -> list[Tensor]:
+def run(
+    inputs: tuple[Tensor, ...],
+    scale: float,
+    teacher_scale: float,
+    symmetric: bool,
+    impl: str,
+    device: Device = "cpu",
+) -> list[Tensor]:
     """Both losses and the gradients to queries, keys and scale, under weights that differ from row to row."""
     queries, keys = (x.detach().requires_grad_() for x in inputs[:2])
     dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
@@ -64,7 +72,8 @@ def run(inputs: tuple[Tensor, ...], scale: float, teacher_scale: float, symmetri
     if impl == "eager":
         losses = eager(queries, keys, logit_scale, *inputs[2:], teacher_scale, symmetric)
     else:
-        losses = distillation_losses(queries, keys, logit_scale, *inputs[2:], teacher_scale, symmetric, impl)
+        fused = on_device(distillation_losses, device)
+        losses = fused(queries, keys, logit_scale, *inputs[2:], teacher_scale, symmetric, impl)
     return [*(x.detach() for x in losses), *gradients(losses, (queries, keys, logit_scale))]
 
 
@@ -102,10 +111,13 @@ def eager(
     return (rows[0] + columns[0]) / 2, (rows[1] + columns[1]) / 2
 
 
-def check_case(case: Case, dtype: torch.dtype, impl: str) -> None:
+def check_case(case: Case, dtype: torch.dtype, impl: str, device: Device = "cpu") -> list[Tensor]:
+    """Hold the results on that device to their budgets, and return them."""
     inputs, options = case.inputs(dtype), (case.scale, case.teacher_scale, case.symmetric)
     exact = run(tuple(x.double() for x in inputs), *options, "reference")
-    assert_results(run(inputs, *options, impl), run(inputs, *options, "eager"), exact, inputs, case.scale)
+    actual = run(inputs, *options, impl, device)
+    assert_results(actual, run(inputs, *options, "eager"), exact, inputs, case.scale)
+    return actual
 
 
 def assert_results(

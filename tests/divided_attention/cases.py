@@ -11,6 +11,7 @@ import mmkernels
 from mmkernels.divided_attention.layout import AXES, CLS_MODES, TOKEN_ORDERS
 from mmkernels.divided_attention.reference import philox
 from mmkernels.testing import assert_within_budget
+from tests.devices import Device, on_device
 
 SEED = 0x1234_5678_9ABC_DEF0  # both halves of the generator's key are used
 
@@ -124,10 +125,10 @@ def _cases() -> list[Case]:
 CASES = _cases()
 
 
-def run(qkv: Tensor, case: Case, impl: str) -> tuple[Tensor, ...]:
+def run(qkv: Tensor, case: Case, impl: str, device: Device = "cpu") -> tuple[Tensor, ...]:
     """Output, log-sum-exps and the gradient to qkv, under weights that differ from entry to entry."""
     qkv = qkv.detach().requires_grad_()
-    out, lse = mmkernels.divided_attention(
+    out, lse = on_device(mmkernels.divided_attention, device)(
         qkv, frame_mask=case.frame_mask(), dropout_p=case.dropout_p, dropout_seed=SEED, return_lse=True, impl=impl,
         **case.options,
     )  # fmt: skip
@@ -195,10 +196,13 @@ def run_eager(qkv: Tensor, case: Case) -> tuple[Tensor, ...]:
     return out.detach(), scores.detach().float().logsumexp(-1), grad
 
 
-def check_case(case: Case, dtype: torch.dtype, impl: str) -> None:
+def check_case(case: Case, dtype: torch.dtype, impl: str, device: Device = "cpu") -> tuple[Tensor, ...]:
+    """Hold the results on that device to their budgets, and return them."""
     qkv = case.inputs(dtype)
     exact, eager = run(qkv.double(), case, "reference"), run_eager(qkv, case)
-    assert_results(run(qkv, case, impl), eager, exact, qkv, case)
+    actual = run(qkv, case, impl, device)
+    assert_results(actual, eager, exact, qkv, case)
+    return actual
 
 
 def assert_results(

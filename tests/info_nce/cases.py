@@ -9,6 +9,7 @@ from torch import Tensor
 
 import mmkernels
 from mmkernels.testing import assert_within_budget, features
+from tests.devices import Device, on_device
 
 
 @dataclass
@@ -104,14 +105,17 @@ CASES = [
 ]
 
 
-def run(queries: Tensor, keys: Tensor, scale: float, impl: str, **options: Any) -> tuple[Tensor, ...]:
+def run(
+    queries: Tensor, keys: Tensor, scale: float, impl: str, device: Device = "cpu", **options: Any
+) -> tuple[Tensor, ...]:
     """Losses and the gradients to queries, keys and scale, under weights that differ from row to row."""
     queries, keys = queries.detach().requires_grad_(), keys.detach().requires_grad_()
     dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
     logit_scale = torch.tensor(scale, dtype=dtype, requires_grad=True)
     queues = {name: x.to(queries.dtype) for name, x in options.items() if name in ("key_queue", "query_queue")}
     options = options | queues
-    losses = mmkernels.info_nce(queries, keys, logit_scale, reduction="none", impl=impl, **options)
+    info_nce = on_device(mmkernels.info_nce, device)
+    losses = info_nce(queries, keys, logit_scale, reduction="none", impl=impl, **options)
     weights = torch.linspace(0.5, 1.5, len(losses), dtype=dtype)
     grads = torch.autograd.grad((losses * weights).sum(), (queries, keys, logit_scale))
     return losses.detach(), *grads
@@ -147,13 +151,15 @@ def run_eager(queries: Tensor, keys: Tensor, scale: float, **options: Any) -> tu
     return losses.detach(), *grads
 
 
-def check_case(case: Case, dtype: torch.dtype, impl: str) -> None:
+def check_case(case: Case, dtype: torch.dtype, impl: str, device: Device = "cpu") -> tuple[Tensor, ...]:
+    """Hold the results on that device to their budgets, and return them."""
     queries, keys = case.inputs(dtype)
     options = case.options_in(dtype)
     exact = run(queries.double(), keys.double(), case.scale, "reference", **options)
     eager = run_eager(queries, keys, case.scale, **options)
-    actual = run(queries, keys, case.scale, impl, **options)
+    actual = run(queries, keys, case.scale, impl, device, **options)
     assert_results(actual, eager, exact, queries, keys, case.scale)
+    return actual
 
 
 def assert_results(

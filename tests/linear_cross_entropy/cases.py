@@ -9,6 +9,7 @@ from torch import Tensor
 
 import mmkernels
 from mmkernels.testing import assert_within_budget, features
+from tests.devices import Device, on_device
 
 
 @dataclass
@@ -68,14 +69,19 @@ CASES = [
 
 
 def run(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, impl: str, **options: Any
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    impl: str,
+    device: Device = "cpu",
+    **options: Any,
 ) -> tuple[Tensor, ...]:
     """Losses and the gradients to hidden, weight and bias, under weights that differ from row to row."""
     leaves = [x.detach().requires_grad_() for x in (hidden, weight, bias) if x is not None]
     given = leaves[2] if bias is not None else None
-    losses = mmkernels.linear_cross_entropy(
-        leaves[0], leaves[1], targets, bias=given, reduction="none", impl=impl, **options
-    )
+    fused = on_device(mmkernels.linear_cross_entropy, device)
+    losses = fused(leaves[0], leaves[1], targets, bias=given, reduction="none", impl=impl, **options)
     weights = torch.linspace(0.5, 1.5, len(losses), dtype=losses.dtype)
     return losses.detach(), *torch.autograd.grad((losses * weights).sum(), leaves)
 
@@ -90,12 +96,15 @@ def run_eager(
     return losses.detach(), *torch.autograd.grad((losses * weights).sum(), leaves)
 
 
-def check_case(case: Case, dtype: torch.dtype, impl: str) -> None:
+def check_case(case: Case, dtype: torch.dtype, impl: str, device: Device = "cpu") -> tuple[Tensor, ...]:
+    """Hold the results on that device to their budgets, and return them."""
     inputs = case.inputs(dtype)
     hidden, weight, bias, targets = inputs
     in_double = (hidden.double(), weight.double(), None if bias is None else bias.double(), targets)
     exact = run(*in_double, "reference", **case.options)
-    assert_results(run(*inputs, impl, **case.options), run_eager(*inputs, **case.options), exact, hidden, weight)
+    actual = run(*inputs, impl, device, **case.options)
+    assert_results(actual, run_eager(*inputs, **case.options), exact, hidden, weight)
+    return actual
 
 
 def assert_results(

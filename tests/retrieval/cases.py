@@ -69,8 +69,10 @@ def ranks_in(indices: Tensor, targets: Tensor) -> Tensor:
     return torch.where(found.any(1), found.int().argmax(1), indices.shape[1])
 
 
-def check_case(case: Case, dtype: torch.dtype, impl: str, prepare: Callable[[Tensor], Tensor] = lambda x: x) -> None:
-    """The scores of the distinct keys are within the budget; all that follows from their bits is exact.
+def check_case(
+    case: Case, dtype: torch.dtype, impl: str, prepare: Callable[[Tensor], Tensor] = lambda x: x
+) -> tuple[Tensor, Tensor]:
+    """Hold the scores of the distinct keys to the budget and all that follows from their bits to equality; return them.
 
     A key's score must not depend on where it stands: the order of the whole gallery, copies included, follows from the
     scores that its distinct keys had in a gallery of their own. `prepare` puts a tensor where the kernels run.
@@ -84,6 +86,7 @@ def check_case(case: Case, dtype: torch.dtype, impl: str, prepare: Callable[[Ten
     assert_within_budget(of_distinct, eager, exact, dtype=torch.float32, terms=case.scale, name="scores")
 
     check_order(queries, distinct[place], of_distinct[:, place], targets, impl, prepare)
+    return values, order
 
 
 def check_order(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import mmkernels
 from mmkernels.testing import assert_within_budget, features
+from tests.devices import Device, on_device
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -58,13 +59,19 @@ CASES = [
 
 
 def run(
-    queries: Tensor, keys: Tensor, scale: float, bias: float, impl: str, reduction: str = "none"
+    queries: Tensor,
+    keys: Tensor,
+    scale: float,
+    bias: float,
+    impl: str,
+    reduction: str = "none",
+    device: Device = "cpu",
 ) -> tuple[Tensor, ...]:
     """The loss and the gradients to queries, keys, scale and bias, under weights that differ from row to row."""
     dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
     leaves = [x.detach().requires_grad_() for x in (queries, keys)]
     leaves += [torch.tensor(x, dtype=dtype, requires_grad=True) for x in (scale, bias)]
-    loss = mmkernels.siglip(*leaves, reduction=reduction, impl=impl)
+    loss = on_device(mmkernels.siglip, device)(*leaves, reduction=reduction, impl=impl)
     return loss.detach(), *torch.autograd.grad(_weighted(loss), leaves)
 
 
@@ -88,10 +95,21 @@ def _weighted(loss: Tensor) -> Tensor:
     return (loss * row_weights(len(loss))).sum() if loss.ndim else 0.75 * loss
 
 
-def check_case(case: Case, dtype: torch.dtype, impl: str, reductions: tuple[str, ...] = REDUCTIONS) -> None:
+def check_case(
+    case: Case,
+    dtype: torch.dtype,
+    impl: str,
+    reductions: tuple[str, ...] = REDUCTIONS,
+    device: Device = "cpu",
+) -> list[Tensor]:
+    """Hold the results on that device to their budgets, and return them."""
     inputs = case.inputs(dtype)
+    results: list[Tensor] = []
     for reduction in reductions:
-        assert_results(run(*inputs, impl, reduction), *oracles(*inputs, reduction), *inputs, reduction)
+        actual = run(*inputs, impl, reduction, device)
+        assert_results(actual, *oracles(*inputs, reduction), *inputs, reduction)
+        results += actual
+    return results
 
 
 def oracles(

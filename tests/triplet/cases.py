@@ -13,6 +13,7 @@ from torch import Tensor
 
 import mmkernels
 from mmkernels.testing import assert_within_budget
+from tests.devices import Device, on_device
 
 MININGS = ("all", "hardest", "semi_hard")
 
@@ -74,21 +75,27 @@ def cases(sizes: list[Case] = SIZES) -> list[Case]:
 IN_ONE_PASS = [case for case in cases() if case.options["mining"] == "all"][::3]
 
 
-def run(queries: Tensor, keys: Tensor, impl: str, reduction: str = "none", **options: Any) -> tuple[Tensor, ...]:
+def run(
+    queries: Tensor, keys: Tensor, impl: str, reduction: str = "none", device: Device = "cpu", **options: Any
+) -> tuple[Tensor, ...]:
     """Losses and the gradients to queries and keys, under weights from 0.5 to 1.5: a scalar's is 0.5."""
     queries, keys = queries.detach().requires_grad_(), keys.detach().requires_grad_()
-    losses = mmkernels.triplet(queries, keys, reduction=reduction, impl=impl, **options)
+    losses = on_device(mmkernels.triplet, device)(queries, keys, reduction=reduction, impl=impl, **options)
     weights = torch.linspace(0.5, 1.5, losses.numel(), dtype=losses.dtype).view_as(losses)
     grads = torch.autograd.grad((losses * weights).sum(), (queries, keys))
     return losses.detach(), *grads
 
 
-def check_case(case: Case, dtype: torch.dtype, impl: str, reduction: str = "none") -> None:
+def check_case(
+    case: Case, dtype: torch.dtype, impl: str, reduction: str = "none", device: Device = "cpu"
+) -> tuple[Tensor, ...]:
+    """Hold the results on that device to their budgets, and return them."""
     queries, keys = case.inputs(dtype)
     exact = run(queries.double(), keys.double(), "reference", reduction, **case.options)
     eager = run(queries, keys, "reference", reduction, **case.options)
-    actual = run(queries, keys, impl, reduction, **case.options)
+    actual = run(queries, keys, impl, reduction, device, **case.options)
     assert_results(actual, eager, exact, queries, keys, reduction, **case.options)
+    return actual
 
 
 def assert_results(
