@@ -11,33 +11,29 @@ import argparse
 import json
 import platform
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks import registry
 from benchmarks.harness import gpu_runs
+from benchmarks.harness.tables import Row, Table
 from benchmarks.registry import FOLDERS
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
+def table(rows: list[Row]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in rows:
-        cells = (row.get(column, "-") for column in columns)
-        lines.append("| " + " | ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in cells) + " |")
-    return lines
+    return Table(columns, [[gpu_runs.written(row.get(column, "-")) for column in columns] for row in rows]).markdown()
 
 
-def report(machine: dict[str, str], results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
-    lines = ["# Check of the GPU kernels", "", *(f"- {key}: {value}" for key, value in machine.items()), ""]
+def report(machine: dict[str, str], results: dict[str, dict[str, list[Row]]]) -> str:
+    parts = ["# Check of the GPU kernels\n", "".join(f"- {key}: {value}\n" for key, value in machine.items())]
     for op, result in results.items():
-        lines += [f"## {op}: parity", "", *table(result["parity"]), "", f"## {op}: speed and memory", ""]
+        parts += [f"## {op}: parity\n", table(result["parity"]), f"## {op}: speed and memory\n"]
         if result["speed"]:
-            lines += [*table(result["speed"]), "", registry.gpu_check(op).NOTE, ""]
+            parts += [table(result["speed"]), f"{registry.gpu_check(op).NOTE}\n"]
         else:
-            lines += ["Not measured: parity comes first.", ""]
-    return "\n".join(lines)
+            parts.append("Not measured: parity comes first.\n")
+    return "\n".join(parts)
 
 
 def main() -> None:
@@ -64,7 +60,7 @@ def main() -> None:
         "python": platform.python_version(),
     }
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    results: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    results: dict[str, dict[str, list[Row]]] = {}
     failures = 0
     for op in arguments.ops:
         print(f"{op}, parity:")

@@ -7,8 +7,9 @@ import torch
 
 from benchmarks.beam_search.peers import beam_steps, captioner_loops, gpt2_loops
 from benchmarks.harness import figures
-from benchmarks.harness.tables import Comparison, Headline, Table, duration, multiple
-from benchmarks.harness.timing import bandwidth, interleaved, median
+from benchmarks.harness.cpu_runs import timed
+from benchmarks.harness.tables import Comparison, Headline, Table, duration, multiple, name_of
+from benchmarks.harness.timing import bandwidth, median
 from mmkernels.testing import peak_allocated
 
 # GPT-2 of two layers by its width: at 64 its forward is about two thirds of Hugging Face's time.
@@ -47,7 +48,7 @@ QUICK = [("step", torch.float32, 16, 5, 9488, 1), ("captioner", torch.float32, 8
 
 def measure(what: str, dtype: torch.dtype, B: int, K: int, V: int, T: int, *, seconds: float) -> list[dict[str, Any]]:
     """Every candidate at one size: median seconds; for the step also its memory, and one read at the bandwidth."""
-    cell = {"what": what, "dtype": str(dtype).removeprefix("torch."), "B": B, "K": K, "V": V, "T": T}
+    cell: dict[str, Any] = {"what": what, "dtype": name_of(dtype), "B": B, "K": K, "V": V, "T": T}
     if what == "step":
         generator = torch.Generator().manual_seed(0)
         logits = (torch.randn(B * K, V, generator=generator) * 3).to(dtype)
@@ -63,11 +64,7 @@ def measure(what: str, dtype: torch.dtype, B: int, K: int, V: int, T: int, *, se
     if "the model, in Hugging Face's" in calls:
         forward = calls.pop("the model, in Hugging Face's")
         cell["forward"] = median([forward() for _ in range(9)])
-    times = interleaved(calls, seconds=seconds, least=5, most=200)
-    rows: list[dict[str, Any]] = [
-        {**cell, "name": name, "seconds": median(times[name]), "best": min(times[name]), "calls": len(times[name])}
-        for name in calls
-    ]
+    rows = [cell | row for row in timed(calls, "name", seconds=seconds, least=5, most=200)]
     if what == "step":
         for row in rows:
             row["bytes"] = peak_allocated(calls[row["name"]])

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.distillation.peers import distillation_losses, group_losses
-from benchmarks.harness import figures
-from benchmarks.harness.peak import cpu_peak
-from benchmarks.harness.tables import Comparison, Headline, Table, size
-from benchmarks.harness.timing import interleaved, median
+from benchmarks.harness import figures, pairs
+from benchmarks.harness.cpu_runs import measured
+from benchmarks.harness.tables import Comparison, Headline, Table, name_of, size
 from mmkernels._autograd import keeps_products
-from mmkernels.testing import features, peak_allocated
+from mmkernels.testing import features
 
 SIZE = 512  # features of student and teacher
 GROUP = 8  # queries, and keys, of a group
@@ -65,33 +64,12 @@ def measure(targets: str, dtype: torch.dtype, n: int, with_peers: bool, *, secon
     steps = {
         name: lambda loss=loss: torch.autograd.grad(loss(*leaves, *given), leaves) for name, loss in losses.items()
     }
-    peaks = [cpu_peak(dtype) or 0.0 for _ in range(3)]
-    times = interleaved(steps, seconds=seconds, least=1 if n > 8192 else 3 if n == 8192 else 5)
-    peaks += [cpu_peak(dtype) or 0.0 for _ in range(3)]
-    return [
-        {
-            "targets": targets,
-            "dtype": str(dtype).removeprefix("torch."),
-            "n": n,
-            "loss": name,
-            "seconds": median(times[name]),
-            "best": min(times[name]),
-            "calls": len(times[name]),
-            "bytes": peak_allocated(step) - gradients,
-            "products": products(targets, *leaves[:2]),
-            "peak": max(peaks),
-        }
-        for name, step in steps.items()
-    ]
+    cell = {"targets": targets, "dtype": name_of(dtype), "n": n, "products": products(targets, *leaves[:2])}
+    rows = measured(steps, "loss", dtype, seconds=seconds, least=pairs.least_rounds(n), given=gradients)
+    return [cell | row for row in rows]
 
 
-def finish(results: list[dict[str, Any]]) -> None:
-    """The share of the limit: the products of our schedule at the best rate that the cores showed in this run."""
-    for dtype in {r["dtype"] for r in results}:
-        peak = max(r["peak"] for r in results if r["dtype"] == dtype)
-        for r in results:
-            if r["dtype"] == dtype and peak > 0:
-                r["share_of_limit"] = r["products"] * 2 * r["n"] ** 2 * SIZE / r["seconds"] / peak
+finish = pairs.finish
 
 
 def tables(results: list[dict[str, Any]]) -> dict[str, Table]:

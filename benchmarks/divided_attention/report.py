@@ -7,11 +7,10 @@ import torch
 
 from benchmarks.divided_attention.peers import attentions
 from benchmarks.harness import figures
-from benchmarks.harness.peak import cpu_peak
-from benchmarks.harness.tables import Comparison, Headline, Table, duration, memory_text, multiple, titled
-from benchmarks.harness.timing import bandwidth, interleaved, median
+from benchmarks.harness.cpu_runs import best_peaks, measured
+from benchmarks.harness.tables import Comparison, Headline, Table, duration, memory_text, multiple, name_of, titled
+from benchmarks.harness.timing import bandwidth
 from mmkernels.divided_attention.layout import layout_of
-from mmkernels.testing import peak_allocated
 
 HEADS, HEAD = 12, 64
 # (axis, dtype, clips, frames, positions): TimeSformer at 224 px, its long clips, and 448 px.
@@ -63,49 +62,36 @@ def measure(
             for name, call in calls.items()
         },
     }
-    rows = []
+    rows: list[dict[str, Any]] = []
     pairs = clips * layout_of(tokens, frames, axis, "timesformer", "nt").pairs
     part = clips * tokens * width * dtype.itemsize
     for what, functions in steps.items():
-        peaks = [cpu_peak(dtype) or 0.0 for _ in range(2)]
-        bandwidths = [bandwidth()]
-        times = interleaved(functions, seconds=seconds, least=3)
-        peaks += [cpu_peak(dtype) or 0.0 for _ in range(2)]
-        bandwidths += [bandwidth()]
-        products, parts = (2, 4) if what == "forward" else (7, 12)
-        for name, function in functions.items():
-            rows.append(
-                {
-                    "axis": axis,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "clips": clips,
-                    "frames": frames,
-                    "positions": positions,
-                    "pass": what,
-                    "attention": name,
-                    "seconds": median(times[name]),
-                    "best": min(times[name]),
-                    "calls": len(times[name]),
-                    "bytes": peak_allocated(function) - (part if what == "forward" else 3 * part),
-                    "flops": products * 2 * pairs * width,
-                    "least_bytes": parts * part,
-                    "peak": max(peaks),
-                    "bandwidth": max(bandwidths),
-                }
-            )
+        products, parts, given = (2, 4, part) if what == "forward" else (7, 12, 3 * part)
+        before = bandwidth()
+        of_pass = measured(functions, "attention", dtype, seconds=seconds, least=3, given=given)
+        cell = {
+            "axis": axis,
+            "dtype": name_of(dtype),
+            "clips": clips,
+            "frames": frames,
+            "positions": positions,
+            "pass": what,
+            "flops": products * 2 * pairs * width,
+            "least_bytes": parts * part,
+            "bandwidth": max(before, bandwidth()),
+        }
+        rows += [cell | row for row in of_pass]
     return rows
 
 
 def finish(results: list[dict[str, Any]]) -> None:
     """The share of the floor, at the best rates that the cores and the memory showed in this run."""
-    bandwidth_seen = max(r["bandwidth"] for r in results)
-    for dtype in {r["dtype"] for r in results}:
-        peak = max(r["peak"] for r in results if r["dtype"] == dtype)
-        for r in results:
-            if r["dtype"] == dtype and peak > 0:
-                floor = max(r["flops"] / peak, r["least_bytes"] / bandwidth_seen)
-                r["bound_by"] = "FLOPs" if floor == r["flops"] / peak else "bytes"
-                r["share_of_floor"] = floor / r["seconds"]
+    bandwidth_seen, peaks = max(row["bandwidth"] for row in results), best_peaks(results)
+    for row in results:
+        if peaks[row["dtype"]] > 0:
+            compute, memory = row["flops"] / peaks[row["dtype"]], row["least_bytes"] / bandwidth_seen
+            row["bound_by"] = "FLOPs" if compute >= memory else "bytes"
+            row["share_of_floor"] = max(compute, memory) / row["seconds"]
 
 
 def size_of(row: dict[str, Any]) -> str:

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.harness.tables import Row, name_of
 from mmkernels.testing import features
-
-Row = dict[str, Any]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_PRODUCT = 16384  # rows and columns: 1 GiB in float32
@@ -45,13 +44,12 @@ def pair_leaves(N: int, D: int, dtype: torch.dtype, device: torch.device, *numbe
     return [x.to(device).requires_grad_() for x in (queries, keys, *map(torch.tensor, numbers))]
 
 
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def written(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def shown(row: Row) -> None:
-    cells = (f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
-    print("  " + ", ".join(cells), flush=True)
+def show(row: Row) -> None:
+    print("  " + ", ".join(f"{key} {written(value)}" for key, value in row.items()), flush=True)
 
 
 def check_parity(
@@ -71,7 +69,7 @@ def check_parity(
             except (AssertionError, RuntimeError) as error:
                 row["verdict"] = f"FAILED: {next(iter(str(error).splitlines()), type(error).__name__)}"
             results.append(row)
-            shown(row)
+            show(row)
     return results
 
 
@@ -101,7 +99,7 @@ def measure_all(
                     row["error"] = type(error).__name__
                 torch.cuda.empty_cache()
                 results.append(row)
-                shown(row)
+                show(row)
     return results
 
 

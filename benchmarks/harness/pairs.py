@@ -8,13 +8,22 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import figures
-from benchmarks.harness.peak import cpu_peak
-from benchmarks.harness.tables import Comparison, Table, size
-from benchmarks.harness.timing import interleaved, median
-from mmkernels.testing import features, peak_allocated
+from benchmarks.harness.cpu_runs import add_limits, measured
+from benchmarks.harness.tables import Comparison, Table, name_of, size
+from mmkernels.testing import features
 
 SIZE = 512  # features
 COMPARISON = Comparison(("dtype", "n"), "loss")
+
+
+def least_rounds(n: int) -> int:
+    """Past 8192 pairs a peer takes many seconds."""
+    return 1 if n > 8192 else 3 if n == 8192 else 5
+
+
+def finish(results: list[dict[str, Any]]) -> None:
+    """The limit of a row: the products of our schedule."""
+    add_limits(results, lambda row: row["products"] * 2 * row["n"] ** 2 * SIZE)
 
 
 class PairsReport(NamedTuple):
@@ -36,31 +45,9 @@ class PairsReport(NamedTuple):
         leaves = self.leaves(n, dtype)
         gradients = sum(leaf.nbytes for leaf in leaves)
         steps = {name: lambda loss=loss: torch.autograd.grad(loss(*leaves), leaves) for name, loss in losses.items()}
-        peaks = [cpu_peak(dtype) or 0.0 for _ in range(3)]
-        times = interleaved(steps, seconds=seconds, least=1 if n > 8192 else 3 if n == 8192 else 5)
-        peaks += [cpu_peak(dtype) or 0.0 for _ in range(3)]
-        return [
-            {
-                "dtype": str(dtype).removeprefix("torch."),
-                "n": n,
-                "loss": name,
-                "seconds": median(times[name]),
-                "best": min(times[name]),
-                "calls": len(times[name]),
-                "bytes": peak_allocated(step) - gradients,
-                "products": self.products(*leaves[:2]),
-                "peak": max(peaks),
-            }
-            for name, step in steps.items()
-        ]
-
-    def finish(self, results: list[dict[str, Any]]) -> None:
-        """The share of the limit: the schedule's products at the best rate that the cores showed in this run."""
-        for dtype in {r["dtype"] for r in results}:
-            peak = max(r["peak"] for r in results if r["dtype"] == dtype)
-            for r in results:
-                if r["dtype"] == dtype and peak > 0:
-                    r["share_of_limit"] = r["products"] * 2 * r["n"] ** 2 * SIZE / r["seconds"] / peak
+        cell = {"dtype": name_of(dtype), "n": n, "products": self.products(*leaves[:2])}
+        rows = measured(steps, "loss", dtype, seconds=seconds, least=least_rounds(n), given=gradients)
+        return [cell | row for row in rows]
 
     def table(self, results: list[dict[str, Any]]) -> Table:
         return COMPARISON.table(results, ("N, dtype", size), self.peers, self.peers)

@@ -9,10 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import rich.table
+import torch
 
-Row = dict[str, Any]
+Row = dict[str, Any]  # one line of a report: sizes, names and numbers by their keys
 
 _MARKED = re.compile(r"^(<!-- table (.+?) -->\n)(.*?)^(<!-- end of table -->)$", re.DOTALL | re.MULTILINE)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class Table(NamedTuple):

@@ -6,12 +6,10 @@ from typing import Any
 import torch
 
 from benchmarks.harness import figures
-from benchmarks.harness.peak import cpu_peak
-from benchmarks.harness.tables import Comparison, Headline, Table
-from benchmarks.harness.timing import interleaved, median
+from benchmarks.harness.cpu_runs import add_limits, measured
+from benchmarks.harness.tables import Comparison, Headline, Table, name_of
 from benchmarks.linear_cross_entropy.peers import classification_losses
 from mmkernels.linear_cross_entropy.ops import _keeps_products
-from mmkernels.testing import peak_allocated
 
 SIZE = 512  # features
 # (dtype, rows, classes): the vocabularies of COCO captions and of GPT-2.
@@ -43,34 +41,14 @@ def measure(dtype: torch.dtype, n: int, v: int, *, seconds: float) -> list[dict[
         name: lambda loss=loss: torch.autograd.grad(loss(hidden, weight, targets), (hidden, weight))
         for name, loss in classification_losses("cpu").items()
     }
-    peaks = [cpu_peak(dtype) or 0.0 for _ in range(3)]
-    times = interleaved(steps, seconds=seconds, least=2 if n * v > 10**8 else 5)
-    peaks += [cpu_peak(dtype) or 0.0 for _ in range(3)]
-    return [
-        {
-            "dtype": str(dtype).removeprefix("torch."),
-            "n": n,
-            "v": v,
-            "loss": name,
-            "seconds": median(times[name]),
-            "best": min(times[name]),
-            "calls": len(times[name]),
-            "bytes": peak_allocated(step) - gradients,
-            "peak": max(peaks),
-            "products": 3 if name != "mmkernels" or _keeps_products(hidden, weight, None) else 4,
-        }
-        for name, step in steps.items()
-    ]
+    cell = {"dtype": name_of(dtype), "n": n, "v": v, "products": 3 if _keeps_products(hidden, weight, None) else 4}
+    rows = measured(steps, "loss", dtype, seconds=seconds, least=2 if n * v > 10**8 else 5, given=gradients)
+    return [cell | row for row in rows]
 
 
 def finish(results: list[dict[str, Any]]) -> None:
-    """The share of the limit: the products of our schedule at the best rate that the cores showed in this run."""
-    for dtype in {r["dtype"] for r in results}:
-        peak = max(r["peak"] for r in results if r["dtype"] == dtype)
-        for r in results:
-            if r["dtype"] == dtype and r["loss"] == "mmkernels" and peak > 0:
-                r["limit"] = r["products"] * 2 * r["n"] * r["v"] * SIZE / peak
-                r["share_of_limit"] = r["limit"] / r["seconds"]
+    """The limit of a row: the products of our schedule."""
+    add_limits(results, lambda row: row["products"] * 2 * row["n"] * row["v"] * SIZE)
 
 
 def tables(results: list[dict[str, Any]]) -> dict[str, Table]:

@@ -6,11 +6,10 @@ from typing import Any
 import torch
 
 from benchmarks.harness import figures
-from benchmarks.harness.peak import cpu_peak
-from benchmarks.harness.tables import Comparison, Headline, Table, duration
-from benchmarks.harness.timing import interleaved, median
+from benchmarks.harness.cpu_runs import add_limits, measured
+from benchmarks.harness.tables import Comparison, Headline, Table, duration, name_of
 from benchmarks.retrieval.peers import rankers, searches, torchmetrics_recalls
-from mmkernels.testing import features, peak_allocated
+from mmkernels.testing import features
 
 SIZE = 512  # features
 # (dtype, queries, keys, k): the k best, or the ranks where k is 0. torchmetrics' own metric goes query by query in
@@ -53,35 +52,17 @@ def measure(dtype: torch.dtype, n: int, m: int, k: int, *, seconds: float) -> li
         calls.pop("faiss IndexFlatIP", None)
     if n >= ALONE:
         calls = {"mmkernels": calls["mmkernels"]}
-    peaks = [cpu_peak(dtype) or 0.0 for _ in range(3)]
-    times = interleaved(calls, seconds=seconds, least=2 if n * m > 10**8 else 5)
-    peaks += [cpu_peak(dtype) or 0.0 for _ in range(3)]
-    return [
-        {
-            "dtype": str(dtype).removeprefix("torch."),
-            "n": n,
-            "m": m,
-            "k": k,
-            "name": name,
-            "seconds": median(times[name]),
-            "best": min(times[name]),
-            "calls": len(times[name]),
-            # torch sees only what it allocates itself.
-            "bytes": None if name.startswith("faiss") else peak_allocated(call),
-            "peak": max(peaks),
-        }
-        for name, call in calls.items()
-    ]
+    cell: dict[str, Any] = {"dtype": name_of(dtype), "n": n, "m": m, "k": k}
+    rows = [cell | row for row in measured(calls, "name", dtype, seconds=seconds, least=2 if n * m > 10**8 else 5)]
+    for row in rows:
+        if row["name"].startswith("faiss"):
+            row["bytes"] = None  # torch sees only what it allocates itself
+    return rows
 
 
 def finish(results: list[dict[str, Any]]) -> None:
-    """The share of the limit: 2 N M D at the best rate that the cores showed in this run."""
-    for dtype in {r["dtype"] for r in results}:
-        peak = max(r["peak"] for r in results if r["dtype"] == dtype)
-        for r in results:
-            if r["dtype"] == dtype and r["name"] == "mmkernels" and peak > 0:
-                r["limit"] = 2 * r["n"] * r["m"] * SIZE / peak
-                r["share_of_limit"] = r["limit"] / r["seconds"]
+    """The limit of a row: 2 N M D FLOP."""
+    add_limits(results, lambda row: 2 * row["n"] * row["m"] * SIZE)
 
 
 def tables(results: list[dict[str, Any]]) -> dict[str, Table]:

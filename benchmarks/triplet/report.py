@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import figures
+from benchmarks.harness import figures, pairs
 from benchmarks.harness.pairs import SIZE, PairsReport
 from benchmarks.harness.tables import Comparison, Headline, Table, size
 from benchmarks.triplet.peers import Loss, triplet_losses
@@ -61,15 +61,11 @@ def measure(dtype: torch.dtype, n: int, mining: str, with_peers: bool, *, second
     return [{"mining": mining} | row for row in rows]
 
 
+finish = pairs.finish
+
+
 def of(mining: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in results if row["mining"] == mining]
-
-
-def finish(results: list[dict[str, Any]]) -> None:
-    for row in results:  # one limit for all: the best rate that the cores showed
-        row["peak"] = max(r["peak"] for r in results if r["dtype"] == row["dtype"])
-    for mining, report in REPORTS.items():
-        report.finish(of(mining, results))
 
 
 def tables(results: list[dict[str, Any]]) -> dict[str, Table]:
