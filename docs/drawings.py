@@ -217,7 +217,7 @@ def architecture(path: Path) -> None:
         ("", "white", "mmkernels/info_nce/ops.py", "autograd.Function: what backward needs"),
         ("torch", PALE, "torch.ops.mmkernels", "info_nce_cpu_forward: the dispatcher finds it"),
         ("C++ with torch", PALE, "csrc/info_nce/cpu.cpp", "allocates, picks the variant, starts threads"),
-        ("C++ alone,", LIGHT, "csrc/common/engine.h", "panels of queries, chunks of keys, tiles"),
+        ("C++ alone,", LIGHT, "csrc/common/engine.cpp", "panels of queries, chunks of keys, tiles"),
     ]
     handed = ("tensors", "tensors, options", "tensors", "pointers")
     with drawing(path, "One call of info_nce on a CPU, from Python to the vector register", height=4.9) as (axes,):
