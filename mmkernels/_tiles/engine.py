@@ -30,6 +30,20 @@ def program_tile(program, num_rows, num_cols):
 
 
 @triton.jit
+def block_of_tiles(
+    program, num_rows, num_cols, tiles_per_group, tiles_per_split, num_groups, num_splits,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The group of rows and the split of columns that a program of a Walk owns, and where both begin and end."""
+    group, split = program_tile(program, num_groups, num_splits)
+    first_row = group * tiles_per_group * BLOCK_M
+    first_col = split * tiles_per_split * BLOCK_N
+    end_row = tl.minimum(first_row + tiles_per_group * BLOCK_M, num_rows)
+    end_col = tl.minimum(first_col + tiles_per_split * BLOCK_N, num_cols)
+    return group, split, first_row, end_row, first_col, end_col
+
+
+@triton.jit
 def similarities(
     x, y, rows, cols, num_x, num_y, D, stride_x, stride_y,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -144,6 +158,28 @@ def softmax_grad_both(
 
 
 @triton.jit
+def softmax_grads(
+    s, rows, cols, row_lse, col_lse, row_weight, col_weight, N, M, row_ok, col_ok, exact, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """softmax_grad_both with COLUMNS, else softmax_grad, of the log-sum-exps in memory: row_lse [2, N], col_lse [2, M]
+    as store_in_two leaves them."""
+    lse, rest = _load_in_two(row_lse, N, rows, row_ok)
+    if COLUMNS:
+        other_lse, other_rest = _load_in_two(col_lse, M, cols, col_ok)
+        p = softmax_grad_both(
+            s, lse, rest, other_lse, other_rest, row_weight, col_weight, row_ok, col_ok, exact
+        )  # fmt: skip
+    else:
+        p = softmax_grad(s, lse, rest, row_weight)
+    return p
+
+
+@triton.jit
+def _load_in_two(lse, plane, index, ok):
+    return tl.load(lse + index, mask=ok, other=0.0), tl.load(lse + plane + index, mask=ok, other=0.0)
+
+
+@triton.jit
 def store_in_two(out, plane, index, value, ok):
     """Stores the value rounded to float32 and, `plane` entries further, the rounding error."""
     rounded = value.to(tl.float32)
@@ -177,6 +213,18 @@ def strip_place(
         stride_col = 1
     row_tile, col_tile = program_tile(program, tl.cdiv(height, BLOCK_M), tl.cdiv(width, BLOCK_N))
     return first_row, first_col, row_tile * BLOCK_M, col_tile * BLOCK_N, height, width, stride_row, stride_col
+
+
+@triton.jit
+def strip_tile(
+    first_row, first_col, row_in_strip, col_in_strip, N, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A tile's rows and columns in the strip, those in dS, and which of the latter exist."""
+    in_rows = row_in_strip + tl.arange(0, BLOCK_M)
+    in_cols = col_in_strip + tl.arange(0, BLOCK_N)
+    rows = first_row + in_rows
+    cols = first_col + in_cols
+    return in_rows, in_cols, rows, cols, rows < N, cols < M
 
 
 @triton.jit

@@ -75,12 +75,11 @@ def distillation(
 
     Source: Hinton et al. 2015 (arXiv:1503.02531); of contrastive logits: open_clip's DistillClipLoss.
     """
-    check_pairs(queries, keys)
     check_reduction(reduction)
-    check_weights(queries, weights)
     losses, _ = distillation_losses(
         queries, keys, logit_scale, teacher_queries, teacher_keys, teacher_scale, symmetric, impl
     )
+    check_weights(queries, weights)
     return reduced(losses, reduction, weights)
 
 

@@ -22,14 +22,14 @@ from torch import Tensor
 from mmkernels._tiles.configs import choose, choose_distillation
 from mmkernels._tiles.engine import (
     LEAST_SUM,
+    block_of_tiles,
     halves,
-    program_tile,
     similarities,
-    softmax_grad,
-    softmax_grad_both,
+    softmax_grads,
     store_in_strip,
     store_in_two,
     strip_place,
+    strip_tile,
     tile_statistics,
 )
 from mmkernels._tiles.launch import MERGE_BLOCK, NO_FUSION, aligned, launch_options, walk_over
@@ -141,7 +141,9 @@ def distillation_forward_kernel(
 
     The columns' sums grow in col_partials itself: this program alone owns its part of them.
     """
-    group, split = program_tile(tl.program_id(0), num_groups, num_splits)
+    group, split, first_row, end_row, first_col, end_col = block_of_tiles(
+        tl.program_id(0), N, M, tiles_per_group, tiles_per_split, num_groups, num_splits, BLOCK_M, BLOCK_N
+    )
     scale2 = tl.load(scale) * LOG2E
     teacher_scale2 = tl.load(teacher_scale) * LOG2E
     row_plane = tl.cast(num_splits, tl.int64) * N
@@ -149,10 +151,6 @@ def distillation_forward_kernel(
     row_out = row_partials + split.to(tl.int64) * N
     col_out = col_partials + group.to(tl.int64) * M
 
-    first_row = group * tiles_per_group * BLOCK_M
-    first_col = split * tiles_per_split * BLOCK_N
-    end_row = tl.minimum(first_row + tiles_per_group * BLOCK_M, N)
-    end_col = tl.minimum(first_col + tiles_per_split * BLOCK_N, M)
     for row_start in tl.range(first_row, end_row, BLOCK_M, disable_licm=True):
         rows = row_start + tl.arange(0, BLOCK_M)
         m = tl.full((BLOCK_M,), LOWEST, tl.float32)
@@ -229,43 +227,27 @@ def finish_distillation_kernel(
 
 
 @triton.jit
-def _softmaxes(
-    s, rows, cols, row_lse, col_lse, weights, N, M, row_ok, col_ok, exact, SYMMETRIC: tl.constexpr,
-):  # fmt: skip
-    """w_i 2^(s - lse_i) + w_j 2^(s - lse_j), [BM, BN], the second with SYMMETRIC."""
-    weight = tl.load(weights + rows, mask=row_ok, other=0.0)
-    lse = tl.load(row_lse + rows, mask=row_ok, other=0.0)
-    rest = tl.load(row_lse + N + rows, mask=row_ok, other=0.0)
-    if SYMMETRIC:
-        other_weight = tl.load(weights + cols, mask=col_ok, other=0.0)
-        other_lse = tl.load(col_lse + cols, mask=col_ok, other=0.0)
-        other_rest = tl.load(col_lse + M + cols, mask=col_ok, other=0.0)
-        p = softmax_grad_both(
-            s, lse, rest, other_lse, other_rest, weight, other_weight, row_ok, col_ok, exact
-        )  # fmt: skip
-    else:
-        p = softmax_grad(s, lse, rest, weight)
-    return p
-
-
-@triton.jit
 def _store_grad(
     s, t, row_lse, col_lse, teacher_row_lse, teacher_col_lse, weights, teacher_weights, match_weights, strip,
     first_row, first_col, row_in_strip, col_in_strip, height, width, N, M, stride_row, stride_col,
     SYMMETRIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dS of a tile of both logits into the strip [height, width] that begins at first_row, first_col of the logits."""
-    in_rows = row_in_strip + tl.arange(0, BLOCK_M)
-    in_cols = col_in_strip + tl.arange(0, BLOCK_N)
-    rows = first_row + in_rows
-    cols = first_col + in_cols
-    row_ok = rows < N
-    col_ok = cols < M
+    in_rows, in_cols, rows, cols, row_ok, col_ok = strip_tile(
+        first_row, first_col, row_in_strip, col_in_strip, N, M, BLOCK_M, BLOCK_N
+    )
     here = rows[:, None] == cols[None, :]
     matches = tl.max(tl.max(here.to(tl.int32), 1), 0)
-    grad = _softmaxes(s, rows, cols, row_lse, col_lse, weights, N, M, row_ok, col_ok, matches, SYMMETRIC)
-    grad -= _softmaxes(
-        t, rows, cols, teacher_row_lse, teacher_col_lse, teacher_weights, N, M, row_ok, col_ok, matches, SYMMETRIC
+    row_weight = tl.load(weights + rows, mask=row_ok, other=0.0)
+    col_weight = tl.load(weights + cols, mask=col_ok, other=0.0) if SYMMETRIC else row_weight
+    grad = softmax_grads(
+        s, rows, cols, row_lse, col_lse, row_weight, col_weight, N, M, row_ok, col_ok, matches, SYMMETRIC
+    )  # fmt: skip
+    row_weight = tl.load(teacher_weights + rows, mask=row_ok, other=0.0)
+    col_weight = tl.load(teacher_weights + cols, mask=col_ok, other=0.0) if SYMMETRIC else row_weight
+    grad -= softmax_grads(
+        t, rows, cols, teacher_row_lse, teacher_col_lse, row_weight, col_weight, N, M, row_ok, col_ok, matches,
+        SYMMETRIC,
     )  # fmt: skip
     if matches > 0:
         grad -= tl.where(here, tl.load(match_weights + rows, mask=row_ok, other=0.0)[:, None], 0.0)

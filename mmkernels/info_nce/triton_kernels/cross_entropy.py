@@ -6,15 +6,15 @@ import triton
 import triton.language as tl
 
 from mmkernels._tiles.engine import (
+    block_of_tiles,
     halves,
     merge,
-    program_tile,
     similarities,
-    softmax_grad,
-    softmax_grad_both,
+    softmax_grads,
     store_in_strip,
     store_in_two,
     strip_place,
+    strip_tile,
     tile_statistics,
     with_bias,
 )
@@ -115,17 +115,15 @@ def forward_kernel(
     With GROUPS the positives of a row are the columns of its group, `targets` [N] against key_groups [num_grouped], and
     both partials have a third plane in place of positives: the sum of the positives' logits.
     """
-    group, split = program_tile(tl.program_id(0), num_groups, num_splits)
+    group, split, first_row, end_row, first_col, end_col = block_of_tiles(
+        tl.program_id(0), N, M, tiles_per_group, tiles_per_split, num_groups, num_splits, BLOCK_M, BLOCK_N
+    )
     scale2 = tl.load(scale) * LOG2E
     row_plane = tl.cast(num_splits, tl.int64) * N
     col_plane = tl.cast(num_groups, tl.int64) * M
     row_out = row_partials + split.to(tl.int64) * N
     col_out = col_partials + group.to(tl.int64) * M
 
-    first_row = group * tiles_per_group * BLOCK_M
-    first_col = split * tiles_per_split * BLOCK_N
-    end_row = tl.minimum(first_row + tiles_per_group * BLOCK_M, N)
-    end_col = tl.minimum(first_col + tiles_per_split * BLOCK_N, M)
     for row_start in tl.range(first_row, end_row, BLOCK_M, disable_licm=True):
         rows = row_start + tl.arange(0, BLOCK_M)
         row_ok = rows < N
@@ -269,32 +267,22 @@ def _store_grad(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dS of a tile of logits into the strip [height, width] that begins at first_row, first_col of the logits."""
-    in_rows = row_in_strip + tl.arange(0, BLOCK_M)
-    in_cols = col_in_strip + tl.arange(0, BLOCK_N)
-    rows = first_row + in_rows
-    cols = first_col + in_cols
-    row_ok = rows < N
-    col_ok = cols < M
+    in_rows, in_cols, rows, cols, row_ok, col_ok = strip_tile(
+        first_row, first_col, row_in_strip, col_in_strip, N, M, BLOCK_M, BLOCK_N
+    )
     s = with_bias(s, bias, cols, M, BIAS)
 
     weight = tl.load(row_weights + rows, mask=row_ok, other=0.0)
-    lse = tl.load(row_lse + rows, mask=row_ok, other=0.0)
-    rest = tl.load(row_lse + N + rows, mask=row_ok, other=0.0)
+    other_weight = tl.load(col_weights + cols, mask=col_ok, other=0.0) if SYMMETRIC else weight
     target = tl.load(targets + rows, mask=row_ok, other=-1).to(tl.int32)
     if GROUPS:
         matches: tl.constexpr = 1  # anywhere
     else:
         here = (target >= first_col + col_in_strip) & (target < first_col + col_in_strip + BLOCK_N)
         matches = tl.max(here.to(tl.int32), 0)
-    if SYMMETRIC:
-        other_weight = tl.load(col_weights + cols, mask=col_ok, other=0.0)
-        other_lse = tl.load(col_lse + cols, mask=col_ok, other=0.0)
-        other_rest = tl.load(col_lse + M + cols, mask=col_ok, other=0.0)
-        grad = softmax_grad_both(
-            s, lse, rest, other_lse, other_rest, weight, other_weight, row_ok, col_ok, matches
-        )  # fmt: skip
-    else:
-        grad = softmax_grad(s, lse, rest, weight)
+    grad = softmax_grads(
+        s, rows, cols, row_lse, col_lse, weight, other_weight, N, M, row_ok, col_ok, matches, SYMMETRIC
+    )  # fmt: skip
     if SMOOTHED:
         grad -= (weight * (label_smoothing / M))[:, None]
         if SYMMETRIC:

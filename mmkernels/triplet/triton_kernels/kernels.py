@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from mmkernels._tiles.engine import halves, program_tile, similarities
+from mmkernels._tiles.engine import block_of_tiles, halves, program_tile, similarities
 from mmkernels._tiles.triton import dot
 
 _INFINITY = tl.constexpr(float("inf"))
@@ -283,11 +283,9 @@ def worst_kernel(
     row_best and row_index [num_splits, N], col_best and col_index [num_groups, N]: its similarity, and the first place
     that has it. The columns' grow in memory: this program alone owns its part of them.
     """
-    group, split = program_tile(tl.program_id(0), num_groups, num_splits)
-    first_row = group * tiles_per_group * BLOCK_M
-    first_col = split * tiles_per_split * BLOCK_N
-    end_row = tl.minimum(first_row + tiles_per_group * BLOCK_M, N)
-    end_col = tl.minimum(first_col + tiles_per_split * BLOCK_N, M)
+    group, split, first_row, end_row, first_col, end_col = block_of_tiles(
+        tl.program_id(0), N, M, tiles_per_group, tiles_per_split, num_groups, num_splits, BLOCK_M, BLOCK_N
+    )
     row_at = split.to(tl.int64) * N
     col_at = group.to(tl.int64) * N
     for row_start in tl.range(first_row, end_row, BLOCK_M, disable_licm=True):
