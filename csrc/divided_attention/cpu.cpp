@@ -48,7 +48,7 @@ Clips clips_of(const Tensor& qkv, const optional<Tensor>& frame_mask, int64_t nu
   c.batch = qkv.size(0);
   c.tokens = qkv.size(1);
   c.heads = num_heads;
-  c.head = qkv.size(2) / (3 * num_heads);
+  c.head_size = qkv.size(2) / (3 * num_heads);
   c.has_cls = cls_mode != "none";
   c.frames = num_frames;
   const int64_t patches = c.tokens - c.has_cls, positions = patches / num_frames;
@@ -105,7 +105,7 @@ AttentionForward problem_of(const Tensor& qkv, const Clips& clips, const optiona
 template <class Pass, class ClsPass, class Problem>
 void run(Pass pass, ClsPass cls_pass, const Problem& problem, const Clips& clips, const AttentionPlan& plan,
          const at::TensorOptions& floats) {
-  const int64_t elements = clips.batch * clips.tokens * clips.heads * clips.head;
+  const int64_t elements = clips.batch * clips.tokens * clips.heads * clips.head_size;
   const int64_t threads = std::clamp<int64_t>(
       elements / kElementsOfAThread, 1, std::min<int64_t>(at::get_num_threads(), std::max<int64_t>(plan.tasks, 1)));
   const Tensor scratch = at::empty({threads * plan.scratch_floats}, floats);
@@ -128,7 +128,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& qkv_in, const optional<Tensor>&
   const optional<Tensor> frame_mask = frame_mask_in ? optional(frame_mask_in->contiguous()) : std::nullopt;
   const Clips clips = clips_of(qkv, frame_mask, num_frames, num_heads, axis, cls_mode, token_order);
   const auto floats = qkv.options().dtype(at::kFloat);
-  const int64_t B = clips.batch, H = clips.heads, D = clips.head;
+  const int64_t B = clips.batch, H = clips.heads, D = clips.head_size;
 
   const Tensor out = empty_result({B, clips.tokens, H * D}, qkv.options());
   const Tensor lse = at::empty({B, H, clips.rows()}, floats);
@@ -154,7 +154,7 @@ Tensor backward(const Tensor& grad_out_in, const Tensor& qkv_in, const Tensor& o
   const Tensor out = out_in.contiguous(), lse = lse_in.contiguous();
   const optional<Tensor> frame_mask = frame_mask_in ? optional(frame_mask_in->contiguous()) : std::nullopt;
   const Clips clips = clips_of(qkv, frame_mask, num_frames, num_heads, axis, cls_mode, token_order);
-  const int64_t B = clips.batch, H = clips.heads, D = clips.head;
+  const int64_t B = clips.batch, H = clips.heads, D = clips.head_size;
   TORCH_CHECK_VALUE(grad_out.sizes() == out.sizes() && out.dim() == 3 && out.size(0) == B &&
                         out.size(1) == clips.tokens && out.size(2) == H * D && lse.numel() == B * H * clips.rows(),
                     "grad_out, out: expected [B, L, C], got ", grad_out.sizes(), " and ", out.sizes());

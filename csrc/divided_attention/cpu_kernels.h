@@ -11,7 +11,7 @@ namespace mmkernels {
 // The tokens of a clip and the sequences that its patches form. Patch j of sequence s is the token
 // has_cls + s * sequence_step + j * member_step.
 struct Clips {
-  int64_t batch, tokens, heads, head;  // [B, L, 3 H D]
+  int64_t batch, tokens, heads, head_size;  // [B, L, 3 H D]
   int64_t sequences, length;
   int64_t sequence_step, member_step;
   int64_t has_cls;
@@ -26,6 +26,7 @@ struct Clips {
     const int64_t frame = (s * frame_of_sequence + j * frame_of_member) / frame_divisor % frames;
     return frame_mask == nullptr || frame_mask[b * frames + frame];
   }
+  int64_t most_rows() const { return length + cls_takes_part; }  // of a sequence
   int64_t cls_rows() const { return !cls_takes_part ? 0 : cls_is_global ? 1 : sequences; }
   int64_t rows() const { return cls_rows() + sequences * length; }  // of log-sum-exps
 };
