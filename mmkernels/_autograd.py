@@ -7,7 +7,7 @@ from torch import Tensor
 
 # A CPU op may hold this much beside inputs and gradients, even where they are smaller.
 FREE_BYTES = 64 << 20
-# Below this many bytes a row of features it is faster to recompute the products than to store and load them.
+# Below this many bytes per row of features it is faster to recompute the products than to store and load them.
 _LEAST_ROW_BYTES = 512
 
 

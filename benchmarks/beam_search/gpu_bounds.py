@@ -110,7 +110,7 @@ def problems(case: Case) -> list[Problem]:
 
 
 def is_main(case: Case) -> bool:
-    """Neither masks nor aligned rows; eight parts of eight beams."""
+    """The table shows forms without masks and without aligned rows, eight parts of eight beams."""
     constants = dict(case.constants)
     if case.dtype == "fp16" or constants["MASKED"] or constants.get("ALIGNED") or constants.get("MASK_FIRST"):
         return False

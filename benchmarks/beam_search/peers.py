@@ -81,7 +81,7 @@ def eager_search(model: Captioner, state: Any, B: int, K: int, T: int) -> Tensor
 
 
 def captioner_loops(B: int, K: int, V: int, T: int, impl: str = "auto") -> dict[str, Callable[[], Any]]:
-    """The search over a captioner, a tutorial's, and the model alone on as many rows as often."""
+    """Loops over a captioner: our search, a tutorial's, and the model alone on as many rows for as many steps."""
     torch.manual_seed(0)
     model = Captioner(V).eval()
     start = (torch.randn(B, 512), torch.randn(B, 512))

@@ -49,8 +49,8 @@ def eager_distillation(
 
 
 def distillation_losses(impl: str = "auto") -> dict[str, Callable[..., Tensor]]:
-    """The fused loss first, then its peers: calls (queries, keys, scale, the teacher's) -> loss; and open_clip's class,
-    whose loss is the sum with that of CLIP, beside ours."""
+    """The fused loss first, then its peers: calls (queries, keys, scale, the teacher's) -> loss. Last come our
+    DistillClipLoss and open_clip's, whose loss includes CLIP's."""
 
     losses: dict[str, Callable[..., Tensor]] = {
         "mmkernels": functools.partial(mmkernels.distillation, impl=impl),  # type: ignore[arg-type]

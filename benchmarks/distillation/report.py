@@ -39,7 +39,7 @@ QUICK = [("groups", torch.float32, 1024, True), ("teacher", torch.float32, 1024,
 
 
 def products(targets: str, queries: Tensor, keys: Tensor) -> int:
-    """Of the schedule: those of the forward pass a second time unless they are kept."""
+    """How many products our schedule makes: the backward pass repeats the forward's unless they are kept."""
     made = 1 if targets == "groups" else 2
     return made + 2 if keeps_products(made * len(queries) * len(keys), queries, keys) else 2 * made + 2
 

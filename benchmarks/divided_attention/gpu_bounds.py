@@ -109,7 +109,7 @@ def problems(case: Case) -> list[Problem]:
     packed = case.kernel.startswith("packed")
     found = []
     for clip in CLIPS:
-        if packed:  # whole tiles are multiplied, of which a block diagonal counts
+        if packed:  # the kernel multiplies whole tiles; only a block diagonal counts
             tiles = -(-clip.positions // max(1, block // clip.frames))
             pairs = {"time": tiles * block**2} if clip.frames <= block else {}
         else:

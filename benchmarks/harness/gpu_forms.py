@@ -14,7 +14,7 @@ class Gpu:
     target: GPUTarget
     shared_limit: int  # bytes a block may take
     shared_unit: int  # bytes of a multiprocessor
-    max_warps: int  # of a multiprocessor
+    max_warps: int  # that a multiprocessor holds
     peak: dict[str, float]  # FLOP/s by precision
     bandwidth: float  # bytes/s
     matrix: str  # instructions of the matrix units, as a regular expression
@@ -93,7 +93,7 @@ class Problem(NamedTuple):
     bytes: float  # the least memory traffic
 
     def bound(self, case: Case) -> tuple[float, str]:
-        """Seconds that the datasheet allows at best, and which limit that is."""
+        """Seconds that the datasheet allows at best, and the limit that sets them: compute or memory."""
         gpu = GPUS[case.gpu]
         compute = self.flops / gpu.peak[case.precision if case.has_dot else "ieee"]
         memory = self.bytes / gpu.bandwidth

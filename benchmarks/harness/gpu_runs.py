@@ -147,7 +147,7 @@ def milliseconds(step: Callable[[], Any], repeats: int, between: Callable[[], An
 
 
 def gemm_rate(N: int, M: int, D: int, dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP a second of torch's own product of that shape, or of its largest part that fits: the practical limit."""
+    """FLOP per second of torch's own product of that shape, or of its largest part that fits: the practical limit."""
     x, y = (torch.randn(min(rows, LARGEST_PRODUCT), D, device=device, dtype=dtype) for rows in (N, M))
     times = milliseconds(lambda: x @ y.T, 13)
     return 2.0 * len(x) * len(y) * D / (statistics.median(times[3:]) * 1e-3)

@@ -28,8 +28,8 @@ def finish(results: list[dict[str, Any]]) -> None:
 
 class PairsReport(NamedTuple):
     title: str
-    products: Callable[[Tensor, Tensor], int]  # of 2 N^2 D FLOP each, for these features, in forward and backward
-    losses: Callable[[str], dict[str, Callable[..., Tensor]]]  # by implementation: ours first, then its peers
+    products: Callable[[Tensor, Tensor], int]  # how many of 2 N^2 D FLOP both passes take
+    losses: Callable[[str], dict[str, Callable[..., Tensor]]]  # of an implementation: ours first, then its peers
     numbers: tuple[float, ...]  # what the losses take beside the features: the scale and what follows
     peers: Mapping[str, str]  # {peer: head of its column}
 

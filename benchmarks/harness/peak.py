@@ -1,4 +1,4 @@
-"""The cores' own limit, measured: fused multiply-adds from registers (peak.cpp), in FLOP a second."""
+"""The cores' own limit, measured: fused multiply-adds from registers (peak.cpp), in FLOP per second."""
 
 import ctypes
 import functools
@@ -27,7 +27,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def cpu_peak(dtype: torch.dtype, rounds: int = 20_000_000) -> float | None:
-    """FLOP a second over torch's threads, about a tenth of a second of work; None where it cannot be measured."""
+    """FLOP per second over torch's threads, from a tenth of a second of work; None where it cannot be measured."""
     library = _library()
     if library is None:
         return None

@@ -34,7 +34,7 @@ def median(times: list[float]) -> float:
 
 
 def bandwidth() -> float:
-    """Bytes a second of a copy of 256 MiB, what is read and what is written counted once each."""
+    """Bytes per second of a copy of 256 MiB; reads and writes count once each."""
     source = torch.ones(1 << 26)
     target = torch.empty_like(source)
     best = float("inf")

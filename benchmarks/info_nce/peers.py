@@ -24,7 +24,7 @@ def eager(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
 
 
 def in_both_directions(cross_entropy: Callable[..., Tensor], queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
-    """A linear cross-entropy once a direction."""
+    """A linear cross-entropy, once in each direction."""
     labels = torch.arange(len(queries), device=queries.device)
     scale = scale.to(queries.dtype)
     return (cross_entropy(scale * queries, keys, labels) + cross_entropy(scale * keys, queries, labels)) / 2

@@ -11,7 +11,7 @@ from mmkernels._autograd import keeps_products
 
 
 def products(queries: torch.Tensor, keys: torch.Tensor) -> int:
-    """Of the schedule: 3 where the forward pass keeps them, else 4."""
+    """How many products our schedule makes: 3 where the forward pass keeps its own, else 4."""
     return 3 if keeps_products(len(queries) * len(keys), queries, keys) else 4
 
 

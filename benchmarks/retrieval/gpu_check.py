@@ -42,7 +42,7 @@ def contest(size: Size, dtype: torch.dtype, device: torch.device) -> Contest:
     N, M, D, k = size
     queries, keys = torch.randn(N, D, device=device).to(dtype), torch.randn(M, D, device=device).to(dtype)
     calls: dict[str, Callable[..., Any]] = dict(searches("triton") if k else rankers("triton"))
-    calls.pop("faiss IndexFlatIP", None)  # a CPU's
+    calls.pop("faiss IndexFlatIP", None)  # it runs on CPUs
     wanted = k or torch.arange(N, device=device)
     peers = {name: functools.partial(call, queries, keys, wanted) for name, call in calls.items()}
     return Contest(peers, [queries, keys], share_of_products(1, N, M, D, dtype, device), backward=False)

@@ -16,8 +16,8 @@ _FORMS = {
     "the scale and the bias alone": (False, True, False, False),
     "all of the queries": (True, True, True, False),
     "losses and queries": (True, False, True, False),
-    "queries, a loss a row": (False, True, True, False),
-    "queries alone, a loss a row": (False, False, True, False),
+    "queries, one loss per row": (False, True, True, False),
+    "queries alone, one loss per row": (False, False, True, False),
     "keys": (False, False, True, True),
     "keys, scale and bias": (False, True, True, True),
 }

@@ -14,7 +14,7 @@ class Config(NamedTuple):
     forward: Tile
     grad_logits: Tile
     product: Tile
-    # With groups, where the plain tile would spill.
+    # Tiles for groups, where the plain tile would spill.
     grouped_grad_logits: Tile | None = None
     grouped_forward: Tile | None = None
 
@@ -60,7 +60,7 @@ CONFIGS: dict[str, dict[str, Config]] = {
         "half": Config(Tile(128, 128, 64, 8, 2), Tile(128, 128, 64, 8, 2), Tile(128, 128, 64, 8, 2)),
         "ieee": Config(Tile(128, 128, 32, 8, 2), Tile(128, 128, 32, 8, 2), Tile(128, 128, 32, 8, 2)),
     },
-    # Small, so that few rows reach every edge.
+    # Small tiles: few rows reach every edge.
     "interpreter": {
         "half": Config(Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1)),
         "ieee": Config(Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1)),
@@ -102,7 +102,7 @@ DISTILLATION_CONFIGS: dict[str, dict[str, DistillationConfig]] = {
 }
 
 
-# An op with an epilogue of its own takes one tile for all its kernels over pairs: this one where forward's would spill.
+# An op with an epilogue of its own takes one tile for all its kernels over pairs: forward's, or this where that spills.
 _OWN_TILES: dict[str, dict[tuple[str, str], Tile]] = {
     "siglip": {
         ("sm_80", "ieee"): Tile(64, 64, 16, 8, 2),

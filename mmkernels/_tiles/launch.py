@@ -11,7 +11,7 @@ from mmkernels._tiles.triton import Tile, round_up
 # logit minus itself would not be zero, and a loss near zero at a large scale would be noise. Dots stay fused.
 NO_FUSION = {"enable_fp_fusion": False}
 MERGE_STEP = 16  # depth of a step of the kernels without a dot product
-MERGE_BLOCK = 128  # and the entries of one of their programs
+MERGE_BLOCK = 128  # entries that one of their programs takes
 MAX_PARTIALS = 32  # partial results of a row or a column
 
 

@@ -129,7 +129,7 @@ def beam_search(
                                        max_length=20)
         result.sequences[:, 0]                      # [B, L], the best of each item, padded
 
-    The first step runs on one row an item, [B], all others on [B K]: after each step the state's rows are gathered by
+    The first step runs on one row per item, [B], every other on [B K]: after each step the state's rows are gathered by
     the parents of the beams. What is the same for all beams of an item (an encoder's output) does not belong into the
     state: let `step` hold it, [B, ...], and view its rows as [B, K] (or [B, 1]).
 
@@ -145,12 +145,12 @@ def beam_search(
         pad_token_id: what follows a hypothesis in `sequences`; default: the first EOS (0 where there is none).
         length_penalty: alpha; a hypothesis of n tokens scores sum of log-probabilities / penalty(n).
         length_penalty_kind: "power", n ** alpha, or "wu", ((5 + n) / 6) ** alpha.
-        early_stopping: of preset "hf". True: an item is done with K hypotheses. False: when the best running beam, if
+        early_stopping: for preset "hf". True: an item is done with K hypotheses. False: when the best running beam, if
             it ended at this length, would not beat the worst of K hypotheses. "never": the same at length T if alpha
             > 0.
         patience: with early_stopping=True and in the other presets: done with round(K * patience) hypotheses.
         num_return_sequences: R <= K, hypotheses returned for an item.
-        preset: whose rules: Hugging Face transformers 5, fairseq, or CTranslate2 (docs/beam_search.md).
+        preset: the rules to follow: Hugging Face transformers 5, fairseq, or CTranslate2 (docs/beam_search.md).
         renormalize: True normalises again after tokens are forbidden; default: for "ctranslate2" alone.
         forced_eos_token_id: the only token at position T ("fairseq" forces the first EOS anyway).
         no_repeat_ngram_size: n; no n tokens in a row occur twice in a hypothesis (prompt included). 0: no limit.
@@ -161,13 +161,15 @@ def beam_search(
         prefix: [B, P], int64, tokens that every hypothesis of an item starts with; entries below 0 force nothing.
         prompt: [B, P], int64, the tokens so far, BOS included, that count for repetitions, n-grams, bad words and
             `allowed_tokens`, not for lengths; default: BOS alone. "ctranslate2" counts what it generates alone.
-        num_groups: G groups of K / G beams; each keeps its own hypotheses, and a later group pays
-        diversity_penalty: for each time that a group before it chose the token in this step (Hamming diversity).
+        num_groups: G groups of K / G beams; each keeps its own hypotheses.
+        diversity_penalty: what a token costs a later group for each earlier group that chose it in this step (Hamming
+            diversity).
         log_prob_processor: (tokens so far [rows, n], log-probabilities [rows, V]) -> log-probabilities, last of all.
         reorder: (state, rows [B K]) -> state, in place of the gather, for a state that is no pytree of tensors.
-        steps_between_checks: on a GPU the host asks so seldom whether all items are done.
-        device: of the search where `bos_token_id` is an int; default: that of the first tensor in `state`, or the CPU.
-        impl: of the step; "auto" picks the best implementation that can run; a name runs that one or raises.
+        steps_between_checks: on a GPU the host asks once in so many steps whether all items are done.
+        device: where the search runs if `bos_token_id` is an int; default: that of the first tensor in `state`, or the
+            CPU.
+        impl: for the step; "auto" picks the best implementation that can run; a name runs that one or raises.
 
     Returns:
         BeamSearchResult: sequences, scores, per-token scores, a certificate and faults by item.

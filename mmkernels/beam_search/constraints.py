@@ -28,7 +28,7 @@ def _marked(tokens: Tensor, vocabulary: int) -> Tensor:
 
 
 def completed_words(history: Tensor, words: Sequence[Tensor], vocabulary: int) -> Tensor | None:
-    """Last tokens of words of several tokens whose beginning stands last in the history: [rows, V]."""
+    """The last tokens of the multi-token words whose beginning ends the history: [rows, V]."""
     marks: Tensor | None = None
     for word in words:
         begun = len(word) - 1
@@ -41,7 +41,7 @@ def completed_words(history: Tensor, words: Sequence[Tensor], vocabulary: int) -
 
 
 def outside(allowed: Callable[[int, Tensor], Sequence[int]], history: Tensor, beams: int, vocabulary: int) -> Tensor:
-    """Tokens that the function does not allow: [rows, V]; rows are `beams` an item."""
+    """Tokens that the function does not allow: [rows, V]; `beams` rows per item."""
     marks = torch.ones(history.shape[0], vocabulary, dtype=torch.bool)
     for row, tokens in enumerate(history):
         chosen = allowed(row // beams, tokens)

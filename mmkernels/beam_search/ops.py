@@ -53,7 +53,7 @@ def _advance_fake(*arguments: Tensor | int | bool) -> tuple[Tensor, Tensor, Tens
 
 
 _step = register("beam_search_step_{}", _STEP, _step_fake, __package__, ("cpu", "triton", "cuda"))
-# Without a Triton form: the reference advances instead, and waits for no device either.
+# `advance` has no Triton form: the reference runs instead, and waits for no device either.
 _advance = register("beam_search_advance_{}", _ADVANCE, _advance_fake, __package__, ("cpu", "cuda"))
 
 

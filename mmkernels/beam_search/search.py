@@ -130,7 +130,7 @@ class _Search:
         self.least_vocabulary = max((0, *o.eos)) + 1
         self.target = round(self.k * o.patience)
         self.cuts = o.preset != "fairseq"  # what runs at max_length becomes a hypothesis
-        # On the device once: a copy in a step would wait for it.
+        # These move to the device once: a copy in a step would wait for it.
         self.words = [torch.tensor(word, device=device) for word in o.bad_words if len(word) > 1]
         single = [word[0] for word in o.bad_words if len(word) == 1]
         self.single = torch.tensor(single, dtype=torch.int64, device=device)

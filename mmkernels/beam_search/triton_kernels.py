@@ -51,7 +51,7 @@ TILES = {
     "sm_90": Tile(2048, 16, 4, 4),
     "sm_100": Tile(2048, 16, 4, 4),
     "gfx942": Tile(2048, 16, 4, 4),
-    # Small, so that small inputs have parts and steps, too.
+    # A small tile: small inputs have several parts and steps, too.
     "interpreter": Tile(256, 8, 4, 8),
 }
 # Bytes of logits between one read of them and the next: less than the L2 of any GPU named.
@@ -256,7 +256,7 @@ def merge_kernel(
     BEAMS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Program (item): of all parts' next candidates the best is taken C times."""
+    """Program (item): takes the best of all parts' next candidates, C times."""
     item = tl.program_id(0).to(tl.int64)
     beam = tl.arange(0, BEAMS)[:, None]
     row = item * beams + beam

@@ -57,7 +57,7 @@ def distillation(
         teacher_scale: inverse temperature of the teacher; a float or a tensor of one element.
         symmetric: average with the cross-entropies of the columns; all of them count, so this needs N = M. False keeps
             the rows alone.
-        weights: [N], floating-point, of each query's loss: "mean" divides by their sum, "sum" and "none" multiply.
+        weights: [N], floating-point, one for each query's loss: "mean" divides by their sum, "sum" and "none" multiply.
         reduction: "mean" or "sum" over the N queries, or "none" for one loss per query, [N].
         impl: "auto" picks the best implementation that can run; a name runs that one or raises.
 
@@ -73,7 +73,7 @@ def distillation(
     gradient is itself not differentiable (impl="reference" is). Results are the same bits from run to run. NaN in, NaN
     out. Under autocast the features are cast to its dtype; sums and statistics stay float32.
 
-    Source: Hinton et al. 2015 (arXiv:1503.02531); of contrastive logits: open_clip's DistillClipLoss.
+    Source: Hinton et al. 2015 (arXiv:1503.02531); for contrastive logits: open_clip's DistillClipLoss.
     """
     check_reduction(reduction)
     losses, _ = distillation_losses(

@@ -36,7 +36,7 @@ from mmkernels._tiles.launch import MERGE_BLOCK, NO_FUSION, aligned, launch_opti
 from mmkernels._tiles.products import fp16_unit, products_of_both
 from mmkernels._tiles.triton import LN2, LOG2E, LOWEST, Tile, on_device
 
-_SUMS = 5  # of a row or a column: m, z, n, y, a
+_SUMS = 5  # the sums of a row or a column: m, z, n, y, a
 
 
 @triton.jit
@@ -171,7 +171,7 @@ def distillation_forward_kernel(
                 BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
             )  # fmt: skip
             first = row_start == first_row
-            # Half a tile at a time, so that the first half need not share the registers with the second.
+            # The halves of a tile go one after the other, so that they need not share the registers.
             HALF: tl.constexpr = BLOCK_N // 2
             s_left, s_right = halves(scale2 * student)
             t_left, t_right = halves(teacher_scale2 * teacher)
@@ -350,9 +350,9 @@ class _Logits(NamedTuple):
     col_lse: Tensor  # [2, M]
     teacher_row_lse: Tensor  # [2, N]
     teacher_col_lse: Tensor  # [2, M]
-    weights: Tensor  # [N], of the student's softmax over row i, and over column i
-    teacher_weights: Tensor  # [N], of the teacher's
-    match_weights: Tensor  # [N], of the logit of query i and key i
+    weights: Tensor  # [N], multiply the student's softmaxes over row i and column i
+    teacher_weights: Tensor  # [N], multiply the teacher's
+    match_weights: Tensor  # [N], multiply the indicator of query i and key i
     symmetric: bool
     tile: Tile
     precision: str

@@ -72,7 +72,7 @@ def info_nce(
             if it requires one; if not, none is computed.
         query_queue: [R, D], further queries that are negatives alone, for the matched keys: each key is compared with
             [queries; query_queue] as each query is with [keys; key_queue]. No queue is compared with the other.
-        weights: [N], floating-point, of each query's loss: "mean" divides by their sum, "sum" and "none" multiply.
+        weights: [N], floating-point, one for each query's loss: "mean" divides by their sum, "sum" and "none" multiply.
         reduction: "mean" or "sum" over the N queries, or "none" for one loss per query, [N].
         process_group: features of other ranks as further negatives; not implemented yet.
         impl: "auto" picks the best implementation that can run; a name runs that one or raises.

@@ -92,8 +92,8 @@ def _layer_forward(layer: Any, x: Tensor) -> Tensor:
 def _patched_class(layer_class: Any) -> type:
     """A subclass of a TimesformerLayer class that runs on the op.
 
-    Under its own name: placement rules name layers by their class. transformers wraps the `forward` of every subclass
-    for gradient checkpointing by itself.
+    The class keeps its name: placement rules name layers by their class. transformers wraps the `forward` of every
+    subclass for gradient checkpointing by itself.
     """
 
     def forward(self: Any, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, ...]:
@@ -217,9 +217,9 @@ def beam_search(
         model.generate(**inputs, num_beams=5)
         model.generate(**inputs, num_beams=5, custom_generate=beam_search)      # the same hypotheses
 
-    For decoder-only and encoder-decoder models whose cache can be reordered, VisionEncoderDecoderModel among them. The
-    prompt runs once an item, not once a beam. All options of `generate` that act through logits processors work, and
-    so do `early_stopping`, `length_penalty`, `num_return_sequences`, several EOS ids and `return_dict_in_generate`:
+    It serves decoder-only and encoder-decoder models whose cache can be reordered, such as VisionEncoderDecoderModel.
+    The prompt runs once per item, not once per beam. All options of `generate` that act through logits processors work,
+    and so do `early_stopping`, `length_penalty`, `num_return_sequences`, several EOS ids and `return_dict_in_generate`:
     its `sequences`, `sequences_scores` and `beam_indices` are filled, asked for or not; its `scores`, the [B K, V] of
     every step that `output_scores` asks for, are never kept. A `pad_token_id` of 0 is honoured, which transformers 5.23
     takes for none. Items with NaN logits are named in a warning.
@@ -269,7 +269,7 @@ def beam_search(
 
     def reorder(state: Any, index: Tensor) -> Any:
         ids, kwargs = state
-        if len(ids) != len(index):  # from one row an item to one a beam
+        if len(ids) != len(index):  # from one row per item to one per beam
             kwargs = {
                 name: value if name == "past_key_values" else _rows(value, index, B) for name, value in kwargs.items()
             }
@@ -282,7 +282,7 @@ def beam_search(
         return ids[index], kwargs
 
     def process(history: Tensor, log_probs: Tensor) -> Tensor:
-        if len(log_probs) == B:  # processors count on one row a beam
+        if len(log_probs) == B:  # processors expect one row per beam
             return logits_processor(history.repeat_interleave(K, 0), log_probs.repeat_interleave(K, 0))[first]
         return logits_processor(history, log_probs)
 

@@ -25,8 +25,8 @@ from mmkernels._tiles.launch import aligned, launch_options
 from mmkernels._tiles.products import fp16_unit, strip_products
 from mmkernels._tiles.triton import LOG2E, on_device, round_up
 
-_PROGRAMS = 1024  # that the tiles of a launch are spread over, if there are as many
-_TILES = 4  # that a program takes at most: longer sums in float32 would lose digits
+_PROGRAMS = 1024  # of a launch, if it has as many tiles
+_TILES = 4  # of a program at most: longer sums in float32 would lose digits
 _PARTIAL_BYTES = 16 << 20  # sums of programs that are held at once
 
 # The sums of a program over its tiles, one value per row each.
@@ -111,7 +111,7 @@ def pairs_kernel(
             x, y, rows, col_start + tl.arange(0, BLOCK_N),
             num_x, num_y, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
-        # A quarter of a tile at a time, so that it need not share the registers with the others.
+        # The quarters of a tile go one after the other, so that they need not share the registers.
         left, right = halves(tile)
         for quarter in tl.static_range(4):
             if quarter % 2 == 0:
@@ -177,7 +177,7 @@ def siglip_gradients(
         if with_losses and of_rows is not None:
             losses = of_rows[0].clone()
         if sums and of_all is not None:
-            # Numbers that may cancel: in float64.
+            # These numbers may cancel, so float64 adds them.
             total = of_all.sum(1, dtype=torch.float64) * (1.0 if unit is None else unit)
             grad_bias = total[1].float() if of_bias else grad_bias
             grad_scale = total[2].float() if of_scale else grad_scale

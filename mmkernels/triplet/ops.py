@@ -65,9 +65,9 @@ def _finished(ctx: Any, grads: tuple[Tensor, ...], *sources: Tensor) -> tuple[Te
 
 
 class _SumOverAll(torch.autograd.Function):
-    """The sum of the losses of all rows: their gradients up to one number, and so all in one pass.
+    """The sum of all rows' losses. Their gradients are known up to one number, so one pass computes all.
 
-    They wait in float32: their product with the upstream gradient is rounded once, whatever its size.
+    The gradients wait in float32: their product with the upstream gradient is rounded once, whatever its size.
     """
 
     @staticmethod

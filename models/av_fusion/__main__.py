@@ -54,7 +54,7 @@ def train(
     lr: RateOption = None,
     smoothing: SmoothingOption = 0.0,
 ) -> None:
-    """Train a model; the same command goes on where a killed run stopped."""
+    """Train a model; run the same command again to resume."""
     train_run(
         replace(PRESETS[preset], fusion=fusion),
         replace(data, noise=noise, seed=schedule.seed),
@@ -104,7 +104,7 @@ def predict(
     for name, path in (("image", image), ("audio", audio)):
         if config.modalities == (name,) and path is None:
             raise ValueError(f"this model reads the modality {name} alone: give --{name}")
-    # What is absent is blank, and the model is told not to look at it.
+    # An absent modality is blank, and the model is told not to look at it.
     pixels = torch.zeros(config.channels, config.image_size, config.image_size, dtype=torch.uint8)
     wave = torch.zeros(config.samples)
     if image is not None:

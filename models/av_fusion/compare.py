@@ -67,7 +67,7 @@ def compare_runs(
     multiplied. The product is Bayes' rule: image and sound of a class, and their noises, are independent here.
     """
     bad = bad if bad is not None else BadDataLog()
-    train = replace(train, precision=pick_precision(train.precision))  # which a finished run is known by
+    train = replace(train, precision=pick_precision(train.precision))  # they tell a finished run
     splits = load_data(data, model, bad)
     announce(splits.notes, bad)
     name, test_data = next(iter(pick_sets(splits, validation).items()))

@@ -51,7 +51,7 @@ def train(
     patience: Annotated[int, typer.Option(min=1, help="Stop after so many without a better one.")] = 5,
     loss: Annotated[LossName, typer.Option(help="Implementation of the loss.")] = "fused",
 ) -> None:
-    """Train until CIDEr on the validation set gets no better; the same command goes on where a killed run stopped."""
+    """Train until CIDEr on the validation set gets no better; run the same command again to resume."""
     config = replace(PRESETS[preset], attention=attention)
     source = data.settle(config.image_size, schedule.seed, warn)
     train_run(

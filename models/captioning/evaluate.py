@@ -147,7 +147,7 @@ def draw(model: Captioner, vocabulary: Vocabulary, data: ImageTextSet, written: 
     right = references(data)
     scores = cider_of_each([w.text for w in written], right)
     order = torch.tensor(scores).argsort(stable=True).tolist()
-    # Many captions are exact and many have nothing right: of each a random draw, not the first of the list.
+    # Many captions are exact and many have nothing right: each kind shows a random draw, not the first of the list.
     count = min(8, len(order) // 2)
     generator = torch.Generator().manual_seed(0)
 

@@ -28,7 +28,7 @@ def _plain(text: str) -> str:
 
 
 def cider_of_each(texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """CIDEr-D of each caption; how much a word counts is taken from the references of all."""
+    """CIDEr-D of each caption; the references of all captions decide how much a word counts."""
     if len(texts) != len(references):
         raise ValueError(f"every caption needs its references: {len(texts)} captions, {len(references)} references")
     right = {i: [_plain(text) for text in own] for i, own in enumerate(references)}

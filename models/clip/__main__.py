@@ -48,7 +48,7 @@ def train(
     loss: Annotated[LossName, typer.Option(help="Implementation of the loss.")] = "fused",
     compile_model: Annotated[bool, typer.Option("--compile", help="Run the model through torch.compile.")] = False,
 ) -> None:
-    """Train a model; the same command goes on where a killed run stopped."""
+    """Train a model; run the same command again to resume."""
     train_run(
         preset,
         data.settle(PRESETS[preset].vision.image_size, schedule.seed, warn),

@@ -39,7 +39,7 @@ def clip_encoder(model: CLIP) -> Encoder:
 
 
 def class_features(encoder: Encoder, words: Mapping[str, Sequence[str]], templates: Sequence[str]) -> Tensor:
-    """One unit vector a class: the mean over all its words in all templates, [classes, E]."""
+    """One unit vector per class: the mean over all its words in all templates, [classes, E]."""
     rows = []
     for own in words.values():
         features = encoder.texts([template.format(word) for word in own for template in templates])

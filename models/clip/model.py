@@ -22,7 +22,7 @@ from models.common.layers import ConvStem, Transformer
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The image encoder: of patches, or with a convolutional stem (a width for each stage, which halves the side)."""
+    """The image encoder reads patches, or has a convolutional stem: a width for each stage, which halves the side."""
 
     image_size: int = 224
     patch_size: int = 32
@@ -166,7 +166,7 @@ class CLIP(nn.Module):
     def encode_text(self, tokens: Tensor | Sequence[Tensor], normalize: bool = True) -> Tensor:
         """tokens [B, L], or parts of a batch of lengths of their own -> [B, E].
 
-        Read at the end token, which has the highest id of all.
+        The features are read at the end token, whose id is the highest of all.
         """
         pooled = []
         for part in [tokens] if isinstance(tokens, Tensor) else tokens:

@@ -23,7 +23,7 @@ class CheckpointError(RuntimeError):
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write ``tensors`` and ``metadata`` (anything JSON holds) to ``path``.
 
-    What stood there before stays until every byte is on the disk.
+    The old file stays until every byte of the new one is on the disk.
     """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # Bytes first, then plain writes: a memory-mapped file on a full disk would end the process by a signal.

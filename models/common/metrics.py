@@ -72,8 +72,8 @@ def accuracy(predicted: Tensor, truth: Tensor, classes: int) -> Accuracy:
 class PixelBaseline:
     """What the nearest training image, by pixels (16 x 16, centred cosine), knows about captions and classes.
 
-    An image's score for a caption is its likeness to the most alike training drawing of that caption. A caption that
-    training never saw is stood in for by the training captions that share most words with it.
+    An image's score for a caption is its likeness to the most alike training drawing of that caption. The training
+    captions that share most words with a caption stand in for it where training never saw it.
     """
 
     def __init__(self, images: Tensor, concept_ids: Tensor, names: Sequence[str]) -> None:

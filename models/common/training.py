@@ -40,7 +40,7 @@ class TrainConfig:
     """How to train; a field with a description is an option of every command that trains.
 
     ``minutes`` ends the run in time whatever the machine: the learning rate then follows the share of the time that is
-    gone, where that is larger than the share of the steps. Runs that shall repeat exactly leave it at None.
+    gone, where that is larger than the share of the steps. Leave it at None for a run that must repeat exactly.
     """
 
     steps: int = field(default=1000, metadata={"help": "", "min": 1})
@@ -113,7 +113,7 @@ class Task(ABC):
         """The loss to minimise and further numbers to log."""
 
     def after_step(self, model: nn.Module) -> None:  # noqa: B027
-        """Called after each optimiser step, to clamp parameters, say."""
+        """The loop calls this after each optimiser step; a task may clamp parameters here."""
 
     def param_groups(self, model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
         """Parameter groups for AdamW: decay on matrices alone; ``lr_scale`` in a group multiplies its learning rate."""
@@ -390,7 +390,7 @@ class EarlyStopping:
     patience: int  # evaluations without a better score that end the run
 
     def start(self, trainer: Trainer) -> None:
-        """Take up the scores of a run that was resumed; those beyond its checkpoint are found again."""
+        """Read the scores of a resumed run; those beyond its checkpoint will be computed again."""
         self.rows = [row for row in read_history(trainer.run_dir, "validation.jsonl") if row["step"] <= trainer.step]
         trainer.stop = self._over()
 

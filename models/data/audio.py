@@ -11,8 +11,8 @@ from torch import Tensor
 
 from models.data.sets import BadDataError
 
-FLOOR = 1e-4  # what is 40 dB under the loudest place of a spectrogram is silence, and files hold no noise at all there
-RATE = 8000  # samples a second: a telephone's band, which holds what tells words apart
+FLOOR = 1e-4  # below the loudest place of a spectrogram: less counts as silence, where files hold no noise at all
+RATE = 8000  # samples per second: a telephone's band, which is enough to tell words apart
 
 
 def hertz_to_mel(hertz: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class LogMel:
 
 
 def resample(waves: np.ndarray, before: int, after: int) -> np.ndarray:
-    """Waves [..., n] at another rate, what it cannot hold filtered away."""
+    """Waves [..., n] at another rate; a filter takes away the frequencies that it cannot hold."""
     from scipy.signal import resample_poly
 
     if before == after:
@@ -85,7 +85,7 @@ def trim(wave: np.ndarray, floor: float = 0.01) -> np.ndarray:
 def fit_clip(wave: np.ndarray, samples: int) -> tuple[Tensor, int]:
     """A wave as int16 [samples], as loud as it can be, silence after it, and the length of its sound.
 
-    Silence around the sound is cut; of a sound that is too long the middle is kept.
+    Silence around the sound is cut; a sound that is too long keeps its middle.
     """
     sound = trim(wave)
     start = max(0, len(sound) - samples) // 2

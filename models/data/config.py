@@ -73,8 +73,8 @@ def load_data(
     """Read the data a config names.
 
     ``unseen_combinations`` is the share of the emoji's combinations of activity, gender and skin tone to hold out;
-    ``images`` is where the files lie that a captions file names, if not beside it; ``languages`` are those of the names
-    of emoji and synthetic shapes, the first for evaluation (a captions file says its own).
+    ``images`` is the folder of the files that a captions file names, if they do not lie beside it; ``languages`` are
+    those of the names of emoji and synthetic shapes, the first for evaluation (a captions file says its own).
     """
     if config.source == "emoji":
         return load_emoji(

@@ -1,8 +1,8 @@
 """Handwritten digits that move over a torus: the class is the direction and the speed, which no single frame shows.
 
 The digits are scikit-learn's (1,797 images of 8 x 8). Each clip starts at a random place, has a speed within a quarter
-of a pixel a frame of its class, digits that stand still beside the one that moves, and noise. Training, validation and
-test have different images of digits.
+of a pixel per frame of its class's, digits that stand still beside the one that moves, and noise. Training, validation
+and test have different images of digits.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from models.data.batches import generator_of
 from models.data.video import TensorVideos, VideoSplits
 
 DIRECTIONS = ("right", "down right", "down", "down left", "left", "up left", "up", "up right")
-SPEEDS = (1.0, 2.0, 3.0, 4.0)  # pixels a frame
+SPEEDS = (1.0, 2.0, 3.0, 4.0)  # pixels per frame
 CLASSES = [f"{direction}, {speed:.0f} px" for direction in DIRECTIONS for speed in SPEEDS]
 
 
 def velocities() -> Tensor:
-    """Pixels a frame to the right and downwards of every class, [classes, 2]."""
+    """How many pixels per frame a class moves to the right and downwards, [classes, 2]."""
     angles = torch.arange(len(DIRECTIONS)) * (2 * math.pi / len(DIRECTIONS))
     units = torch.stack([angles.cos(), angles.sin()], 1)
     return (units[:, None] * torch.tensor(SPEEDS)[:, None]).flatten(0, 1)

@@ -1,7 +1,7 @@
 """Kanji as they are written: KanjiVG's strokes in their order, the class is the radical.
 
 The strokes (package ``kanjivg``, by Ulrich Apel and others, CC BY-SA 3.0) were traced from human writing. A clip shows
-a kanji grow stroke by stroke, an eighth of its ink a frame. Each kanji is one clip, in one split.
+a kanji grow stroke by stroke, an eighth of its ink per frame. Each kanji is one clip, in one split.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """A user's own pairs of an image and a sound: a folder of classes, or a list of files and labels.
 
-A folder holds one folder a class, either at once or below ``train``, ``val`` (or ``validation``) and ``test``; a pair
+A folder holds one folder per class, either at once or below ``train``, ``val`` (or ``validation``) and ``test``; a pair
 is two files of one name, ``seven/12.png`` and ``seven/12.wav``. A list is a CSV (or JSON lines) with the columns
 ``image`` (or ``file``, ``path``, ...), ``audio`` (or ``sound``, ``wav``), ``label`` (or ``class``) and, if wanted,
-``split`` and ``speaker``; paths are relative to the list. If no split is named, a tenth of the pairs each, chosen by
-hash, is for validation and test; the pairs of a named speaker stay together.
+``split`` and ``speaker``; paths are relative to the list. If no split is named, validation and test take a
+tenth of the pairs each, chosen by hash; the pairs of a named speaker stay together.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def pixel_features(images: Tensor, side: int = 16) -> Tensor:
-    """Unit vectors of small centred colour images on white, [n, 3 * side * side]: what plain pixels know."""
+    """Unit vectors of small centred colour images on white, [n, 3 * side * side]."""
     x = images.float() / 255
     flat = x[:, :3] * x[:, 3:] + (1 - x[:, 3:])
     small = F.interpolate(flat, (side, side), mode="area").flatten(1)

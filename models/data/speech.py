@@ -46,7 +46,7 @@ class Espeak:
         """The samples, int16 [n], at ``rate``; pitch goes from 0 to 100."""
         self.parts.clear()
         self.library.espeak_ng_SetRandSeed(ctypes.c_long(0))  # some voices breathe at random
-        # An accent it does not know it refuses; for a voice it would take another without a word.
+        # The library refuses an accent that it does not know, but silently replaces an unknown voice by another.
         if voice not in self.voices or self.library.espeak_SetVoiceByName(f"{accent}+{voice}".encode()):
             raise ValueError(f"espeak-ng has no voice {voice!r} of {accent!r}")
         self.library.espeak_SetParameter(_RATE, words_a_minute, 0)

@@ -71,7 +71,7 @@ def mnist(cache_dir: Path) -> tuple[Tensor, Tensor]:
 def spoken_words(samples: int, cache_dir: Path, *, voices: int | None = None) -> tuple[Tensor, Tensor, list[str]]:
     """Clips int16 [n, samples] with their lengths, and the voices: ``TAKES`` of each word, word after word, by each.
 
-    Spoken once, then kept under ``cache_dir``. ``voices`` limits them to the first so many.
+    The voices speak once; the clips are then kept under ``cache_dir``. ``voices`` limits them to the first so many.
     """
     limit = "" if voices is None else f"-{voices}"
     path = cache_dir / f"spoken-digits-{_version('espeakng-loader')}-{TAKES}x{samples}{limit}.safetensors"
@@ -120,7 +120,7 @@ def load_spoken_digits(size: int, samples: int, cache_dir: Path) -> PairSplits:
     """3,500 images for training, 500 for validation, 1,000 for test, with the voices of each set."""
     images, labels = mnist(cache_dir)
     if size != images.shape[-1]:
-        raise ValueError(f"--data digits has images of {images.shape[-1]} pixels a side, and the model reads {size}")
+        raise ValueError(f"--data digits has images of {images.shape[-1]} pixels per side, and the model reads {size}")
     order = torch.randperm(len(images), generator=generator_of(0, 30))
     rows = dict(zip(SETS, order.split([3500, 500, 1000]), strict=True))
     clips, lengths, voices = spoken_words(samples, cache_dir)

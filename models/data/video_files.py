@@ -1,9 +1,9 @@
 """A user's own video files: a folder of classes, as Kinetics is laid out, or a list of files and labels.
 
-A folder holds one folder a class, either at once or below ``train``, ``val`` (or ``validation``) and ``test``. A list
+A folder holds one folder per class, either at once or below ``train``, ``val`` (or ``validation``) and ``test``. A list
 is a CSV with the columns ``path`` (or ``video``, ``file``, ...), ``label`` (or ``class``) and, if wanted, ``split``;
 or, as Kinetics lists without a header, lines of ``path label`` or ``path,label``. Paths are relative to the list.
-If no split is named, a tenth of the files each, chosen by hash, is for validation and test.
+If no split is named, validation and test take a tenth of the files each, chosen by hash.
 
 Frames are decoded by PyAV, whose wheel brings FFmpeg with it. A file is opened when a clip of it is asked for.
 """
@@ -269,7 +269,7 @@ def load_video_files(
     train, validation, test = (collect(split) for split in ("train", "validation", "test"))
     if train is None:
         raise BadDataError(f"{source}: no video is for training")
-    # Kinetics has labels for its validation videos alone: they are what is reported there.
+    # Kinetics has labels for its validation videos alone, so these are the test set.
     tests: dict[str, VideoSet] = (
         {"test": test} if test is not None else {"validation": validation} if validation is not None else {}
     )

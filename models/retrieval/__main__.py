@@ -53,7 +53,7 @@ def train(
     evaluate_every: EveryOption = 100,
     patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many without a better one.")] = None,
 ) -> None:
-    """Train a model; the same command goes on where a killed run stopped."""
+    """Train a model; run the same command again to resume."""
     config = replace(PRESETS[preset], text=text, centred=centred)
     train_run(
         config,
@@ -144,7 +144,7 @@ def compare(
 ) -> None:
     """Triplet with each mining, InfoNCE and SigLIP: the same encoders, batches, steps and seed.
 
-    The same command goes on where it was stopped; a finished run is not repeated. Where the data has a validation set
+    Run the same command again to resume; a finished run is not repeated. Where the data has a validation set
     the weights of each run are those that did best on it.
     """
     config = replace(PRESETS[preset], text=text)

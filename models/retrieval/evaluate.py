@@ -84,7 +84,7 @@ def keyword_queries(gallery: ImageTextSet) -> dict[str, dict[str, list[int]]]:
 
 
 def search_precision(encoder: Encoder, gallery: ImageTextSet) -> dict[str, Any]:
-    """How many of the first images that a search by keywords finds have these: of the first, of the first TOP."""
+    """Shares of the images found that have all keywords of a search: of the first image, and of the first TOP."""
     report = {}
     for name, queries in keyword_queries(gallery).items():
         if not queries:

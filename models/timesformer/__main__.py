@@ -66,7 +66,7 @@ def train(
     smoothing: Annotated[float, typer.Option(min=0, max=1, help="Label smoothing.")] = 0.0,
     compile_model: Annotated[bool, typer.Option("--compile", help="Run the model through torch.compile.")] = False,
 ) -> None:
-    """Train a model; the same command goes on where a killed run stopped."""
+    """Train a model; run the same command again to resume."""
     model = replace(PRESETS[preset], attention=attention)
     if frames is not None:
         model = replace(model, num_frames=frames)

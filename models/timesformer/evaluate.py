@@ -25,7 +25,7 @@ from models.data.video import TensorVideos, VideoSet, VideoSplits, crops, prepar
 from models.timesformer.model import TimeSformer
 from models.timesformer.plots import draw_rollout
 
-# What is done to the frames of a clip before the model sees them.
+# How the frames of a clip change before the model sees them.
 Frames = Literal["in order", "shuffled", "one alone"]
 
 
@@ -143,7 +143,7 @@ def drawn(data: VideoSet, most: int = 4096) -> TensorVideos | None:
 def linear_baselines(train: TensorVideos, test: TensorVideos) -> dict[str, float]:
     """Top-1 of a logistic regression on the pixels of all frames, of the same with the test's frames shuffled, and of
     one on the middle frame alone; principal components come before each."""
-    # scikit-learn is for the baselines alone.
+    # Only the baselines need scikit-learn.
     from sklearn.decomposition import PCA
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -166,8 +166,8 @@ def linear_baselines(train: TensorVideos, test: TensorVideos) -> dict[str, float
 
 
 def phase_correlation(videos: Tensor, velocities: Tensor) -> Tensor:
-    """The class of clips [n, T, 1, S, S] on a torus by the shift between neighbouring frames: what is at hand without
-    learning. What stands still is taken away first."""
+    """The class of clips [n, T, 1, S, S] on a torus by the shift between neighbouring frames: a baseline that needs no
+    learning. It first takes away what stands still."""
     x = videos[:, :, 0].double()
     x = x - x.mean(1, keepdim=True)
     spectrum = torch.fft.fft2(x)

@@ -178,7 +178,7 @@ def cross_entropy_backward(
         if groups is not None:
             row_shares = weights * (1 - label_smoothing) / groups.of_query
             if symmetric:
-                # A key that is not matched may be of no query's group: 0 / 1 of it.
+                # An unmatched key may belong to no query's group: its share is then 0 / 1.
                 grouped = len(groups.keys)
                 col_shares = col_weights[:grouped] * (1 - label_smoothing) / groups.of_key.clamp(min=1)
                 col_shares = F.pad(col_shares, (0, M - grouped))
@@ -207,8 +207,8 @@ class _Logits(NamedTuple):
     col_lse: Tensor  # [2, M]
     row_weights: Tensor  # [N], the gradient of the cross-entropy of each row
     col_weights: Tensor  # [M], of each column
-    row_shares: Tensor  # [N], of groups: what each positive of a row subtracts
-    col_shares: Tensor  # [M], of a column
+    row_shares: Tensor  # [N], with groups: what each positive of a row subtracts
+    col_shares: Tensor  # [M], what each positive of a column subtracts
     config: Config
     precision: str
 

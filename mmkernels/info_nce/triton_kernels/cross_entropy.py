@@ -70,7 +70,7 @@ def _add_half(
     s, bias, m, z, p, rows, target, key_groups, positives, col_out, col_plane, col_start, N, M, num_grouped, first,
     SYMMETRIC: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """_add_to_statistics; in two steps with GROUPS, whose sums take more registers."""
+    """Run _add_to_statistics; with GROUPS in two steps, because the sums of groups take more registers."""
     if GROUPS:
         STEP: tl.constexpr = WIDTH // 2
         left, right = halves(s)
@@ -140,7 +140,7 @@ def forward_kernel(
                 N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
             )  # fmt: skip
             first = row_start == first_row
-            # Half a tile at a time, so that the first half need not share the registers with the second.
+            # The halves of a tile go one after the other, so that they need not share the registers.
             HALF: tl.constexpr = BLOCK_N // 2
             left, right = halves(scale2 * tile)
             m, z, p = _add_half(

@@ -204,7 +204,7 @@ def triplet_worst_gradients(
 def _sparse_product(
     rows: Tensor, columns: Tensor, values: Tensor, there: Tensor, num_rows: int, x: Tensor
 ) -> Tensor:  # [num_rows, D]
-    """The product with x of a matrix given by entries, those that are there; of a row they add in their order."""
+    """The product of a sparse matrix with x, from the entries that are there; a row's entries add in their order."""
     if x.stride(1) != 1:
         x = x.contiguous()
     rows, order = torch.where(there, rows, num_rows).sort(stable=True)

@@ -84,7 +84,7 @@ def _add_quarter(
     col_sums, col_counts, col_start, N, M, first_row, height, width, margin, anew,
     SYMMETRIC: tl.constexpr, GRADIENT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """_add_hinges for one half after the other."""
+    """Run _add_hinges on one half after the other."""
     HALF: tl.constexpr = WIDTH // 2
     left, right = halves(s)
     row_sum, row_count = _add_hinges(
@@ -145,7 +145,7 @@ def hinges_kernel(
                 queries, keys, rows, col_start + tl.arange(0, BLOCK_N),
                 N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
             )  # fmt: skip
-            # An eighth of a tile at a time, so that it need not share the registers with the next.
+            # The eighths of a tile go one after the other, so that they need not share the registers.
             QUARTER: tl.constexpr = BLOCK_N // 4
             left, right = halves(tile)
             first_quarter, second_quarter = halves(left)
@@ -303,7 +303,7 @@ def worst_kernel(
                 N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
             )  # fmt: skip
             anew = row_start == first_row
-            # Half a tile at a time, so that the first half need not share the registers with the second.
+            # The halves of a tile go one after the other, so that they need not share the registers.
             HALF: tl.constexpr = BLOCK_N // 2
             left, right = halves(tile)
             best, index = _add_worst(
@@ -320,7 +320,7 @@ def worst_kernel(
 
 @triton.jit
 def _merged_hinge(all_best, all_index, count, length, rows, ok, positive, margin, BLOCK: tl.constexpr):
-    """The hinge of the worst negative over `count` parts, the first of equals; and where it is, -1 if it is 0."""
+    """The hinge of the worst negative over `count` parts, the first of equals; and its place, -1 for a hinge of 0."""
     best = tl.full((BLOCK,), -_INFINITY, tl.float32)
     index = tl.zeros((BLOCK,), tl.int32)
     for part in range(count):

@@ -73,7 +73,7 @@ def catalogue() -> tuple[Emoji, ...]:
             Emoji(
                 code=code_of(item.character),
                 name=name,
-                # A keyword of letters only: smileys written in punctuation are no words.
+                # Only keywords of letters count: smileys written in punctuation are no words.
                 keywords=tuple(k for k in clean if k != name and re.fullmatch(r"[a-z][a-z '&-]+", k)),
                 category=category[item.category],
                 subcategory=item.subcategory,

@@ -120,7 +120,7 @@ def load_emoji(config: EmojiConfig, bad: BadDataLog | None = None) -> Splits:
     names = [config.test_style, *([config.validation_style] if config.validation_style else []), *config.train_styles]
     drawings = {name: load_style(name, config.size, config.cache_dir, bad) for name in names}
 
-    # A drawing that occurs twice can be told by no one: the first emoji that has it keeps it. The test style goes
+    # No one can tell apart two emoji with one drawing: the first emoji that has it keeps it. The test style goes
     # first, so that a drawing it shares with a training style is dropped from training.
     seen: set[bytes] = set()
     for name in names:

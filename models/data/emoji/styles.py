@@ -1,6 +1,6 @@
 """Drawing styles: where the drawings of an emoji come from, and how they become images.
 
-Drawings come from packages installed by pip, and, for the long run, from icon sets that npm serves.
+Drawings come from packages that pip installs and, for the long run, from icon sets that npm serves.
 """
 
 from __future__ import annotations

@@ -302,7 +302,7 @@ def test_spoken_digits_are_cached_and_split(tmp_path: Path, monkeypatch: pytest.
     clips, lengths, names = speak(6144, tmp_path, voices=8)
     assert (len(clips), len(lengths), len(names)) == (8 * 10 * TAKES, 8 * 10 * TAKES, 8)
     assert path.stat().st_size == len(whole)
-    with pytest.raises(ValueError, match="has images of 28 pixels a side, and the model reads 16"):
+    with pytest.raises(ValueError, match="has images of 28 pixels per side, and the model reads 16"):
         load_spoken_digits(16, 6144, tmp_path)
 
 
