@@ -116,21 +116,27 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 
 
+# IEEE float32 on NVIDIA has no matrix units: ptxas keeps up to 22 values of a thread in local memory so that one more
+# block fits on the multiprocessor, in forms that change with its version. A tile that is too large spills hundreds.
+_IEEE_SPILL = 4 * 24  # bytes of a thread
+
+
 def faults(case: Case, compiled: Compiled | str) -> list[str]:
     """What is wrong with the compiled form; nothing, if it may ship."""
     if isinstance(compiled, str):
         return [compiled]
     gpu = GPUS[case.gpu]
     found = []
-    if compiled.spilled and not case.may_spill:
+    # NVIDIA's matrix units have no IEEE float32.
+    has_units = case.has_dot and not (case.precision == "ieee" and gpu.target.backend == "cuda")
+    tolerated = _IEEE_SPILL if case.has_dot and not has_units else 0
+    if compiled.spilled > tolerated and not case.may_spill:
         found.append(f"{compiled.spilled} bytes of local memory a thread: it spills")
     limit = 99 << 10 if case.gpu == "sm_80" else gpu.shared_limit  # chips 8.6, 8.9 and 12.0 run this one, too
     if compiled.shared > limit:
         found.append(f"{compiled.shared} bytes of shared memory, the limit is {limit}")
     if compiled.blocks < 1:
         found.append("no block fits on a multiprocessor")
-    # NVIDIA's matrix units have no IEEE float32.
-    has_units = case.has_dot and not (case.precision == "ieee" and gpu.target.backend == "cuda")
     if has_units and not compiled.matrix_instructions:
         found.append(f"no instruction of the matrix units ({_matrix(case)})")
     if compiled.tf32_instructions and case.precision != "tf32x3":

@@ -43,7 +43,7 @@ _STRIP_BYTES = 64 << 20
 TOPK: dict[str, dict[str, Tile]] = {
     "sm_80": {"half": Tile(64, 64, 32, 8, 3), "ieee": Tile(64, 64, 16, 8, 2)},
     "sm_90": {"half": Tile(64, 128, 64, 8, 3), "ieee": Tile(64, 64, 16, 8, 1)},
-    "sm_100": {"half": Tile(64, 128, 64, 8, 3), "ieee": Tile(32, 32, 16, 4, 2)},
+    "sm_100": {"half": Tile(64, 128, 64, 8, 3), "ieee": Tile(64, 32, 16, 8, 2)},
     "gfx942": {"half": Tile(64, 128, 64, 8, 2), "ieee": Tile(64, 64, 32, 8, 2)},
     # Small, so that few rows reach every edge.
     "interpreter": {"half": Tile(32, 32, 32, 4, 1), "ieee": Tile(32, 32, 32, 4, 1)},

@@ -1,0 +1,35 @@
+"""Which compiled forms may ship."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks import gpu_bounds
+from benchmarks.harness.gpu_forms import Case, Compiled
+
+
+def a_case(gpu: str, precision: str, has_dot: bool = True) -> Case:
+    return Case("info_nce", "forward_kernel", gpu, precision, "fp32", (("BLOCK_M", 64),), 8, 2, has_dot=has_dot)
+
+
+def compiled(spilled: int) -> Compiled:
+    return Compiled(
+        registers=128, spilled=spilled, shared=1 << 14, tensor_memory=0, matrix_instructions=1, tf32_instructions=0,
+        blocks=2, occupancy=0.25,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "most"),
+    [
+        (a_case("sm_90", "half"), 0),
+        (a_case("sm_90", "tf32x3"), 0),
+        (a_case("sm_90", "ieee"), 96),
+        (a_case("sm_90", "ieee", has_dot=False), 0),
+        (a_case("gfx942", "ieee"), 0),  # its matrix cores multiply float32
+    ],
+)
+def test_how_much_a_form_may_spill(case, most):
+    """Only products without matrix units may, and little."""
+    assert not gpu_bounds.faults(case, compiled(most))
+    assert "spills" in gpu_bounds.faults(case, compiled(most + 4))[0]
