@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mmkernels
-from mmkernels.integrations.transformers import drop_frames, drop_positions
+from mmkernels.divided_attention import drop_frames, drop_positions
 from models.common.layers import MLP, ConvStem
 
 AttentionType = Literal["divided", "joint", "space"]

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from mmkernels.integrations.transformers import drop_frames, patch_timesformer
+from mmkernels.integrations.transformers import patch_timesformer
 from mmkernels.testing import assert_within_budget
 
 transformers = pytest.importorskip("transformers")
@@ -83,22 +83,6 @@ def test_other_lengths_and_sizes(frames, side):
     # The original takes them once the config says so: it reads both at each call.
     model.config.num_frames, model.config.image_size = frames, side
     compare(model, videos(frames, side))
-
-
-def test_a_frame_dropped_is_a_residual_of_zero():
-    """drop_frames against the reference's own order: drop each frame's output, then average the class token."""
-    torch.manual_seed(0)
-    B, T, N, C, p = 8, 4, 6, 8, 0.7
-    per_frame = torch.randn(B, T, 1 + N, C, dtype=torch.float64)  # the class token first
-    torch.manual_seed(3)
-    kept, weights = drop_frames(torch.empty(B, 1 + N * T, C, dtype=torch.float64), T, p)
-    assert kept.sum(1).min() == 0, "the draw has a clip without any frame"
-    dropped = per_frame * (kept / (1 - p))[:, :, None, None]
-    expected = torch.cat([dropped[:, :, 0].mean(1, keepdim=True), dropped[:, :, 1:].transpose(1, 2).flatten(1, 2)], 1)
-    masked = per_frame * kept[:, :, None, None]
-    mean_of_kept = masked[:, :, 0].sum(1, keepdim=True) / kept.sum(1).clamp(min=1)[:, None, None]
-    given = torch.cat([mean_of_kept, masked[:, :, 1:].transpose(1, 2).flatten(1, 2)], 1)
-    torch.testing.assert_close(given * weights, expected)
 
 
 def test_wrong_number_of_frames_is_refused_and_the_remedy_works():
