@@ -145,8 +145,8 @@ def faults(case: Case, compiled: Compiled | str) -> list[str]:
 
 
 def heaviest(chosen: list[Case]) -> list[Case]:
-    """Those that no other of the forms outdoes: one that differs in nothing but constants that add to the kernel, and
-    takes more registers and memory for them."""
+    """The forms that no other outdoes. A form outdoes another if they differ only in the constants that add to a kernel
+    (GROWING) and its own are all as large: it then takes more registers and memory."""
     rivals: dict[Case, list[dict[str, Any]]] = {}
 
     def split(case: Case) -> tuple[Case, dict[str, Any]]:

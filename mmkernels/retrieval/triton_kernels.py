@@ -89,7 +89,7 @@ def ranks_kernel(
         tile = similarities(
             queries, keys, rows, cols, N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
-        # Higher or NaN; or equal and before the target.
+        # These come before the target: higher scores, NaN, and equal scores at a lower index.
         before = (tile <= positive[:, None]) == 0
         before = before | ((tile == positive[:, None]) & (cols[None, :] < target[:, None]))
         count += tl.sum((before & (cols < M)[None, :]).to(tl.int32), 1)
