@@ -81,8 +81,9 @@ train-retrieval: env ## Train the retrieval model on emoji in four languages, ev
 train-av-fusion: env ## Train and compare audio-visual fusions and both modalities alone, five seeds each (resumable)
 	$(PY) -m models.av_fusion compare --out runs/av-fusion --seeds 5
 
-bench: env ## Compare the kernels with what users run today; tables and plots into docs/figures
+bench: env ## Compare the kernels with what users run today; numbers and figures into docs/figures, tables into the pages
 	$(PY) -m benchmarks.report
+	$(PY) -m benchmarks.report --draw --tables
 
 gpu-check: env ## Parity, speed and memory on this machine's GPU; says so if there is none
 	$(PY) -m benchmarks.gpu_check
