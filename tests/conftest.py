@@ -23,6 +23,14 @@ def _fill_empty_with_nan():
     torch.utils.deterministic.fill_uninitialized_memory = filling
 
 
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and at the end what it was."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 class InTheInterpreter(pytest.Item):
     """The tests of a file that are slow, or those that are not, in a process that runs Triton's interpreter."""
 

@@ -2,13 +2,14 @@
 the checks below on it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from mmkernels.testing import peak_allocated
 from tests.op_arguments import op_calls
 
 # Sizes of one compiled graph: less than a vector tile, a panel, more than one.
@@ -28,6 +29,15 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """A call on [N, D] and [M, D] at a size at which a matrix [N, M] would show."""
+
+    call: Call
+    size: int
+    copies: int = 0  # of the first tensor, which the op may make
+
+
+@dataclass(frozen=True)
 class Spec:
     op: str  # as _backends.IMPLEMENTATIONS names it
     calls: dict[str, Call]
@@ -35,7 +45,9 @@ class Spec:
     # arguments, the options.
     public: Callable[..., Any]
     bad_inputs: Callable[[], dict[str, tuple[type[Exception], tuple, dict[str, Any]]]]
+    memory: dict[str, Memory] = field(default_factory=dict)
     differentiable: bool = True
+    autocast: bool = True  # casts the features; False: takes them as they are
     traced: str = "keys: expected D = 8"  # the words of the bad input that is tried under torch.compile
 
 
@@ -88,12 +100,13 @@ def check_compile(spec: Spec, call: Call, backend: str) -> None:
 
 
 def check_autocast(spec: Spec, call: Call, impl: str, dtype: torch.dtype) -> None:
-    """The features are cast, other numbers and the losses stay float32, each gradient has the dtype of its leaf."""
+    """The features are cast, if any are; other numbers and the losses stay float32, a gradient has its leaf's dtype."""
     leaves, others = call.make(torch.float32, 100)
     own = learning(leaves, lambda _: spec.differentiable)
     with torch.autocast("cpu", dtype=dtype):
         actual = call.outputs(impl, *own, *others)
-    cast = [x.to(dtype) if x.is_floating_point() and x.ndim > 1 else x for x in (*leaves, *others)]
+    given = (*leaves, *others)
+    cast = [x.to(dtype) if spec.autocast and x.is_floating_point() and x.ndim > 1 else x for x in given]
     for a, b in zip(actual, call.outputs(impl, *cast), strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
@@ -148,6 +161,30 @@ def check_nan(call: Call) -> None:
         assert any(x.isnan().any() for x in results[1])
         for a, b in zip(*results, strict=True):
             assert (b.isnan() <= ~a.isfinite()).all(), f"tensor {where}"
+
+
+def bytes_beyond_results(call: Call, leaves: list[Tensor], others: list[Tensor]) -> int:
+    """What torch holds at most at one time in a forward and backward pass, beside its inputs, outputs and gradients."""
+    own = learning(leaves)
+    outputs: list[Tensor] = []
+
+    def step() -> tuple[Tensor, ...]:
+        outputs[:] = call.outputs("cpu", *own, *others)
+        return torch.autograd.grad(outputs[0].sum(), own)
+
+    peak = peak_allocated(step)
+    results = sum(x.nbytes for x in (*own, *outputs))
+    assert peak > results, "no allocation was seen"
+    return peak - results
+
+
+def check_memory(memory: Memory, dtype: torch.dtype, scratch: int) -> None:
+    """No more than the inputs, or than the scratch of many threads, either of which is less than the matrix."""
+    leaves, others = memory.call.make(dtype, memory.size)
+    first, second = leaves[:2]
+    allowed = max(first.nbytes + second.nbytes, scratch)
+    assert allowed < len(first) * len(second) * dtype.itemsize
+    assert bytes_beyond_results(memory.call, leaves, others) <= allowed + memory.copies * first.nbytes + (1 << 16)
 
 
 def check_float64(spec: Spec, call: Call) -> None:

@@ -5,7 +5,8 @@ import torch
 
 from mmkernels import _backends
 from tests import contract
-from tests.cpu_variants import DTYPES, needs_library
+from tests.beam_search.spec import BEAM_SEARCH
+from tests.cpu_kernels import DTYPES, needs_library
 from tests.distillation.spec import DISTILLATION
 from tests.divided_attention.spec import DIVIDED_ATTENTION
 from tests.info_nce.spec import INFO_NCE
@@ -16,11 +17,13 @@ from tests.triplet.spec import TRIPLET
 
 SPECS = [
     INFO_NCE, DISTILLATION, SIGLIP, TRIPLET, LINEAR_CROSS_ENTROPY, RETRIEVAL_RANKS, RETRIEVAL_TOPK, DIVIDED_ATTENTION,
+    BEAM_SEARCH,
 ]  # fmt: skip
 IMPLS = [pytest.param("cpu", marks=needs_library), "reference"]
 CALLS = [pytest.param(spec, call, id=f"{spec.op}-{name}") for spec in SPECS for name, call in spec.calls.items()]
 LEARNING = [case for case in CALLS if case.values[0].differentiable]
 FIRST = [pytest.param(spec, next(iter(spec.calls.values())), id=spec.op) for spec in SPECS]
+MEMORY = [pytest.param(memory, id=f"{spec.op}-{name}") for spec in SPECS for name, memory in spec.memory.items()]
 BAD = [pytest.param(spec, words, id=f"{spec.op}-{words}") for spec in SPECS for words in spec.bad_inputs()]
 
 
@@ -62,6 +65,15 @@ def test_double_backward_is_refused_and_the_reference_offers_it(spec, call):
 @needs_library
 def test_nan_in_nan_out(spec, call):
     contract.check_nan(call)
+
+
+@pytest.mark.parametrize(("count", "scratch"), [(1, 0), (64, 64 << 20)], ids=["1 thread", "64 threads"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("memory", MEMORY)
+@needs_library
+def test_memory_is_of_the_order_of_the_inputs(memory, dtype, count, scratch, threads):
+    threads(count)
+    contract.check_memory(memory, dtype, scratch)
 
 
 @pytest.mark.parametrize(("spec", "call"), FIRST)

@@ -15,7 +15,7 @@ from mmkernels.beam_search.specification import (
     Progress,
     Rule,
 )
-from tests.cpu_variants import needs_library
+from tests.cpu_kernels import needs_library
 
 INF = torch.inf
 

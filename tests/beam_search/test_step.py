@@ -8,23 +8,15 @@ from mmkernels import _backends
 from mmkernels.beam_search.reference import log_softmax
 from mmkernels.testing import assert_within_budget
 from tests.beam_search.cases import CASES, Case, assert_same, check_case
-from tests.cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
+from tests.cpu_kernels import DTYPES, assert_same_bits, each_case, needs_library
 
 IMPLS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(bool(_backends.unavailable("cpu")), reason="none"))]
 step = mmkernels.beam_search_step
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-@needs_library
+@each_case(CASES)
 def test_cpu_gives_the_bits_of_the_reference(case, dtype):
     check_case(case, dtype, "cpu")
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@needs_library
-def test_every_instruction_set(variant):
-    check_cases_in_variant(variant, "tests.beam_search.cases")
 
 
 @pytest.mark.parametrize("V", [2, 17, 1000, 50257])
@@ -76,13 +68,8 @@ def test_same_bits_in_every_batch(impl, dtype):
 @needs_library
 def test_same_bits_whatever_the_number_of_threads_and_the_strides():
     logits, scores, _ = Case(6, 5, 9001).inputs(torch.float32)
-    expected, threads = step(logits, scores, impl="cpu"), torch.get_num_threads()
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            assert_same(step(logits, scores, impl="cpu"), expected)
-    finally:
-        torch.set_num_threads(threads)
+    assert_same_bits(lambda: step(logits, scores, impl="cpu"))
+    expected = step(logits, scores, impl="cpu")
     wide = torch.cat([logits, logits], 1)[:, :9001]
     for other in (wide, logits.T.contiguous().T, logits.repeat_interleave(2, 0)[::2]):
         assert_same(step(other, scores, impl="cpu"), expected)
@@ -118,51 +105,3 @@ def test_forbidden_tokens_before_and_after_the_softmax(impl):
         best, at = (scores[:, :, None] + log_probs.view(2, 3, 40)).flatten(1).topk(6)
         torch.testing.assert_close(found.scores, best, rtol=1e-6, atol=1e-5)
         assert torch.equal(found.beams * 40 + found.tokens, at)
-
-
-def test_float64_runs_in_the_reference():
-    logits, scores, _ = Case(2, 3, 40).inputs(torch.float32)
-    assert step(logits.double(), scores.double()).scores.dtype == torch.float64
-
-
-@needs_library
-def test_opcheck_and_compile():
-    logits, scores, _ = Case(2, 3, 40).inputs(torch.bfloat16)
-    valid, forbidden = torch.ones(2, 3, dtype=torch.bool), torch.zeros(6, 40, dtype=torch.bool)
-    for arguments in ((logits, scores, None, None, 6, True, False), (logits, scores, valid, forbidden, 4, True, True)):
-        torch.library.opcheck(torch.ops.mmkernels.beam_search_step_cpu, arguments)
-    compiled = torch.compile(lambda x, s: step(x, s, impl="cpu"), fullgraph=True, dynamic=True)
-    for V in (40, 333):
-        logits, scores, _ = Case(2, 3, V).inputs(torch.float32)
-        assert_same(compiled(logits, scores), step(logits, scores, impl="cpu"))
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "arguments", "options"),
-    [
-        (TypeError, "logits: expected a tensor", ([1.0], torch.zeros(1, 1)), {}),
-        (TypeError, "logits: expected float32", (torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 1)), {}),
-        (TypeError, "scores: expected torch.float32", (torch.zeros(1, 4), torch.zeros(1, 1).half()), {}),
-        (ValueError, "scores: expected 2 dimensions", (torch.zeros(1, 4), torch.zeros(1)), {}),
-        (ValueError, "logits: expected 6 rows", (torch.zeros(5, 4), torch.zeros(2, 3)), {}),
-        (ValueError, "expected V >= 1", (torch.zeros(6, 0), torch.zeros(2, 3)), {}),
-        (ValueError, "num_candidates: expected", (torch.zeros(6, 4), torch.zeros(2, 3)), {"num_candidates": 0}),
-        (
-            TypeError,
-            "valid: expected bool, True for a beam that there is, got torch.float32",
-            (torch.zeros(6, 4), torch.zeros(2, 3)),
-            {"valid": torch.ones(2, 3)},
-        ),
-        (
-            ValueError,
-            "forbidden: expected shape",
-            (torch.zeros(6, 4), torch.zeros(2, 3)),
-            {"forbidden": torch.zeros(5) > 0},
-        ),
-        (ValueError, "scores: expected device", (torch.zeros(6, 4, device="meta"), torch.zeros(2, 3)), {}),
-        (ValueError, "impl: expected", (torch.zeros(6, 4), torch.zeros(2, 3)), {"impl": "gpu"}),
-    ],
-)
-def test_bad_input(error, message, arguments, options):
-    with pytest.raises(error, match=message):
-        step(*arguments, **options)

@@ -4,14 +4,14 @@ import torch
 
 import mmkernels
 from mmkernels.testing import features
-from tests.contract import Call, Spec
+from tests.contract import Call, Memory, Spec
 
 
-def rows(dtype, n, size=33, more=0):
+def rows(dtype, n, size=33, more=0, of_teacher=20):
     """Queries, keys and the scale; the teacher's queries and keys and its scale."""
-    queries, teacher = features(n, size, dtype, seed=1), features(n, 20, dtype, seed=3)
+    queries, teacher = features(n, size, dtype, seed=1), features(n, of_teacher, dtype, seed=3)
     keys = features(n + more, size, dtype, seed=2, like=queries, mean_cosine=0.3)
-    teacher_keys = features(n + more, 20, dtype, seed=4, like=teacher, mean_cosine=0.5)
+    teacher_keys = features(n + more, of_teacher, dtype, seed=4, like=teacher, mean_cosine=0.5)
     return [queries, keys, torch.tensor(5.0)], [teacher, teacher_keys, torch.tensor(7.0)]
 
 
@@ -75,5 +75,6 @@ DISTILLATION = Spec(
     CALLS,
     mmkernels.distillation,
     lambda: {words: (error, (), options) for words, (error, options) in bad_inputs().items()},
+    memory={"pairs": Memory(Call(lambda dtype, n: rows(dtype, n, 256, of_teacher=256), plain), 8192)},
     traced="teacher_keys: expected D >= 1 as in teacher_queries, 5, got 4",
 )

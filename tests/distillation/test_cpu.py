@@ -9,15 +9,13 @@ import torch.nn.functional as F
 import mmkernels
 from mmkernels.distillation import ops as distillation_ops
 from mmkernels.distillation.api import distillation_losses
-from mmkernels.testing import assert_within_budget, features, peak_allocated
-from tests.cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
+from mmkernels.testing import assert_within_budget, features
+from tests.cpu_kernels import DTYPES, assert_same_bits, each_case, needs_library
 from tests.distillation.cases import CASES, Case, assert_results, check_case, run
 from tests.op_arguments import last_arguments, output_masks
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-@needs_library
+@each_case(CASES)
 def test_cpu_matches_float64(case, dtype):
     check_case(case, dtype, "cpu")
 
@@ -29,12 +27,6 @@ def test_reference_is_the_eager_code(case):
     inputs, options = [x.double() for x in case.inputs(torch.float32)], (case.scale, case.teacher_scale, case.symmetric)
     for a, b in zip(run(inputs, *options, "reference"), run(inputs, *options, "eager"), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, equal_nan=True)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@needs_library
-def test_every_instruction_set(variant):
-    check_cases_in_variant(variant, "tests.distillation.cases", "CASES[::3]" if variant == "portable" else "CASES")
 
 
 @pytest.mark.parametrize("impl", [pytest.param("cpu", marks=needs_library), "reference"])
@@ -150,16 +142,7 @@ def test_no_gradient_reaches_the_teacher():
 @needs_library
 def test_same_bits_whatever_the_number_of_threads():
     inputs = Case(900, 900, 64, 48).inputs(torch.bfloat16)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            results += [run(inputs, 20.0, 30.0, True, "cpu") for _ in range(2)]
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_same_bits(lambda: run(inputs, 20.0, 30.0, True, "cpu"))
 
 
 @pytest.mark.parametrize("where", range(4))
@@ -175,9 +158,7 @@ def test_nan_in_nan_out(where, value):
     assert grads[2].isnan()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-@needs_library
+@each_case(CASES)
 def test_products_kept_or_made_again_give_the_same_bits(case, dtype, monkeypatch):
     def results(keep):
         monkeypatch.setattr(distillation_ops, "keeps_products", lambda *_: keep)
@@ -200,23 +181,6 @@ def test_products_are_kept_where_they_are_small():
 
     assert kept(2048, 4096)  # 64 MiB
     assert not kept(2048, 4097)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@needs_library
-def test_memory_stays_below_the_inputs(dtype):
-    inputs = Case(8192, 8192, 256, 256).inputs(dtype)
-    leaves = [x.requires_grad_() for x in inputs[:2]]
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        peak = peak_allocated(
-            lambda: torch.autograd.grad(mmkernels.distillation(*leaves, 10.0, *inputs[2:], 20.0, impl="cpu"), leaves)
-        )
-    finally:
-        torch.set_num_threads(before)
-    gradients = sum(x.nbytes for x in leaves)
-    assert 0 < peak - gradients <= gradients
 
 
 @pytest.mark.parametrize("fault", ["zero", "another teacher"])

@@ -11,7 +11,7 @@ import mmkernels
 from mmkernels.divided_attention import reference
 from mmkernels.divided_attention.layout import AXES, CLS_MODES, TOKEN_ORDERS, layout_of
 from mmkernels.testing import assert_within_budget, peak_allocated
-from tests.cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
+from tests.cpu_kernels import DTYPES, assert_same_bits, each_case, needs_library
 from tests.divided_attention.cases import (
     CASES,
     SEED,
@@ -39,9 +39,7 @@ def attend(qkv, case, impl="cpu", **options):
     return mmkernels.divided_attention(qkv, frame_mask=case.frame_mask(), impl=impl, **{**case.options, **options})
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-@needs_library
+@each_case(CASES)
 def test_cpu_matches_float64(case, dtype):
     check_case(case, dtype, "cpu")
 
@@ -77,12 +75,6 @@ def test_reference_is_the_dense_definition(case):
 @needs_library
 def test_cpu_matches_float64_at_full_size(case, dtype):
     check_case(case, dtype, "cpu")
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@needs_library
-def test_every_instruction_set(variant):
-    check_cases_in_variant(variant, "tests.divided_attention.cases", "CASES[::3]")
 
 
 # ---- Dropout
@@ -263,16 +255,7 @@ def test_time_of_timesformer_leaves_the_class_token_out():
 @needs_library
 def test_same_bits_whatever_the_number_of_threads(case):
     qkv = case.inputs(torch.bfloat16)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            results += [run(qkv, case, "cpu") for _ in range(2)]
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_same_bits(lambda: run(qkv, case, "cpu"))
 
 
 def test_larger_heads_run_in_the_reference():

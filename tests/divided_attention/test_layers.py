@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import mmkernels
 from mmkernels.testing import assert_within_budget
-from tests.cpu_variants import needs_library
+from tests.cpu_kernels import needs_library
 
 WIDTH, HEADS = 48, 3
 

@@ -4,7 +4,7 @@ import torch
 
 import mmkernels
 from mmkernels.testing import features
-from tests.contract import Call, Spec
+from tests.contract import Call, Memory, Spec
 from tests.info_nce.cases import repeated_targets
 
 
@@ -172,4 +172,9 @@ def bad_inputs():
     }
 
 
-INFO_NCE = Spec("info_nce", CALLS, mmkernels.info_nce, bad_inputs)
+def pairs(size):
+    """As many queries as keys, of so many features."""
+    return Call(lambda dtype, n: ([*rows(dtype, n, size, more=0)], []), plain)
+
+
+INFO_NCE = Spec("info_nce", CALLS, mmkernels.info_nce, bad_inputs, memory={"pairs": Memory(pairs(256), 8192)})

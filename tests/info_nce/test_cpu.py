@@ -9,14 +9,14 @@ import torch.nn.functional as F
 import mmkernels
 from mmkernels.info_nce import ops
 from mmkernels.testing import assert_within_budget, features, peak_allocated
-from tests.cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
+from tests.contract import Memory, check_memory
+from tests.cpu_kernels import DTYPES, assert_same_bits, each_case, needs_library
 from tests.info_nce.cases import CASES, Case, assert_results, check_case, grouped, run, run_eager
+from tests.info_nce.spec import pairs
 from tests.op_arguments import last_arguments, output_masks
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-@needs_library
+@each_case(CASES)
 def test_cpu_matches_float64(case, dtype):
     check_case(case, dtype, "cpu")
 
@@ -32,12 +32,6 @@ def test_reference_is_the_eager_code(case):
     eager = run_eager(queries.double(), keys.double(), case.scale, **options)
     for a, b in zip(exact, eager, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@needs_library
-def test_every_instruction_set(variant):
-    check_cases_in_variant(variant, "tests.info_nce.cases", "CASES[::3]" if variant == "portable" else "CASES")
 
 
 @pytest.mark.parametrize(
@@ -200,16 +194,7 @@ def test_gradient_of_the_scale_is_the_product_with_the_features():
 def test_same_bits_whatever_the_number_of_threads(groups):
     queries, keys = Case(1100, 900, 64, options={"targets": None}).inputs(torch.bfloat16)
     options = {"targets": torch.arange(1100) % 900, **(grouped(1100, 900, 71) if groups else {})}
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            results += [run(queries, keys, 20.0, "cpu", **options) for _ in range(3)]
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_same_bits(lambda: run(queries, keys, 20.0, "cpu", **options))
 
 
 @pytest.mark.parametrize("where", ["queries", "keys", "scale"])
@@ -229,60 +214,28 @@ def test_nan_in_nan_out(where, value):
     assert actual[3].isnan()
 
 
-def memory_beyond_inputs_and_gradients(queries, keys, threads) -> int:
-    """Bytes that torch holds at most at one time in a forward and backward pass, by its own records of allocations."""
-    leaves = [queries.requires_grad_(), keys.requires_grad_()]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        peak = peak_allocated(lambda: torch.autograd.grad(mmkernels.info_nce(*leaves, 10.0, impl="cpu"), leaves))
-    finally:
-        torch.set_num_threads(before)
-    gradients = queries.nbytes + keys.nbytes
-    assert peak > gradients, "no allocation was seen"
-    return peak - gradients
-
-
-@pytest.mark.parametrize("threads", [1, 64])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@needs_library
-def test_memory_stays_below_the_inputs(dtype, threads):
-    queries, keys = Case(8192, 8192, 256).inputs(dtype)
-    inputs = queries.nbytes + keys.nbytes
-    # Beside small inputs many threads may keep scratch of up to 64 MiB; one stays below the inputs anyway.
-    assert memory_beyond_inputs_and_gradients(queries, keys, threads) <= (inputs if threads == 1 else 64 << 20)
-
-
 @pytest.mark.parametrize(
     "options", [grouped(3000, 3000, 49), {"key_queue": 3000}, {"key_queue": 1, "query_queue": 3000}]
 )
 @needs_library
-def test_groups_and_queues_need_no_matrix(options):
+def test_groups_and_queues_need_no_matrix(options, threads):
     """One of 3000 x 3000 would take 9 MB as booleans."""
     case = Case(3000, 3000, 16, options=options)
     leaves = [x.requires_grad_() for x in case.inputs(torch.float32)]
     options = case.options_in(torch.float32)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        peak = peak_allocated(
-            lambda: torch.autograd.grad(mmkernels.info_nce(*leaves, 10.0, impl="cpu", **options), leaves)
-        )
-    finally:
-        torch.set_num_threads(threads)
+    threads(1)
+    peak = peak_allocated(lambda: torch.autograd.grad(mmkernels.info_nce(*leaves, 10.0, impl="cpu", **options), leaves))
     assert 2 * leaves[0].nbytes < peak <= 4 << 20
 
 
 @pytest.mark.slow
 @needs_library
-def test_65536_pairs_in_the_memory_of_their_inputs_at_any_number_of_threads():
-    queries, keys = Case(65536, 65536, 512).inputs(torch.bfloat16)
-    assert memory_beyond_inputs_and_gradients(queries, keys, threads=64) <= queries.nbytes + keys.nbytes
+def test_65536_pairs_in_the_memory_of_their_inputs_at_any_number_of_threads(threads):
+    threads(64)
+    check_memory(Memory(pairs(512), 65536), torch.bfloat16, scratch=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-@needs_library
+@each_case(CASES)
 def test_products_kept_or_made_again_give_the_same_bits(case, dtype, monkeypatch):
     queries, keys = case.inputs(dtype)
 

@@ -4,14 +4,15 @@ import torch
 
 import mmkernels
 from mmkernels.testing import features
-from tests.contract import Call, Spec
+from tests.contract import Call, Memory, Spec
 
 
-def rows(dtype, n, bias, ignored):
+def rows(dtype, n, bias, ignored, size=33, classes=None):
     """Hidden rows, weight and perhaps a bias; the targets, some or all of them ignored."""
-    tensors = [10 * features(n, 33, dtype, seed=1), features(n + 10, 33, dtype, seed=2)]
-    targets = torch.arange(n) * 7 % (n + 10)
-    return tensors + [torch.linspace(-1, 1, n + 10)] * bias, [targets.masked_fill(torch.arange(n) % 3 < ignored, -100)]
+    classes = classes or n + 10
+    tensors = [10 * features(n, size, dtype, seed=1), features(classes, size, dtype, seed=2)]
+    targets = torch.arange(n) * 7 % classes
+    return tensors + [torch.linspace(-1, 1, classes)] * bias, [targets.masked_fill(torch.arange(n) % 3 < ignored, -100)]
 
 
 def with_bias(impl, hidden, weight, bias, targets):
@@ -70,6 +71,16 @@ def bad_inputs():
     }
 
 
+def vocabulary(ignored):
+    return Call(lambda dtype, n: rows(dtype, n, True, ignored, size=256, classes=20_000), with_bias)
+
+
 LINEAR_CROSS_ENTROPY = Spec(
-    "linear_cross_entropy", CALLS, mmkernels.linear_cross_entropy, bad_inputs, traced="weight: expected D = 8"
+    "linear_cross_entropy",
+    CALLS,
+    mmkernels.linear_cross_entropy,
+    bad_inputs,
+    # The rows that count are copied together if some do not.
+    memory={"all count": Memory(vocabulary(0), 4096), "some ignored": Memory(vocabulary(1), 4096, copies=1)},
+    traced="weight: expected D = 8",
 )

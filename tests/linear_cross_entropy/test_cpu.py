@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 import mmkernels
 from mmkernels.linear_cross_entropy import ops
-from mmkernels.testing import assert_within_budget, features, peak_allocated
-from tests.cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
+from mmkernels.testing import assert_within_budget, features
+from tests.cpu_kernels import DTYPES, assert_same_bits, each_case, needs_library
 from tests.linear_cross_entropy.cases import CASES, Case, assert_results, check_case, run, run_eager
 
 
@@ -17,16 +17,12 @@ def in_double(hidden, weight, bias, targets):
     return hidden.double(), weight.double(), None if bias is None else bias.double(), targets
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-@needs_library
+@each_case(CASES)
 def test_cpu_matches_float64(case, dtype):
     check_case(case, dtype, "cpu")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-@needs_library
+@each_case(CASES)
 def test_products_kept_or_made_again_give_the_same_bits(case, dtype, monkeypatch):
     inputs = case.inputs(dtype)
     kept = run(*inputs, "cpu", **case.options)
@@ -40,13 +36,6 @@ def test_reference_is_the_eager_code(case):
     inputs = in_double(*case.inputs(torch.float32))
     for a, b in zip(run(*inputs, "reference", **case.options), run_eager(*inputs, **case.options), strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@needs_library
-def test_every_instruction_set(variant):
-    cases = "CASES[::3]" if variant == "portable" else "CASES"
-    check_cases_in_variant(variant, "tests.linear_cross_entropy.cases", cases)
 
 
 @pytest.mark.parametrize(
@@ -192,16 +181,7 @@ def test_a_weight_tied_to_the_embedding():
 @needs_library
 def test_same_bits_whatever_the_number_of_threads():
     inputs = Case(900, 3000, 64, ignored="some").inputs(torch.bfloat16)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            results += [run(*inputs, "cpu", label_smoothing=0.1) for _ in range(3)]
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_same_bits(lambda: run(*inputs, "cpu", label_smoothing=0.1))
 
 
 @pytest.mark.parametrize("where", ["hidden", "weight", "bias"])
@@ -220,34 +200,6 @@ def test_nan_in_nan_out(where, value):
         assert actual[3].isnan().all()
     elif value != value:
         assert not actual[0].isfinite().any()
-
-
-@pytest.mark.parametrize("threads", [1, 64])
-@pytest.mark.parametrize("ignored", ["none", "some"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@needs_library
-def test_memory_is_of_the_order_of_the_rows(dtype, ignored, threads):
-    """Beyond inputs and gradients: less than the inputs or 64 MiB, and the rows that count if some do not."""
-    hidden, weight, bias, targets = Case(4096, 20000, 256, ignored=ignored).inputs(dtype)
-    leaves = [x.requires_grad_() for x in (hidden, weight, bias.float())]
-
-    def step():
-        loss = mmkernels.linear_cross_entropy(*leaves[:2], targets, bias=leaves[2], impl="cpu")
-        return torch.autograd.grad(loss, leaves)
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        peak = peak_allocated(step)
-    finally:
-        torch.set_num_threads(before)
-    gradients = sum(leaf.nbytes for leaf in leaves)
-    assert peak > gradients, "no allocation was seen"
-    inputs = hidden.nbytes + weight.nbytes
-    logits = 4096 * 20000 * hidden.element_size()
-    allowed = inputs if threads == 1 else max(inputs, 64 << 20)
-    assert allowed < logits
-    assert peak - gradients <= allowed + (hidden.nbytes if ignored != "none" else 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,23 +6,13 @@ import torch
 import mmkernels
 from mmkernels.retrieval import reference
 from mmkernels.testing import assert_within_budget, features, peak_allocated
-from tests.cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
+from tests.cpu_kernels import DTYPES, assert_same_bits, each_case, needs_library
 from tests.retrieval.cases import CASES, TILE, Case, check_case, check_order, in_order, whole_numbers
 
 IMPLS = [pytest.param("cpu", marks=needs_library), "reference"]
 
 
-@pytest.fixture
-def threads():
-    """Sets the number of threads, and at the end what it was."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-@needs_library
+@each_case(CASES)
 def test_cpu(case, dtype):
     check_case(case, dtype, "cpu")
 
@@ -31,13 +21,6 @@ def test_cpu(case, dtype):
 @pytest.mark.parametrize("case", CASES[::3], ids=str)
 def test_reference(case, dtype):
     check_case(case, dtype, "reference")
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@needs_library
-def test_every_instruction_set(variant):
-    cases = "CASES[::4]" if variant == "portable" else "CASES[::2]"
-    check_cases_in_variant(variant, "tests.retrieval.cases", cases)
 
 
 @pytest.mark.parametrize("d", [8, 256, 257, 600])
@@ -82,19 +65,18 @@ def test_strides_are_honoured(dtype):
 
 @pytest.mark.parametrize("n", [1, 3, 500, 3000])
 @needs_library
-def test_same_bits_whatever_the_number_of_threads(n, threads):
+def test_same_bits_whatever_the_number_of_threads(n):
     """Few queries: the threads share out the keys."""
     queries, distinct, place, targets = Case(n, 4001, 40).inputs(torch.bfloat16)
-    results = []
-    for count in (1, 2, 3, 7):
-        threads(count)
-        # Of a share of the keys there are fewer than 4001.
-        lengths = (5, 4001 if n < 10 else 900)
-        found = [mmkernels.retrieval_topk(queries, distinct[place], k, impl="cpu") for k in lengths]
-        assert all(torch.equal(few, many[:, :5]) for few, many in zip(*found, strict=True))
-        results.append((*found[1], mmkernels.retrieval_ranks(queries, distinct[place], targets, impl="cpu")))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    # Of a share of the keys there are fewer than 4001.
+    lengths = (5, 4001 if n < 10 else 900)
+
+    def run():
+        few, many = (mmkernels.retrieval_topk(queries, distinct[place], k, impl="cpu") for k in lengths)
+        assert all(torch.equal(a, b[:, :5]) for a, b in zip(few, many, strict=True))
+        return *many, mmkernels.retrieval_ranks(queries, distinct[place], targets, impl="cpu")
+
+    assert_same_bits(run)
 
 
 @pytest.mark.parametrize("k", [1, 25, 1000, 5000])

@@ -4,18 +4,18 @@ import torch
 
 import mmkernels
 from mmkernels.testing import features
-from tests.contract import Call, Spec
+from tests.contract import Call, Memory, Spec
 
 
-def rows(dtype, n):
-    """[N, D] and [N + 10, D], the scale and the bias."""
-    queries = features(n, 33, dtype, seed=1)
-    keys = features(n + 10, 33, dtype, seed=2, like=queries, mean_cosine=0.3)
+def rows(dtype, n, size=33, more=10):
+    """[N, D] and [N + more, D], the scale and the bias."""
+    queries = features(n, size, dtype, seed=1)
+    keys = features(n + more, size, dtype, seed=2, like=queries, mean_cosine=0.3)
     return [queries, keys, torch.tensor(5.0), torch.tensor(-5.0)], []
 
 
-def call(reduction):
-    return Call(rows, lambda impl, *tensors: mmkernels.siglip(*tensors, reduction=reduction, impl=impl))
+def call(reduction, make=rows):
+    return Call(make, lambda impl, *tensors: mmkernels.siglip(*tensors, reduction=reduction, impl=impl))
 
 
 CALLS = {reduction: call(reduction) for reduction in ("mean", "sum", "none")}
@@ -47,4 +47,10 @@ def bad_inputs():
     }
 
 
-SIGLIP = Spec("siglip", CALLS, mmkernels.siglip, bad_inputs)
+def pairs(size, reduction="mean"):
+    """As many queries as keys, of so many features."""
+    return call(reduction, lambda dtype, n: rows(dtype, n, size, more=0))
+
+
+MEMORY = {reduction: Memory(pairs(256, reduction), 8192) for reduction in ("mean", "none")}
+SIGLIP = Spec("siglip", CALLS, mmkernels.siglip, bad_inputs, memory=MEMORY)

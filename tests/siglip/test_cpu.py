@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 
 import mmkernels
-from mmkernels.testing import assert_within_budget, features, peak_allocated
-from tests.cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
+from mmkernels.testing import assert_within_budget, features
+from tests.contract import Memory, check_memory
+from tests.cpu_kernels import DTYPES, assert_same_bits, each_case, needs_library
 from tests.op_arguments import output_masks
 from tests.siglip.cases import CASES, REDUCTIONS, Case, assert_results, check_case, oracles, row_weights, run, run_eager
+from tests.siglip.spec import pairs
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-@needs_library
+@each_case(CASES)
 def test_cpu_matches_float64(case, dtype):
     check_case(case, dtype, "cpu")
 
@@ -27,13 +27,6 @@ def test_reference_is_the_eager_code(case, reduction):
     exact = run(queries, keys, scale, bias, "reference", reduction)
     for a, b in zip(exact, run_eager(queries, keys, scale, bias, reduction), strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@needs_library
-def test_every_instruction_set(variant):
-    cases = "CASES[::3]" if variant == "portable" else "CASES"
-    check_cases_in_variant(variant, "tests.siglip.cases", cases, "'cpu', ('mean',)")
 
 
 @pytest.mark.parametrize(
@@ -179,16 +172,7 @@ def test_gradient_of_the_scale_is_the_product_with_the_features():
 @needs_library
 def test_same_bits_whatever_the_number_of_threads():
     inputs = Case(1100, 1300, 64).inputs(torch.bfloat16)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            results += [run(*inputs, "cpu", reduction) + run(*inputs, "cpu") for reduction in ("mean", "mean")]
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_same_bits(lambda: run(*inputs, "cpu", "mean") + run(*inputs, "cpu"))
 
 
 @pytest.mark.parametrize("where", ["queries", "keys", "scale", "bias"])
@@ -239,41 +223,11 @@ def test_float16_neither_overflows_nor_loses_small_gradients(far, reduction):
         torch.testing.assert_close(actual.double(), right, rtol=2e-3, atol=1e-3 * right.abs().max().item())
 
 
-def memory_beyond_inputs_and_gradients(queries, keys, threads, reduction="mean") -> int:
-    """Bytes that torch holds at most at one time in a forward and backward pass, by its own records of allocations."""
-    leaves = [queries.requires_grad_(), keys.requires_grad_()]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        peak = peak_allocated(
-            lambda: torch.autograd.grad(
-                mmkernels.siglip(*leaves, 10.0, -10.0, reduction=reduction, impl="cpu").sum(), leaves
-            )
-        )
-    finally:
-        torch.set_num_threads(before)
-    gradients = queries.nbytes + keys.nbytes
-    assert peak > gradients, "no allocation was seen"
-    return peak - gradients
-
-
-@pytest.mark.parametrize(("reduction", "threads"), [("mean", 1), ("mean", 64), ("none", 1)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@needs_library
-def test_memory_stays_below_the_inputs(dtype, reduction, threads):
-    """The gradients that the forward pass keeps are as large as the inputs; the work beside them never is."""
-    queries, keys, *_ = Case(8192, 8192, 256).inputs(dtype)
-    inputs = queries.nbytes + keys.nbytes
-    beyond = memory_beyond_inputs_and_gradients(queries, keys, threads, reduction)
-    # Beside small inputs many threads may keep scratch of up to 64 MiB; one stays below the inputs anyway.
-    assert beyond <= max(inputs, 0 if threads == 1 else 64 << 20) + (1 << 16)
-
-
 @pytest.mark.slow
 @needs_library
-def test_65536_pairs_in_the_memory_of_their_inputs_at_any_number_of_threads():
-    queries, keys, *_ = Case(65536, 65536, 512).inputs(torch.bfloat16)
-    assert memory_beyond_inputs_and_gradients(queries, keys, threads=64) <= queries.nbytes + keys.nbytes + (1 << 20)
+def test_65536_pairs_in_the_memory_of_their_inputs_at_any_number_of_threads(threads):
+    threads(64)
+    check_memory(Memory(pairs(512), 65536), torch.bfloat16, scratch=0)
 
 
 @needs_library

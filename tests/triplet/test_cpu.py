@@ -4,10 +4,12 @@ import pytest
 import torch
 
 import mmkernels
-from mmkernels.testing import assert_within_budget, features, peak_allocated
-from tests.cpu_variants import DTYPES, VARIANTS, check_cases_in_variant, needs_library
+from mmkernels.testing import assert_within_budget, features
+from tests.contract import bytes_beyond_results
+from tests.cpu_kernels import DTYPES, assert_same_bits, each_case, needs_library
 from tests.op_arguments import output_masks
 from tests.triplet.cases import IN_ONE_PASS, MININGS, Case, assert_results, by_hand, cases, check_case, run
+from tests.triplet.spec import call
 
 
 @pytest.mark.parametrize("case", [case for case in cases() if case.n * case.m < 20_000], ids=str)
@@ -66,9 +68,7 @@ def test_reference_is_that_of_pytorch_metric_learning(mining, symmetric):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", cases(), ids=str)
-@needs_library
+@each_case(cases())
 def test_cpu_matches_float64(case, dtype):
     check_case(case, dtype, "cpu")
 
@@ -79,14 +79,6 @@ def test_cpu_matches_float64(case, dtype):
 @needs_library
 def test_losses_and_gradients_in_one_pass(case, reduction, dtype):
     check_case(case, dtype, "cpu", reduction)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@needs_library
-def test_every_instruction_set(variant):
-    cases = "cases()[::5]" if variant == "portable" else "cases()[::2]"
-    check_cases_in_variant(variant, "tests.triplet.cases", cases)
-    check_cases_in_variant(variant, "tests.triplet.cases", "IN_ONE_PASS", "'cpu', 'mean'")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -194,16 +186,7 @@ def test_a_loss_scale_loses_no_digits_in_half_precision(scale):
 @needs_library
 def test_same_bits_whatever_the_number_of_threads(mining, reduction):
     queries, keys = features(900, 64, torch.bfloat16), features(1100, 64, torch.bfloat16, seed=1)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            results += [run(queries, keys, "cpu", reduction, mining=mining) for _ in range(2)]
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_same_bits(lambda: run(queries, keys, "cpu", reduction, mining=mining))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -232,31 +215,20 @@ def test_nan_in_nan_out(mining, value, where, symmetric):
     assert lost.any() == (not mmkernels.triplet(queries, keys, impl="cpu", **options).isfinite())
 
 
-def memory_beyond_inputs_and_gradients(queries, keys, mining, reduction="mean") -> int:
-    """Bytes that torch holds at most at one time in a forward and backward pass, by its own records of allocations."""
-    leaves = [queries.requires_grad_(), keys.requires_grad_()]
-
-    def step():
-        losses = mmkernels.triplet(*leaves, mining=mining, reduction=reduction, impl="cpu")
-        return torch.autograd.grad(losses.sum(), leaves)
-
-    gradients = queries.nbytes + keys.nbytes
-    peak = peak_allocated(step)
-    assert peak > gradients, "no allocation was seen"
-    return peak - gradients
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @needs_library
 def test_memory(dtype):
     rows, size = 8192, 256
-    queries, keys = (features(rows, size, dtype, seed=seed) for seed in (0, 1))
+    inputs = [features(rows, size, dtype, seed=seed) for seed in (0, 1)]
     scratch, statistics = 8 << 20, rows * 64
+    hardest, every = (
+        bytes_beyond_results(call(mining, "mean", symmetric=True), inputs, []) for mining in ("hardest", "all")
+    )
     # The worst negatives: nothing as large as the features.
-    assert memory_beyond_inputs_and_gradients(queries, keys, "hardest") < scratch + statistics
+    assert hardest < scratch + statistics
     # All: the gradients of the one pass, in float32, until the backward pass has made of them what it returns.
     waiting = 2 * rows * size * 4 + (0 if dtype == torch.float32 else rows * size * 4)
-    assert memory_beyond_inputs_and_gradients(queries, keys, "all") < waiting + scratch + statistics
+    assert every < waiting + scratch + statistics
 
 
 @pytest.mark.parametrize("mining", MININGS)
