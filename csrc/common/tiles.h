@@ -6,7 +6,7 @@
 
 #include <type_traits>
 
-#include "simd.h"
+#include "simd/simd.h"
 #include "tiles_types.h"
 
 namespace mmkernels {

@@ -1,0 +1,26 @@
+// What instruction sets of few lanes do through memory, lane by lane.
+#pragma once
+
+#include "scalar.h"
+
+namespace mmkernels {
+inline namespace MMK_VARIANT {
+
+template <class Vec>
+MMK_INLINE void transpose_in_memory(Vec* rows) {
+  float lanes[Vec::kLanes][Vec::kLanes], turned[Vec::kLanes][Vec::kLanes];
+  for (int i = 0; i < Vec::kLanes; ++i) rows[i].store(lanes[i]);
+  for (int i = 0; i < Vec::kLanes; ++i)
+    for (int j = 0; j < Vec::kLanes; ++j) turned[j][i] = lanes[i][j];
+  for (int i = 0; i < Vec::kLanes; ++i) rows[i] = Vec::load(turned[i]);
+}
+
+template <class Vec>
+MMK_INLINE Vec sums_in_memory(const Vec* rows) {
+  float sums[Vec::kLanes];
+  for (int i = 0; i < Vec::kLanes; ++i) sums[i] = rows[i].sum();
+  return Vec::load(sums);
+}
+
+}  // namespace MMK_VARIANT
+}  // namespace mmkernels

@@ -1,0 +1,168 @@
+// 4 lanes: the compiler's own vectors (NEON on aarch64, SSE2 on plain x86-64). simd.h says what each operation does.
+#pragma once
+
+#if defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#include "narrow.h"
+#include "scalar.h"
+
+namespace mmkernels {
+inline namespace MMK_VARIANT {
+
+// Portable: the compiler's own vectors (NEON on aarch64, SSE2 on plain x86-64).
+struct Vec {
+  static constexpr int kLanes = 4;
+  typedef float Floats __attribute__((vector_size(16)));
+  Floats v;
+
+  static MMK_INLINE Vec load(const float* p) {
+    Vec r;
+    std::memcpy(&r.v, p, sizeof(r.v));
+    return r;
+  }
+  static MMK_INLINE Vec set1(float x) { return {Floats{x, x, x, x}}; }
+  static MMK_INLINE Vec load(const float* p, int n) {
+    Vec r{};
+    for (int i = 0; i < kLanes && i < n; ++i) r.v[i] = p[i];
+    return r;
+  }
+  static MMK_INLINE Vec load_bf16(const uint16_t* p, int n) {
+    static const uint16_t zeros[kLanes] = {};
+    return load_pairs(zeros, p, n);
+  }
+  static MMK_INLINE Vec load_f16(const uint16_t* p, int n) {
+    Vec r{};
+    for (int i = 0; i < kLanes && i < n; ++i) r.v[i] = from_f16(p[i]);
+    return r;
+  }
+  static MMK_INLINE Vec load_pairs(const uint16_t* p, const uint16_t* q, int n) {
+    uint32_t words[kLanes] = {};
+    for (int i = 0; i < kLanes && i < n; ++i) words[i] = p[i] | static_cast<uint32_t>(q[i]) << 16;
+    Vec r;
+    std::memcpy(&r.v, words, sizeof(r.v));
+    return r;
+  }
+  MMK_INLINE void store_halves(uint16_t* p, uint16_t* q) const {
+    uint32_t words[kLanes];
+    std::memcpy(words, &v, sizeof(v));
+    for (int i = 0; i < kLanes; ++i) {
+      p[i] = static_cast<uint16_t>(words[i] >> 16);
+      q[i] = static_cast<uint16_t>(words[i]);
+    }
+  }
+  MMK_INLINE void store(float* p) const { std::memcpy(p, &v, sizeof(v)); }
+  MMK_INLINE void store(float* p, int n) const {
+    if (n >= kLanes) return store(p);
+    float lanes[kLanes];
+    store(lanes);
+    std::memcpy(p, lanes, n * sizeof(float));
+  }
+  MMK_INLINE void store_bf16(uint16_t* p, int n) const {
+    float lanes[kLanes];
+    store(lanes);
+    for (int i = 0; i < kLanes && i < n; ++i) p[i] = to_bf16(lanes[i]);
+  }
+  MMK_INLINE void store_f16(uint16_t* p, int n) const {
+    float lanes[kLanes];
+    store(lanes);
+    for (int i = 0; i < kLanes && i < n; ++i) p[i] = to_f16(lanes[i]);
+  }
+  MMK_INLINE float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
+  MMK_INLINE float largest() const {
+    const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+    return a > b ? a : b;
+  }
+};
+MMK_INLINE Vec operator+(Vec a, Vec b) {
+  return {a.v + b.v};
+}
+MMK_INLINE Vec operator-(Vec a, Vec b) {
+  return {a.v - b.v};
+}
+MMK_INLINE Vec operator*(Vec a, Vec b) {
+  return {a.v * b.v};
+}
+MMK_INLINE Vec operator/(Vec a, Vec b) {
+  return {a.v / b.v};
+}
+MMK_INLINE Vec max(Vec a, Vec b) {
+  return {a.v > b.v ? a.v : b.v};
+}
+MMK_INLINE Vec min(Vec a, Vec b) {
+  return {a.v < b.v ? a.v : b.v};
+}
+MMK_INLINE Vec select_above(Vec a, Vec b, Vec x, Vec y) {
+  return {a.v > b.v ? x.v : y.v};
+}
+MMK_INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__ARM_NEON)
+  return {vfmaq_f32(c.v, a.v, b.v)};
+#else
+  return {a.v * b.v + c.v};
+#endif
+}
+MMK_INLINE Vec minus_abs(Vec a) {
+  for (int i = 0; i < Vec::kLanes; ++i) a.v[i] = from_bits(to_bits(a.v[i]) | 0x80000000u);
+  return a;
+}
+MMK_INLINE Vec where_negative(Vec x, Vec a, Vec b) {
+  for (int i = 0; i < Vec::kLanes; ++i) b.v[i] = to_bits(x.v[i]) >> 31 ? a.v[i] : b.v[i];
+  return b;
+}
+MMK_INLINE Vec round(Vec a) {
+  // Adding and taking off 1.5 x 2^23 rounds to a whole number: no fused contraction may join the two.
+  Vec shifted = a + Vec::set1(12582912.f);
+  __asm__("" : "+m"(shifted));
+  return shifted - Vec::set1(12582912.f);
+}
+MMK_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
+  Vec r;
+  for (int i = 0; i < Vec::kLanes; ++i) {
+    const float clamped = n.v[i] < -127.f ? -127.f : n.v[i] > 128.f ? 128.f : n.v[i];
+    const uint32_t bits =
+        clamped == clamped ? static_cast<uint32_t>(static_cast<int>(clamped) + 127) << 23 : 0x7FC00000u;
+    float power;
+    std::memcpy(&power, &bits, 4);
+    r.v[i] = a.v[i] * power;
+  }
+  return r;
+}
+MMK_INLINE Vec exponent_of_low_bits(Vec a) {
+  uint32_t bits[Vec::kLanes];
+  std::memcpy(bits, &a.v, sizeof(bits));
+  for (uint32_t& lane : bits) lane <<= 23;
+  std::memcpy(&a.v, bits, sizeof(bits));
+  return a;
+}
+MMK_INLINE bool any_above(Vec a, Vec b) {
+  return a.v[0] > b.v[0] || a.v[1] > b.v[1] || a.v[2] > b.v[2] || a.v[3] > b.v[3];
+}
+MMK_INLINE uint32_t lanes_beyond(Vec a, Vec b) {
+  uint32_t lanes = 0;
+  for (int i = 0; i < Vec::kLanes; ++i) lanes |= static_cast<uint32_t>(!(a.v[i] <= b.v[i])) << i;
+  return lanes;
+}
+MMK_INLINE Vec count_beyond(Vec counts, Vec a, Vec b, Vec c) {
+  typedef int32_t Words __attribute__((vector_size(16)));
+  const Words more = ~(a.v <= b.v) | (a.v == c.v), so_far = reinterpret_cast<Words>(counts.v);
+  return {reinterpret_cast<Vec::Floats>(so_far - more)};  // true is -1
+}
+struct DoubleSum {
+  double lanes[Vec::kLanes] = {};
+  MMK_INLINE void add(Vec a) {
+    for (int i = 0; i < Vec::kLanes; ++i) lanes[i] += a.v[i];
+  }
+  MMK_INLINE double total() const { return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]); }
+};
+
+MMK_INLINE void transpose(Vec (&rows)[Vec::kLanes]) {
+  transpose_in_memory(rows);
+}
+MMK_INLINE Vec sums_of(const Vec (&rows)[Vec::kLanes]) {
+  return sums_in_memory(rows);
+}
+
+}  // namespace MMK_VARIANT
+}  // namespace mmkernels
