@@ -11,6 +11,7 @@
 // Every operation is rounded by itself (nvcc -fmad=false), as mmkernels/beam_search/reference.py writes them down.
 #pragma once
 
+#include "advance.h"
 #include "cuda.h"
 
 namespace mmkernels {
@@ -435,92 +436,10 @@ __device__ inline void merge(const BeamArguments& a) {
   }
 }
 
-// A thread an item: its candidates are few, and each depends on what those before it left.
+// One thread advances one item: its candidates are few, and each depends on what those before it left.
 __device__ inline void advance(const BeamAdvance& a) {
-  // The numbers of the reference's POISONED, DEAD and BOUND, COUNT_OR_TOP.
-  constexpr int64_t kPoisoned = 1, kDead = 2, kBound = 0, kCountOrTop = 2;
-  const int64_t item = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, k = a.beams;
-  if (item >= a.items) return;
-  const int64_t first = item * k;
-  const bool last = a.step == a.max_length - 1, was_done = a.done[item];
-  int64_t count = a.counts[item], going = 0;
-  float cut_off = -kInfinity;
-  bool any_valid = false, top_ended = a.top_ended[item];
-  for (int64_t c = 0; c < a.candidates; ++c) {
-    const int64_t at = item * a.candidates + c;
-    if (!a.valid[at]) continue;
-    any_valid = true;
-    const float score = a.scores[at];
-    const int64_t token = a.tokens[at];
-    bool ends = last && a.cuts;
-    for (int64_t e = 0; e < a.num_eos; ++e) ends = ends || token == a.eos[e];
-    if (!ends) {
-      if (going < k) {
-        a.next_scores[first + going] = score;
-        a.next_parents[first + going] = a.found_beams[at];
-        a.next_tokens[first + going] = token;
-        ++going;
-      }
-      continue;
-    }
-    if (c >= k || was_done) continue;
-    if (c == 0) top_ended = true;
-    const float total = score / a.penalties[a.step + 1];
-    if (a.first_come && count >= a.target) {
-      cut_off = total > cut_off ? total : cut_off;
-      continue;
-    }
-    ++count;
-    // Behind its equals; what is pushed out is lost.
-    int64_t place = k;
-    while (place > 0 && a.best_scores[first + place - 1] < total) --place;
-    if (place == k) continue;
-    for (int64_t i = first + k - 1; i > first + place; --i) {
-      a.best_scores[i] = a.best_scores[i - 1];
-      a.best_log_probs[i] = a.best_log_probs[i - 1];
-      a.best_times[i] = a.best_times[i - 1];
-      a.best_beams[i] = a.best_beams[i - 1];
-      a.best_tokens[i] = a.best_tokens[i - 1];
-      a.best_valid[i] = a.best_valid[i - 1];
-    }
-    place += first;
-    a.best_scores[place] = total;
-    a.best_log_probs[place] = score;
-    a.best_times[place] = a.step;
-    a.best_beams[place] = a.found_beams[at];
-    a.best_tokens[place] = token;
-    a.best_valid[place] = true;
-  }
-
-  bool stops = a.poisoned[item] || going == 0 || last;
-  const float top = going > 0 ? a.next_scores[first] : -kInfinity;
-  if (a.stop == kBound)
-    stops = stops || (count >= k && top / a.penalties[a.bound_length] <= a.best_scores[first + k - 1]);
-  else
-    stops = stops || count >= a.target || (a.stop == kCountOrTop && top_ended && count >= a.num_return);
-  if (!was_done) {
-    if (a.poisoned[item])
-      a.faults[item] = kPoisoned;
-    else if (!any_valid && a.faults[item] == 0)
-      a.faults[item] = kDead;
-    if (stops) {
-      if (!last) {
-        cut_off = largest_of(cut_off, top / a.penalties[a.step + 2]);
-        cut_off = largest_of(cut_off, top / a.penalties[a.max_length]);
-      }
-      a.missed[item] = cut_off;
-      a.done[item] = true;
-    }
-    a.counts[item] = count;
-    a.top_ended[item] = top_ended;
-  }
-  for (int64_t i = 0; i < k; ++i) {
-    if (i >= going) {
-      a.next_scores[first + i] = -kInfinity;
-      a.next_parents[first + i] = a.next_tokens[first + i] = 0;
-    }
-    a.next_valid[first + i] = i < going && !was_done && !stops;
-  }
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (item < a.items) advance_item(a, item);
 }
 
 }  // namespace beam

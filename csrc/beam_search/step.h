@@ -1,56 +1,131 @@
-// What a backend's step of beam search takes and gives, on the torch side: checked, with contiguous entries, allocated.
+// The torch side of beam search, for every backend: checks, allocation, and the plain data that the backend runs on.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <limits>
 #include <optional>
 #include <tuple>
 
 #include "../common/tensors.h"
+#include "step_types.h"
 
 namespace mmkernels {
 
-struct StepInputs {
-  at::Tensor logits, scores, valid, forbidden;  // the last two undefined where there is none
-  int64_t items, beams, vocabulary;
+// The op beam_search_step: kRun fills in the results on the device of `logits`.
+template <void (*kRun)(const BeamStep&, const at::Tensor& logits)>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> step(
+    const at::Tensor& logits_in, const at::Tensor& scores_in, const std::optional<at::Tensor>& valid_in,
+    const std::optional<at::Tensor>& forbidden_in, int64_t num_candidates, bool normalize, bool mask_first) {
+  TORCH_CHECK_VALUE(logits_in.dim() == 2 && scores_in.dim() == 2 && logits_in.size(0) == scores_in.numel(),
+                    "logits, scores: expected [B K, V] and [B, K], got ", logits_in.sizes(), " and ",
+                    scores_in.sizes());
+  TORCH_CHECK_TYPE(logits_in.scalar_type() == at::kFloat || logits_in.scalar_type() == at::kBFloat16 ||
+                       logits_in.scalar_type() == at::kHalf,
+                   "logits: expected float32, bfloat16 or float16, got ", logits_in.scalar_type());
+  TORCH_CHECK_TYPE(scores_in.scalar_type() == at::kFloat, "scores: expected float32, got ", scores_in.scalar_type());
+  TORCH_CHECK_VALUE(logits_in.size(1) <= std::numeric_limits<int32_t>::max(), "logits: expected V below 2^31, got ",
+                    logits_in.size(1));
+  const c10::DeviceGuard guard(logits_in.device());
+  const at::Tensor logits = with_contiguous_rows(logits_in), scores = scores_in.contiguous();
+  const at::Tensor valid = valid_in ? valid_in->contiguous() : at::Tensor();
+  const at::Tensor forbidden = forbidden_in ? with_contiguous_rows(*forbidden_in) : at::Tensor();
+  const int64_t items = scores.size(0);
+  const auto floats = scores.options(), ints = floats.dtype(at::kLong), bools = floats.dtype(at::kBool);
+  const at::Tensor out_scores = at::empty({items, num_candidates}, floats),
+                   out_beams = at::empty({items, num_candidates}, ints),
+                   out_tokens = at::empty({items, num_candidates}, ints),
+                   out_valid = at::empty({items, num_candidates}, bools), out_poisoned = at::empty({items}, bools);
 
-  StepInputs(const at::Tensor& logits_in, const at::Tensor& scores_in, const std::optional<at::Tensor>& valid_in,
-             const std::optional<at::Tensor>& forbidden_in) {
-    TORCH_CHECK_VALUE(logits_in.dim() == 2 && scores_in.dim() == 2 && logits_in.size(0) == scores_in.numel(),
-                      "logits, scores: expected [B K, V] and [B, K], got ", logits_in.sizes(), " and ",
-                      scores_in.sizes());
-    TORCH_CHECK_TYPE(logits_in.scalar_type() == at::kFloat || logits_in.scalar_type() == at::kBFloat16 ||
-                         logits_in.scalar_type() == at::kHalf,
-                     "logits: expected float32, bfloat16 or float16, got ", logits_in.scalar_type());
-    TORCH_CHECK_TYPE(scores_in.scalar_type() == at::kFloat, "scores: expected float32, got ", scores_in.scalar_type());
-    TORCH_CHECK_VALUE(logits_in.size(1) <= std::numeric_limits<int32_t>::max(), "logits: expected V below 2^31, got ",
-                      logits_in.size(1));
-    const auto with_rows = [](const at::Tensor& x) { return x.stride(1) == 1 ? x : x.contiguous(); };
-    logits = with_rows(logits_in);
-    scores = scores_in.contiguous();
-    if (valid_in) valid = valid_in->contiguous();
-    if (forbidden_in) forbidden = with_rows(*forbidden_in);
-    items = scores.size(0);
-    beams = scores.size(1);
-    vocabulary = logits.size(1);
-  }
-};
+  BeamStep s{};
+  s.logits = logits.const_data_ptr();
+  s.dtype = dtype_of(logits);
+  s.row_stride = logits.stride(0);
+  s.forbidden = forbidden.defined() ? forbidden.const_data_ptr<bool>() : nullptr;
+  s.forbidden_stride = forbidden.defined() ? forbidden.stride(0) : 0;
+  s.scores = scores.const_data_ptr<float>();
+  s.valid = valid.defined() ? valid.const_data_ptr<bool>() : nullptr;
+  s.items = items;
+  s.beams = scores.size(1);
+  s.vocabulary = logits.size(1);
+  s.candidates = num_candidates;
+  s.normalize = normalize;
+  s.mask_first = mask_first;
+  s.out_scores = out_scores.mutable_data_ptr<float>();
+  s.out_beams = out_beams.mutable_data_ptr<int64_t>();
+  s.out_tokens = out_tokens.mutable_data_ptr<int64_t>();
+  s.out_valid = out_valid.mutable_data_ptr<bool>();
+  s.out_poisoned = out_poisoned.mutable_data_ptr<bool>();
+  if (scores.numel() > 0) kRun(s, logits);
+  return {out_scores, out_beams, out_tokens, out_valid, out_poisoned};
+}
 
-struct StepOutputs {
-  at::Tensor scores, beams, tokens, valid, poisoned;
+// The op beam_search_advance: kRun advances the items on the device of `scores`.
+template <void (*kRun)(const BeamAdvance&, const at::Tensor& scores)>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> advance(
+    const at::Tensor& found_scores, const at::Tensor& found_beams, const at::Tensor& found_tokens,
+    const at::Tensor& found_valid, const at::Tensor& poisoned, at::Tensor best_scores, at::Tensor best_log_probs,
+    at::Tensor best_times, at::Tensor best_beams, at::Tensor best_tokens, at::Tensor best_valid, at::Tensor counts,
+    at::Tensor faults, at::Tensor done, at::Tensor missed, at::Tensor top_ended, const at::Tensor& eos_in,
+    const at::Tensor& penalties_in, int64_t step, int64_t max_length, int64_t stop, int64_t bound_length,
+    int64_t target, int64_t num_return, bool cuts, bool first_come) {
+  const int64_t items = best_scores.size(0), beams = best_scores.size(1);
+  for (const at::Tensor& x :
+       {found_scores, found_beams, found_tokens, found_valid, poisoned, best_scores, best_log_probs, best_times,
+        best_beams, best_tokens, best_valid, counts, faults, done, missed, top_ended})
+    TORCH_CHECK_VALUE(x.is_contiguous() && x.size(0) == items, "expected contiguous tensors of ", items, " items, got ",
+                      x.sizes());
+  TORCH_CHECK_VALUE(0 <= step && step < max_length && penalties_in.numel() == max_length + 1,
+                    "step, penalties: expected step < max_length and max_length + 1 penalties, got ", step, " and ",
+                    penalties_in.numel());
+  TORCH_CHECK_VALUE(0 < bound_length && bound_length <= max_length, "bound_length: expected 1 to max_length, got ",
+                    bound_length);
+  const c10::DeviceGuard guard(found_scores.device());
+  const at::Tensor eos = eos_in.contiguous(), penalties = penalties_in.contiguous();
+  const at::Tensor next_scores = at::empty({items, beams}, best_scores.options()),
+                   next_parents = at::empty({items, beams}, best_times.options()),
+                   next_tokens = at::empty({items, beams}, best_times.options()),
+                   next_valid = at::empty({items, beams}, best_valid.options());
 
-  StepOutputs(const at::Tensor& like, int64_t items, int64_t candidates)
-      : scores(at::empty({items, candidates}, like.options())),
-        beams(at::empty({items, candidates}, like.options().dtype(at::kLong))),
-        tokens(at::empty({items, candidates}, like.options().dtype(at::kLong))),
-        valid(at::empty({items, candidates}, like.options().dtype(at::kBool))),
-        poisoned(at::empty({items}, like.options().dtype(at::kBool))) {}
-
-  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> tuple() const {
-    return {scores, beams, tokens, valid, poisoned};
-  }
-};
+  BeamAdvance a{};
+  a.items = items;
+  a.beams = beams;
+  a.candidates = found_scores.size(1);
+  a.scores = found_scores.const_data_ptr<float>();
+  a.found_beams = found_beams.const_data_ptr<int64_t>();
+  a.tokens = found_tokens.const_data_ptr<int64_t>();
+  a.valid = found_valid.const_data_ptr<bool>();
+  a.poisoned = poisoned.const_data_ptr<bool>();
+  a.best_scores = best_scores.mutable_data_ptr<float>();
+  a.best_log_probs = best_log_probs.mutable_data_ptr<float>();
+  a.best_times = best_times.mutable_data_ptr<int64_t>();
+  a.best_beams = best_beams.mutable_data_ptr<int64_t>();
+  a.best_tokens = best_tokens.mutable_data_ptr<int64_t>();
+  a.best_valid = best_valid.mutable_data_ptr<bool>();
+  a.counts = counts.mutable_data_ptr<int64_t>();
+  a.faults = faults.mutable_data_ptr<int64_t>();
+  a.done = done.mutable_data_ptr<bool>();
+  a.missed = missed.mutable_data_ptr<float>();
+  a.top_ended = top_ended.mutable_data_ptr<bool>();
+  a.eos = eos.const_data_ptr<int64_t>();
+  a.num_eos = eos.numel();
+  a.penalties = penalties.const_data_ptr<float>();
+  a.step = step;
+  a.max_length = max_length;
+  a.stop = stop;
+  a.bound_length = bound_length;
+  a.target = target;
+  a.num_return = num_return;
+  a.cuts = cuts;
+  a.first_come = first_come;
+  a.next_scores = next_scores.mutable_data_ptr<float>();
+  a.next_parents = next_parents.mutable_data_ptr<int64_t>();
+  a.next_tokens = next_tokens.mutable_data_ptr<int64_t>();
+  a.next_valid = next_valid.mutable_data_ptr<bool>();
+  if (items > 0) kRun(a, found_scores);
+  return {next_scores, next_parents, next_tokens, next_valid};
+}
 
 }  // namespace mmkernels
