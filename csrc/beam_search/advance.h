@@ -12,11 +12,11 @@
 
 namespace mmkernels {
 
-// The numbers of specification.py: faults, and rules that stop an item.
+// These are the numbers of specification.py: faults, and rules that stop an item.
 constexpr int64_t kPoisoned = 1, kDead = 2;
 constexpr int64_t kBound = 0, kCountOrTop = 2;
 
-// The larger, a where b is NaN.
+// Returns the larger, or a if b is NaN.
 MMK_HOST_DEVICE inline float larger(float a, float b) {
   return b > a ? b : a;
 }

@@ -21,7 +21,7 @@ namespace {
 
 using at::Tensor;
 
-// The logarithm of a softmax's sum as the reference writes it down, operation by operation.
+// Takes the logarithm of a softmax's sum as the reference writes it down, operation by operation.
 float log_of_sum(double sum) {
   int exponent;
   double mantissa = std::frexp(sum, &exponent);
@@ -35,7 +35,7 @@ float log_of_sum(double sum) {
   return static_cast<float>(exponent * 0.6931471805599453 + (z + z) * p);
 }
 
-// The best candidates of one item, merged from its rows' lists: a score rises with its logit, so each list stands in
+// Merges the lists of one item's rows into its best candidates. A score rises with its logit, so that each list is in
 // the total order.
 struct Item {
   const BeamRow* rows;
@@ -104,14 +104,14 @@ void run_step(const BeamStep& s, const Tensor&) {
   std::vector<BeamRow> read(rows);
   std::vector<std::atomic<int64_t>> unread(s.items);
   for (auto& count : unread) count.store(s.beams, std::memory_order_relaxed);
-  // A small problem is over before a second thread has woken up.
+  // A small problem is over before a second thread has woken up: a row of 2^15 logits takes about 10 us.
   const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 15) / s.vocabulary);
   at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(kernels.scratch_floats(s.vocabulary));
     for (int64_t i = begin; i < end; ++i) {
       read[i] = {kept_logits.data() + i * p.keep, kept_tokens.data() + i * p.keep, 0, 0, 0, false};
       if (s.valid == nullptr || s.valid[i]) kernels.row(p, i, read[i], scratch.data());
-      // Whoever reads an item's last row merges them.
+      // The thread that reads an item's last row merges the item.
       const int64_t b = i / s.beams, first = b * s.beams, at = b * s.candidates;
       if (unread[b].fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
       const Item item{read.data() + first, s.scores + first, s.valid ? s.valid + first : nullptr, s.beams,

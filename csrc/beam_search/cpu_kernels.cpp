@@ -1,9 +1,9 @@
-// One row of logits: the statistics of its softmax and its best entries. Compiled once for each instruction set
+// Finds the statistics of a row's softmax and its best entries. This file is compiled once for each instruction set
 // (MMK_VARIANT).
 //
-// The row is read from memory once, for the largest entry of every block, and was fetched while the row before it was
-// summed; it is then in the cache for its own sum. The keep-th largest of the blocks' largest bounds the keep-th
-// largest entry from below, so that only the few blocks that reach it are looked into for candidates.
+// The kernel reads a row from memory once, for the largest entry of every block; it was fetched while the row before it
+// was summed, and is in the cache for its own sum. The keep-th largest of the blocks' largest bounds the keep-th
+// largest entry from below, so that the kernel looks for candidates only in the few blocks that reach it.
 //
 // Every variant gives the same bits (mmkernels/beam_search/reference.py says how): no operation is contracted, and the
 // sum is exact.
@@ -19,18 +19,19 @@ namespace mmkernels {
 inline namespace MMK_VARIANT {
 namespace {
 
+// 50,257 logits are 197 blocks: as many maxima to compare, and blocks of 256 to look into, where `keep` is about 10.
 constexpr int64_t kBlock = 256;
-// A softmax's terms are added in float32 where they are kColumns apart in a part of kRows x kColumns, then exactly.
+// In a part of kRows x kColumns the terms of a softmax that are kColumns apart are added in float32, then all exactly.
 constexpr int64_t kRows = 8, kColumns = 16;
 
-// 1.5 x 2^23 quanta of the sum: see quantum_bits and log_sums in the reference.
+// Adding 1.5 x 2^23 quanta rounds to a whole number of them: see quantum_bits and log_sums in the reference.
 float quantum_shift(int64_t vocabulary) {
   int bits = 0;
   while ((int64_t{1} << bits) < vocabulary) ++bits;
   return 1.5f * std::ldexp(1.f, 23 - (52 - bits));
 }
 
-// e^x for x <= 0. Products and sums by themselves: no fma but the one that is a sum, in the multipliers, which have
+// e^x for x <= 0. Each product and each sum rounds by itself. The one fma is a sum in disguise: the multipliers have
 // less to do here than the adders.
 MMK_INLINE Vec exact_exp(Vec x) {
   const Vec whole = Vec::set1(12582912.f + 127.f);
@@ -46,7 +47,7 @@ MMK_INLINE Vec exact_exp(Vec x) {
   return p * exponent_of_low_bits(k);
 }
 
-// The row in blocks of floats, -inf past its end and, where asked for, in place of the forbidden.
+// Reads the row in blocks of floats, with -inf past its end and, where asked for, in place of the forbidden.
 template <Dtype kDtype>
 struct Blocks {
   const BeamRows& rows;
@@ -54,7 +55,7 @@ struct Blocks {
   const bool* forbidden;
   float* stage;
 
-  // A block in memory: where it lies if it can be read there, else staged.
+  // Returns a block in memory: in place if it can be read there, else a copy in `stage`.
   MMK_INLINE const float* floats(int64_t at, bool masked) const {
     const int64_t n = std::min(kBlock, rows.vocabulary - at);
     if (kDtype == Dtype::kFloat32 && !masked && n == kBlock) return static_cast<const float*>(row) + at;
@@ -64,7 +65,7 @@ struct Blocks {
       for (int64_t i = 0; i < n; ++i) stage[i] = forbidden[at + i] ? kNegativeInfinity : stage[i];
     return stage;
   }
-  // What `use` makes of a block whose vector at i is load(i).
+  // Returns what `use` makes of a block whose vector at i is load(i).
   template <class Use>
   MMK_INLINE auto read(int64_t at, bool masked, const Use& use) const {
     if (!masked && at + kBlock <= rows.vocabulary)
@@ -74,14 +75,14 @@ struct Blocks {
   }
 };
 
-// The next row's way from memory, while this row's exponentials keep the arithmetic busy.
+// Fetches a block of the next row while this row's exponentials keep the arithmetic busy.
 template <Dtype kDtype>
 MMK_INLINE void prefetch_block(const void* row, int64_t at) {
   const char* first = static_cast<const char*>(row) + at * bytes_of(kDtype);
   for (int64_t line = 0; line < kBlock * bytes_of(kDtype); line += 64) __builtin_prefetch(first + line, 0, 2);
 }
 
-// The largest of a block.
+// Finds the largest of a block.
 struct Largest {
   template <class Load>
   MMK_INLINE float operator()(const Load& load) const {
@@ -94,7 +95,7 @@ struct Largest {
   }
 };
 
-// The sum of e^(x - top) over kCount vectors, kColumns apart: neighbours, then neighbouring sums.
+// Sums e^(x - top) over kCount vectors that lie kColumns apart: neighbours first, then neighbouring sums.
 template <int64_t kCount, class Load>
 MMK_INLINE Vec sum_of_exps(const Load& load, int64_t at, Vec top) {
   if constexpr (kCount == 1)
@@ -103,8 +104,8 @@ MMK_INLINE Vec sum_of_exps(const Load& load, int64_t at, Vec top) {
     return sum_of_exps<kCount / 2>(load, at, top) + sum_of_exps<kCount / 2>(load, at + kCount / 2 * kColumns, top);
 }
 
-// Puts x behind its equals into the list of the largest so far, which holds `keep` at most; x is above the last of a
-// full list.
+// Puts x behind its equals into the list of the largest so far, which holds at most `keep`. x is above the last entry
+// of a full list.
 MMK_INLINE void place(float x, int64_t token, int64_t keep, BeamRow& list) {
   int64_t at = list.count < keep ? list.count++ : keep - 1;
   for (; at > 0 && list.logits[at - 1] < x; --at) {
@@ -126,7 +127,7 @@ void read_row(const BeamRows& p, int64_t index, BeamRow& out, float* scratch) {
   for (int64_t i = 0; i < num_blocks; ++i) {
     block_max[i] = blocks.read(i * kBlock, masked, Largest{});
     const float in_softmax = masked && !mask_first ? blocks.read(i * kBlock, false, Largest{}) : block_max[i];
-    if (!(in_softmax <= largest)) largest = in_softmax;  // a NaN that shows stays
+    if (!(in_softmax <= largest)) largest = in_softmax;  // keeps a NaN
   }
   out.largest = largest;
   out.sum = 0;

@@ -20,7 +20,8 @@ struct BeamRows {
   const void* row(int64_t i) const { return static_cast<const char*>(logits) + i * row_stride * bytes_of(dtype); }
 };
 
-// The best entries of a row, the higher first, of equal ones the lower token; and its softmax's largest logit and sum.
+// The best entries of a row, higher logits first and of equal ones the lower token, with the largest logit and the sum
+// of its softmax.
 struct BeamRow {
   float* logits;    // [keep]
   int32_t* tokens;  // [keep]
@@ -32,7 +33,7 @@ struct BeamRow {
 
 struct BeamKernels {
   const char* name;
-  // Floats of scratch for each thread.
+  // How many floats of scratch each thread needs.
   int64_t (*scratch_floats)(int64_t vocabulary);
   void (*row)(const BeamRows&, int64_t index, BeamRow& out, float* scratch);
 };

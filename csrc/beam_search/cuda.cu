@@ -1,10 +1,10 @@
-// The kernels of the step of beam search for NVIDIA GPUs, and their launches. No torch header is needed here.
+// The kernels of beam search for NVIDIA GPUs, and their launches. This file includes no torch header.
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 namespace mmkernels::beam {
 
-// The blocks of a cluster; elsewhere (compute capability 8) there is none, and no plan asks for one.
+// What the blocks of a cluster do together. Compute capability 8 has no clusters, and no plan asks for one there.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   cooperative_groups::this_cluster().barrier_arrive();
@@ -31,7 +31,8 @@ __device__ __forceinline__ T* cluster_address(T* mine, int block) {
 namespace mmkernels {
 namespace {
 
-// Blocks of a multiprocessor at once: so many registers a thread may take, and ptxas need not save more.
+// kBlocks run on a multiprocessor at once: 4 x 256 threads leave each 65,536 / 1,024 = 64 registers, and ptxas need not
+// save more.
 constexpr int kMaxThreads = 32 * kMaxWarps, kBlocks = 4;
 
 template <class T, bool kMasked>
@@ -79,7 +80,7 @@ struct Launch {
 
   void start(Kernel kernel, const BeamArguments& a, int64_t blocks, int threads, size_t shared, int cluster) const {
     if (error != cudaSuccess) return;
-    if (shared > 48 << 10) {  // more than a kernel may take unasked
+    if (shared > 48 << 10) {  // a kernel may take 48 KiB unasked
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
       if (error != cudaSuccess) return;
     }

@@ -1,4 +1,4 @@
-// The step of beam search on a GPU: how its work is split, and what its torch side calls.
+// Splits the work of a step of beam search on a GPU, and declares what the torch side calls.
 #pragma once
 
 #include <algorithm>
@@ -10,15 +10,16 @@
 
 namespace mmkernels {
 
-// What the split depends on.
+// What the split depends on: the device, and sizes that tests make smaller.
 struct BeamDevice {
   int multiprocessors;
-  bool clusters;                    // blocks of a row can read each other's shared memory (compute capability 9.0)
-  int warps = 8;                    // of a block
-  int64_t part_bytes = 32 << 10;    // of logits for a block
-  int64_t least_part = 2048;        // entries that are worth a block
-  int64_t staged_bytes = 96 << 10;  // of logits that a block keeps in shared memory, at most
-  int64_t group_bytes = 16 << 20;   // of logits between one read of them and the next: they are in L2 still
+  bool clusters;                  // blocks of a row can read each other's shared memory (compute capability 9.0)
+  int warps = 8;                  // of a block
+  int64_t part_bytes = 32 << 10;  // logits of a block, if they are many
+  int64_t least_part = 2048;      // entries that are worth a block: 8 for each of its 256 threads
+  int64_t staged_bytes =
+      96 << 10;                    // the most logits that a block keeps in shared memory: of 164 KiB (8.0) or 228 (9.0)
+  int64_t group_bytes = 16 << 20;  // logits between one read of them and the next: an L2 of 40 MB has them still
 };
 
 // A row is `parts` blocks. A cluster of them, or one block alone, reads the logits once; other parts of a row meet in

@@ -1,12 +1,12 @@
-// The device code of the step of beam search. Compiled by nvcc into kernels (cuda.cu), and by the tests into a program
-// that runs it on a CPU, thread by thread (tests/emulator.h).
+// The device code of beam search. nvcc compiles it into kernels (cuda.cu), and the tests compile it into a program that
+// runs it on a CPU, thread by thread (tests/emulator.h).
 //
 // scan: a block reads its part of a row once, into shared memory; finds its largest entry and, with the other parts' of
 // its cluster, its share of the softmax's sum; and takes its best entries out one by one. Their number bounds the work,
 // whatever the values.
-// sum: the shares of the sum where a row's parts are no cluster.
+// sum: finds the shares of the sum where a row's parts are no cluster.
 // merge: puts the parts' candidates of an item into the written order by counting, for each, those that go before it.
-// advance: hypotheses, bounds, the done flag and the next beams.
+// advance: see advance.h.
 //
 // Every operation is rounded by itself (nvcc -fmad=false), as mmkernels/beam_search/reference.py writes them down.
 #pragma once
@@ -75,7 +75,7 @@ __device__ __forceinline__ float widen(Float16 x) {
   return as_float(sign | __float_as_uint(as_float(rest << 13) * 0x1p112f));  // moves the bias, subnormals included
 }
 
-// A number that is ordered as x is; both zeros are one. Above that of -inf for every candidate.
+// Maps floats to numbers of the same order, both zeros to one. Every candidate's number is above that of -inf.
 __device__ __forceinline__ uint32_t ordered(float x) {
   const uint32_t bits = __float_as_uint(x + 0.f);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -84,12 +84,12 @@ __device__ __forceinline__ float from_ordered(uint32_t key) {
   return as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
 }
 
-// The larger; a NaN stays.
+// Returns the larger, or the NaN if there is one.
 __device__ __forceinline__ float largest_of(float a, float b) {
   return a != a || a > b ? a : b;
 }
 
-// The largest of a warp's numbers, and NaN if one is a NaN or +inf.
+// Returns the largest of a warp's numbers, or NaN if one is a NaN or +inf.
 __device__ __forceinline__ float warp_largest(float x) {
   const bool wrong = __any_sync(kAllLanes, !(x < kInfinity)) != 0;
   const float largest = from_ordered(__reduce_max_sync(kAllLanes, ordered(x)));
@@ -102,7 +102,7 @@ __device__ __forceinline__ uint64_t warp_largest(uint64_t key) {
   return static_cast<uint64_t>(high) << 32 | low;
 }
 
-// The same whatever the order: the terms are multiples of a quantum.
+// Sums a warp's numbers. Their order changes nothing: they are multiples of a quantum.
 __device__ __forceinline__ double warp_sum(double x) {
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
@@ -148,8 +148,8 @@ __device__ __forceinline__ float log_of_sum(double sum) {
 
 // What a block works on: `length` entries of one row from token `begin`.
 //
-// A warp has a stretch of it, in lines of 32; of line r, lane l has the entry (l - r) mod 32. So a line is read without
-// bank conflicts by the lanes together, and so is, by all lanes, what one lane has.
+// A warp has a stretch of it, in lines of 32, and lane l has entry (l - r) mod 32 of line r. So the lanes together read
+// a line without bank conflicts, and so they read all that one lane has.
 template <class T, bool kMasked>
 struct Part {
   int64_t row;
@@ -176,7 +176,7 @@ struct Part {
   __device__ __forceinline__ int entry(int line, int lane) const { return first + 32 * line + ((lane - line) & 31); }
   __device__ __forceinline__ int lane_of(int entry) const { return (entry + (entry - first) / 32) & 31; }
   __device__ __forceinline__ bool hidden(int i) const { return kMasked && forbidden[i]; }
-  // An entry as the softmax takes it.
+  // Returns an entry as the softmax takes it.
   __device__ __forceinline__ float in_softmax(int i) const {
     return mask_first && hidden(i) ? -kInfinity : widen(logits[i]);
   }
@@ -194,7 +194,7 @@ struct Part {
     T* copy = reinterpret_cast<T*>(to + shift);
     const Word* from = reinterpret_cast<const Word*>(logits + head);
     Word* words_to = reinterpret_cast<Word*>(copy + head);
-    constexpr int kAhead = 4;  // loads that are under way at once
+    constexpr int kAhead = 4;  // this many loads are under way at once
     for (int i = thread; i < words; i += kAhead * threads) {
       Word loaded[kAhead];
 #pragma unroll
@@ -209,8 +209,8 @@ struct Part {
     logits = copy;
   }
 
-  // This warp's share of the softmax's sum: log_sums() in reference.py. The terms of a column of a block of
-  // kRows x kColumns are added as there, neighbours first; the rest is exact.
+  // Finds this warp's share of the softmax's sum: log_sums() in reference.py. As there, the terms of a column of a
+  // block of kRows x kColumns are added neighbours first; the rest is exact.
   //
   // Half a warp has the columns of one block, half those of the next; the second half goes through its rows with
   // neighbours exchanged, so that the halves read different banks.
@@ -234,9 +234,9 @@ struct Part {
     return warp_sum(total);
   }
 
-  // An entry as a candidate.
+  // Returns an entry as a candidate.
   __device__ __forceinline__ float candidate(int i) const { return hidden(i) ? -kInfinity : widen(logits[i]); }
-  // Ordered as candidates are: the higher logit, then the lower token. 0 for what is none.
+  // Maps candidates to numbers of their order: the higher logit, then the lower token. 0 stands for no candidate.
   static __device__ __forceinline__ uint64_t key(float candidate, int i) {
     return candidate > -kInfinity
                ? static_cast<uint64_t>(ordered(candidate)) << 32 | (0xFFFFFFFFu - static_cast<uint32_t>(i))
@@ -266,7 +266,7 @@ __device__ void scan(const BeamArguments& a, char* memory) {
     __syncthreads();
   }
 
-  // The largest entry and the best candidate of each thread, then of each warp.
+  // Find the largest entry and the best candidate of each thread, then of each warp.
   float largest = -kInfinity, best_logit = -kInfinity;
   int best_entry = 0;
   bool wrong = false;
@@ -307,7 +307,7 @@ __device__ void scan(const BeamArguments& a, char* memory) {
     if (lane == 0) a.sums[at * warps + warp] = sum;
   }
 
-  // The best of all warps is taken `keep` times; its warp then shows the next one of the thread that had it.
+  // Take the best of all warps `keep` times. Its warp then shows the next one of the thread that had it.
   float* kept_logits = a.kept_logits + at * a.plan.keep;
   int32_t* kept_tokens = a.kept_tokens + at * a.plan.keep;
   int kept = 0;
@@ -356,7 +356,7 @@ __device__ void sum(const BeamArguments& a) {
   if (threadIdx.x % 32 == 0) a.sums[(part.row * a.plan.parts + part.index) * a.plan.warps + threadIdx.x / 32] = share;
 }
 
-// The candidates of an item. A list is what a part of a row kept.
+// Reads the candidates of an item. A list is what a part of a row kept.
 struct Lists {
   const BeamArguments& a;
   int64_t first_row;
@@ -375,7 +375,7 @@ struct Lists {
   __device__ __forceinline__ bool counts(int64_t list) const {
     return a.step.valid == nullptr || a.step.valid[first_row + list / a.plan.parts];
   }
-  // False past a list's last.
+  // Returns false past a list's last.
   __device__ __forceinline__ bool get(int64_t list, int64_t place, Candidate& found) const {
     const int64_t beam = list / a.plan.parts, row = first_row + beam;
     const int64_t i = (first_row * a.plan.parts + list) * a.plan.keep + place;

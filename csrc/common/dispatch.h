@@ -1,4 +1,5 @@
-// Which variant of the CPU kernels runs: the widest that the machine has, or the one that MMKERNELS_CPU names.
+// Chooses the variant of the CPU kernels that runs: the widest that the machine has, or the one that MMKERNELS_CPU
+// names.
 #pragma once
 
 #include <cstdlib>
@@ -43,7 +44,8 @@ inline CpuVariant cpu_variant() {
   return chosen;
 }
 
-// Declares the kernels of an op as each variant's object file defines them, and `instance_here()`, those to run.
+// Declares the kernels of an op as each variant's object file defines them, and `instance_here()`, which returns the
+// ones to run.
 #if defined(__x86_64__)
 #define MMK_VARIANTS(Kernels, instance)     \
   namespace portable {                      \

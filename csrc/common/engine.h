@@ -31,7 +31,7 @@ class Epilogue {
  public:
   // The next panel of queries begins: `rows` of them from row0.
   virtual void begin_panel(int64_t row0, int64_t rows) = 0;
-  // Forward: reads the products of a tile, and may change them. Backward: turns them into gradients.
+  // A forward pass reads the products of a tile, and may change them; a backward pass turns them into gradients.
   virtual void tile(float* s, int64_t col0, int64_t cols) = 0;
   // The panel has met all the keys.
   virtual void end_panel(int64_t panel) = 0;
@@ -41,7 +41,7 @@ class Epilogue {
   virtual bool has_columns() const { return false; }
   virtual void update_columns(int64_t /*col0*/, int64_t /*cols*/) {}
 
-  // Backward: fills in the products of a tile if the forward pass kept them, else returns false.
+  // In a backward pass, fills in the products of a tile if the forward pass kept them; else returns false.
   virtual bool recall(float* /*s*/, int64_t /*col0*/, int64_t /*cols*/) const { return false; }
 
  protected:
@@ -53,33 +53,37 @@ void forward_panels(const Logits& x, const Tiling& t, Wavefront& wave, float* sc
 void backward_panels(const Logits& x, const Gradients& grads, const Tiling& t, Wavefront& wave, float* scratch,
                      Epilogue& epilogue);
 
-// `companion`: the logits of the epilogue's Companion, if it holds one.
+// Cuts the problem into panels and chunks. `companion` is the second pair of sets of an epilogue with a Companion, or
+// null.
 Tiling choose_tiling(const Logits& x, bool backward, int64_t threads, const Logits* companion);
 Tiling tiling_of(const Logits& x, bool backward, int64_t threads);
 
 // How many floats of a thread's scratch the engine takes. What an epilogue needs lies behind them.
 int64_t engine_floats(const Logits& x, const Tiling& t, bool backward);
 
-// Writes a tile of products to where all of them are kept for the backward pass, [keys, queries]; null: they are not.
+// Copies a tile of products to `kept`, [keys, queries], which keeps all of them for the backward pass. A null `kept`
+// keeps none.
 void keep_tile(const Logits& x, const float* tile, int64_t row0, int64_t rows, int64_t col0, int64_t cols, float* kept);
 
-// Reads it back, with zeros in the lanes past the last row, as the product itself leaves them; false if none are kept.
+// Copies it back, with zeros in the lanes past the last row, as the product itself leaves them. Returns false if `kept`
+// is null.
 bool recall_tile(const Logits& x, const float* kept, int64_t row0, int64_t rows, int64_t col0, int64_t cols,
                  float* tile);
 
-// The products of single pairs: the `rows` queries from row0, each with one key, keys.index[0] and following. They have
-// the very bits of the tiles, whose sums they repeat. The scratch holds 2 size kPanel floats.
+// Multiplies single pairs: query row0 + i and the key that keys.index[i] names, for i < rows. The products have the
+// very bits of the tiles, because they repeat the order of their sums. The scratch holds 2 size kPanel floats.
 void products_of_pairs(const Features& queries, int64_t row0, const ListedFeatures& keys, int64_t rows, int64_t size,
                        float* scratch, float* out);
 
-// The products of a second pair of sets of rows, tile by tile beside the engine's own. An epilogue that needs them
-// holds one, in scratch behind the engine's.
+// Multiplies a second pair of sets of rows, tile by tile beside the engine's own. An epilogue that needs such products
+// holds a Companion, whose scratch lies behind the engine's.
 class Companion {
  public:
   Companion(const Logits& x, const Tiling& t, float* scratch) : x(x), t(t), scratch(scratch) {}
 
   void begin_panel(int64_t first_row, int64_t count);
-  // Of the panel and a chunk of keys, as the engine's tile; valid until the next call. `kept`: all products, or null.
+  // Returns the products of the panel and a chunk of keys, laid out as the engine's tile and valid until the next call.
+  // It copies them from `kept`, which has all products, unless that is null.
   float* products(int64_t col0, int64_t cols, const float* kept = nullptr) const;
 
  private:

@@ -1,4 +1,4 @@
-// The tile engine from the torch side: threads and scratch.
+// Runs the tile engine from the torch side: threads and scratch.
 #pragma once
 
 #include <ATen/Parallel.h>

@@ -19,19 +19,20 @@ struct Logits {
 struct Tiling {
   int64_t rows, cols;  // of a tile
   int64_t panels, chunks;
-  int64_t threads;         // that the wavefront can keep busy within the memory allowed
+  int64_t threads;         // as many as the wavefront keeps busy within the memory allowed
   int64_t scratch_floats;  // of each thread
 };
 
-// Order without locks: threads take panels in turn, and each walks the chunks from the first to the last. What belongs
-// to a chunk (statistics of columns, gradients of keys) is updated by panel 0, then panel 1, ...: `done` counts the
-// panels that have passed. One copy serves all threads, and the sums do not depend on how many there are.
+// Keeps an order without locks. Threads take panels in turn, and each walks the chunks from the first to the last.
+// Panel 0 updates what belongs to a chunk (statistics of columns, gradients of keys), then panel 1 does, and so on:
+// `done` counts the panels that have passed. One copy of the results serves all threads, and the sums do not depend on
+// how many threads there are.
 struct Wavefront {
   std::atomic<int64_t> next_panel{0};
   std::atomic<int32_t>* done;  // [chunks], zeros
 };
 
-// Outputs of a backward pass, in the dtype of the features or in float32; null: not wanted.
+// The outputs of a backward pass, in the dtype of the features or in float32. A null pointer asks for no such output.
 struct Gradients {
   void* queries;       // [n, size]
   void* keys;          // [m, size]

@@ -10,19 +10,19 @@
 namespace mmkernels {
 inline namespace MMK_VARIANT {
 
-// The largest logit of a row or column, and the sums relative to it, joined from two parts. `reference` is what the
-// sum of the second part is relative to.
+// Joins two parts of a row or column: the largest logit, and the sum of e^(logit - largest). The sum of the second part
+// is relative to `reference` instead.
 MMK_INLINE void join(Vec& max_a, Vec& sum_a, Vec max_b, Vec sum_b, Vec reference) {
   const Vec both = max(max_a, max_b);
   sum_a = sum_a * exp(max_a - both) + sum_b * exp(reference - both);
   max_a = both;
 }
 
-// Of the columns of a tile: the largest logit, the sum of e^(logit - reference), the sum of the logits.
+// What the columns of a tile have: the largest logit, the sum of e^(logit - reference), the sum of the logits.
 struct ColumnStatistics {
   float largest[kMaxCols], sum[kMaxCols], total[kMaxCols], reference[kMaxCols];
 
-  // Joined into those of the panels before, of the columns col0 and following; `first`: there are none.
+  // Joins them into those of the panels before, which start at column col0; the `first` panel has none before it.
   template <bool kTotals>
   void join_to(int64_t col0, int64_t cols, bool first, float* all_max, float* all_sum, float* all_total) const {
     for (int64_t c = 0; c < cols; c += Vec::kLanes) {
@@ -45,18 +45,20 @@ struct ColumnStatistics {
   }
 };
 
-// Within this spread of its statistics a tile needs one exponential for rows and columns alike: e^(s - c) with one c
-// neither overflows nor loses a term that counts.
+// Within this spread of its statistics a tile needs one exponential for rows and columns alike, e^(s - c) with one c.
+// The largest term of each row and column is then at least e^-60, and floats keep their digits down to e^-87: terms
+// lose digits only where they are e^-27 of the largest, and the last place of a sum is e^-16.6 (2^-24) of it.
 constexpr float kOneExponentialSpread = 60.f;
 
-// Finds the largest logit of a tile, and whether the largest of its rows, and of the columns (0: none count), lie near.
+// Finds the largest logit of a tile, `center`, and tells whether the largest logits of its rows and of its columns lie
+// near it. With `cols` = 0 no column counts.
 inline bool lie_near(const float* row_largest, int64_t rows, float* col_largest, int64_t cols, float& center) {
   Vec highest = Vec::set1(kNegativeInfinity), lowest = highest;
   for (int64_t r = 0; r < rows; ++r) {
     highest = max(highest, Vec::set1(row_largest[r]));
     lowest = max(lowest, Vec::set1(-row_largest[r]));
   }
-  // Columns past the last are repeats of it, for whole vectors.
+  // The last column is repeated to fill the last vector.
   const int64_t padded_cols = round_up(cols, Vec::kLanes);
   for (int64_t c = cols; c < padded_cols; ++c) col_largest[c] = col_largest[cols - 1];
   for (int64_t c = 0; c < padded_cols; c += Vec::kLanes)
@@ -65,7 +67,7 @@ inline bool lie_near(const float* row_largest, int64_t rows, float* col_largest,
   return center + lowest.largest() < kOneExponentialSpread;
 }
 
-// The softmaxes over the rows and the columns of one tile, by one exponential where it can.
+// Computes the softmaxes over the rows and the columns of one tile, by one exponential where that is exact enough.
 template <bool kColumns>
 struct TileOfSoftmaxes {
   const Logits& logits;
@@ -88,13 +90,13 @@ struct TileOfSoftmaxes {
     range(row_lse, padded_rows, lowest_row, highest_row);
   }
 
-  // What belongs to the rows of the panel; those past the last are repeats of it.
+  // Reads what belongs to the rows of the panel. The last row is repeated to fill the last vector.
   void read(const float* from, float* to) const {
     std::memcpy(to, from + row0, rows * sizeof(float));
     for (int64_t r = rows; r < padded_rows; ++r) to[r] = to[rows - 1];
   }
 
-  // The range of x; NaN if x holds one.
+  // Finds the range of x: two NaN if x holds one.
   static void range(const float* x, int64_t count, float& lowest, float& highest) {
     Vec low = Vec::set1(kNegativeInfinity), high = low, poison = Vec::set1(0.f);
     for (int64_t i = 0; i < count; i += Vec::kLanes) {
@@ -107,7 +109,7 @@ struct TileOfSoftmaxes {
     highest = high.largest() + poison.sum();
   }
 
-  // Whether one exponential serves the tile.
+  // Returns whether one exponential serves the tile.
   bool begin_tile(int64_t col0, int64_t cols) {
     float lowest = lowest_row, highest = highest_row;
     if constexpr (kColumns) {
@@ -120,12 +122,12 @@ struct TileOfSoftmaxes {
       highest = high > highest ? high : highest;
       if (low != low) highest = low;  // a NaN among the columns: no common reference
     }
-    // Whole, so that the logits near it lose nothing when it is taken off.
+    // A whole number takes no digits from the logits near it.
     center = std::nearbyint(0.5f * (lowest + highest));
     return highest - lowest < kOneExponentialSpread;
   }
 
-  // The factors of the one exponential.
+  // Finds the factors that turn the one exponential into the softmax of each row and column.
   void find_factors(int64_t col0, int64_t cols) {
     const Vec middle = Vec::set1(center);
     for (int64_t r = 0; r < padded_rows; r += Vec::kLanes)
@@ -138,7 +140,7 @@ struct TileOfSoftmaxes {
     }
   }
 
-  // What one column of the tile needs, and the weighted softmaxes of a vector of its logits.
+  // Holds what one column of the tile needs; of() makes the weighted softmaxes of a vector of its logits.
   template <bool kOne>
   struct Column {
     const TileOfSoftmaxes& tile;
@@ -154,7 +156,7 @@ struct TileOfSoftmaxes {
                            : kOne    ? tile.col_factor[c]
                                      : tile.col.weight[col0 + c])) {}
 
-    // Minus infinity is the logit of lanes past the last row.
+    // `last_edge` gives lanes past the last row a logit of minus infinity.
     MMK_INLINE Vec of(Vec product, int64_t r, Vec last_edge) const {
       Vec logits = product * scale;
       if (r + Vec::kLanes == tile.padded_rows) logits = logits + last_edge;

@@ -1,10 +1,10 @@
-// Softmaxes in gradients: plain data, for code compiled for any instruction set.
+// The softmaxes that gradients need, as plain data for code compiled for any instruction set.
 #pragma once
 
 namespace mmkernels {
 
-// Of each row or column: what its softmax e^(logit - lse) counts for in the gradient. An lse is the sum of two floats:
-// at logits of 100 one alone would put 4e-6 of noise on every probability.
+// Each row or column has a softmax, e^(logit - lse), and a weight that it counts for in the gradient. An lse is the sum
+// of two floats: at logits of 100 one float alone is off by up to 2^-18 = 4e-6, and so would be every probability.
 struct SoftmaxWeights {
   const float *lse, *lse_rest, *weight;
 };

@@ -1,4 +1,4 @@
-// What the ops' torch side shares.
+// What the torch side of all ops shares.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,22 +11,22 @@
 
 namespace mmkernels {
 
-// Of a tensor of one of the three dtypes that the kernels take.
+// The tensor has one of the three dtypes that the kernels take.
 inline Dtype dtype_of(const at::Tensor& x) {
   return x.scalar_type() == at::kFloat      ? Dtype::kFloat32
          : x.scalar_type() == at::kBFloat16 ? Dtype::kBFloat16
                                             : Dtype::kFloat16;
 }
 
-// Memory for a result. A large one comes in huge pages where the system gives them: to fetch it 4 KiB at a time takes
-// as long as to compute it.
+// Allocates a result. A large one asks for huge pages: to fetch it from the system in pages of 4 KiB takes as long as
+// to compute it.
 inline at::Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& options) {
   at::Tensor result = at::empty(sizes, options);
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kHuge = 1 << 21;
   const auto begin = reinterpret_cast<uintptr_t>(result.data_ptr());
   const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = (begin + result.nbytes()) / kHuge * kHuge;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: it may fail
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice, which may fail
 #endif
   return result;
 }
@@ -35,7 +35,8 @@ inline at::Tensor with_contiguous_rows(const at::Tensor& x) {
   return x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous();
 }
 
-// The checks that every call makes again for who calls the op itself: rows of features of one size and dtype.
+// Checks rows of features of one size and dtype. The public functions have checked them, but not those who call the op
+// itself.
 inline void check_pairs(const at::Tensor& queries, const at::Tensor& keys) {
   TORCH_CHECK_VALUE(queries.dim() == 2 && keys.dim() == 2 && queries.size(1) == keys.size(1),
                     "queries, keys: expected [N, D] and [M, D], got ", queries.sizes(), " and ", keys.sizes());

@@ -13,7 +13,8 @@ namespace mmkernels {
 
 inline namespace MMK_VARIANT {
 
-// The register tile: kRows x kPanel accumulators, kVecs vectors wide.
+// The register tile has kRows x kPanel sums, kVecs vectors wide: 8 x 2 of AVX-512's 32 registers, 4 x 2 of the 16 of
+// AVX2, beside 2 for the panel and 1 for a word of A. Two multiply-adds a clock of 4 clocks each need 8 sums under way.
 constexpr int kVecs = 2;
 constexpr int kRows = Vec::kLanes == 16 ? 8 : 4;
 constexpr int kPanel = kVecs * Vec::kLanes;
@@ -33,9 +34,10 @@ struct BFloat16Product {
 };
 #endif
 
-// Where a finished register tile goes. Each takes the part of a kRows x kPanel tile that lies inside the matrix.
+// The types of tile that a finished register tile is put into. Each takes the part of a kRows x kPanel tile that lies
+// inside the matrix.
 
-// Floats, row_stride apart.
+// A tile of floats whose rows lie row_stride apart.
 struct FloatTile {
   float* data;
   int64_t row_stride;
@@ -56,8 +58,9 @@ struct FloatTile {
   }
 };
 
-// Floats kept as two halves of 16 bits: the high halves lie in the (half-precision) output, the low ones beside it.
-// Lossless float32 accumulation for a half-precision result at half the extra memory.
+// A tile of floats kept as two halves of 16 bits: the high halves lie in the half-precision output, the low ones beside
+// it. So a half-precision result accumulates in float32, without loss, and takes half the extra memory of a float32
+// copy.
 struct SplitTile {
   uint16_t* high;
   uint16_t* low;
@@ -90,8 +93,8 @@ struct SplitTile {
   }
 };
 
-// Where the words of the left operand lie: word (i, k) at data[i * row + k * step], and `jump` words further after
-// every kPanel values of k. Strides that are known when compiling are worth a type of their own (Left).
+// The types of left operand say where its words lie: word (i, k) at data[i * row + k * step], and `jump` words further
+// after every kPanel values of k. The compiler addresses better with strides that it knows (FixedLeft).
 template <int kRow, int kStep>
 struct FixedLeft {
   const float* data;
@@ -109,7 +112,7 @@ struct ColumnsLeft {
 };
 
 // tile = A B (+ tile): kRows rows of A, one panel of B, contracted over k words. Word (k, j) of B at b[k * kPanel + j].
-// Of the panel the first kUsed vectors are multiplied.
+// It multiplies the first kUsed vectors of the panel.
 template <class Product, int kUsed = kVecs, class Left, class Tile>
 MMK_INLINE void multiply(int64_t k_words, const Left& left, const float* b, const Tile& tile) {
   const float* a = left.data;
@@ -135,13 +138,13 @@ MMK_INLINE void multiply(int64_t k_words, const Left& left, const float* b, cons
     for (int j = 0; j < kUsed; ++j) tile.put(i, j, acc[i][j]);
 }
 
-// Memory that is needed soon, fetched to L2 a few lines at a time while the register kernel works.
+// Fetches memory that is needed soon to L2, a few lines at a time while the register kernel works.
 struct Ahead {
   const char* at = nullptr;
   const char* end = nullptr;
   int64_t lines_at_once = 0;
 
-  // Rows [row, row + count) of x, in `calls` equal parts.
+  // Fetches rows [row, row + count) of x in `calls` equal parts.
   static Ahead of(const Features& x, int64_t row, int64_t count, int64_t size, int64_t calls) {
     if (count <= 0 || x.row_stride != size) return {};
     const int64_t bytes = x.dtype == Dtype::kFloat32 ? 4 : 2;
@@ -154,7 +157,7 @@ struct Ahead {
   }
 };
 
-// One vector of elements of a row as floats, [at, size), zero past the end.
+// Loads one vector of elements of a row as floats, from element `at`, with zeros from element `size` on.
 template <Dtype kDtype>
 MMK_INLINE Vec load_floats(const void* row, int64_t at, int64_t size) {
   const int n = size - at < Vec::kLanes ? static_cast<int>(size - at) : Vec::kLanes;
@@ -163,7 +166,7 @@ MMK_INLINE Vec load_floats(const void* row, int64_t at, int64_t size) {
   return Vec::load_f16(static_cast<const uint16_t*>(row) + at, n);
 }
 
-// The inverse: elements [at, size) of a row, what lies past the end left alone.
+// Stores one vector of floats as elements of a row, from element `at`; leaves alone what lies at element `size` and on.
 template <Dtype kDtype>
 MMK_INLINE void store_floats(Vec values, void* row, int64_t at, int64_t size) {
   const int n = size - at < Vec::kLanes ? static_cast<int>(size - at) : Vec::kLanes;
@@ -172,7 +175,7 @@ MMK_INLINE void store_floats(Vec values, void* row, int64_t at, int64_t size) {
   values.store_f16(static_cast<uint16_t*>(row) + at, n);
 }
 
-// For the last vector of `count` values: minus infinity in the lanes past the last, else zero.
+// For the last vector of `count` values: minus infinity in the lanes past the last, zero in the others.
 MMK_INLINE Vec edge_of(int64_t count) {
   const int64_t inside = count - (round_up(count, Vec::kLanes) - Vec::kLanes);
   float lanes[Vec::kLanes];
@@ -180,7 +183,7 @@ MMK_INLINE Vec edge_of(int64_t count) {
   return Vec::load(lanes);
 }
 
-// One vector of words of a row, elements [at, size), zero past the end.
+// Loads one vector of words of a row, from element `at`, with zeros from element `size` on.
 template <class Product, Dtype kDtype>
 MMK_INLINE Vec load_words(const void* row, int64_t at, int64_t size) {
   const int64_t left = size - at;
@@ -208,7 +211,7 @@ MMK_INLINE void with_dtype(Dtype dtype, const Call& call) {
   }
 }
 
-// Rows [row, row + count) to panels of words along the features: out[panel][capacity rows][kPanel].
+// Packs rows [row, row + count) into panels of words along the features: out[panel][capacity rows][kPanel].
 template <class Product, class Rows>
 void pack_rows(const Rows& x, int64_t row, int64_t count, int64_t size, int64_t capacity, float* out) {
   const int64_t words = (size + Product::kPerWord - 1) / Product::kPerWord;
@@ -220,8 +223,8 @@ void pack_rows(const Rows& x, int64_t row, int64_t count, int64_t size, int64_t 
   });
 }
 
-// Rows [row, row + count) to panels along the rows: out[panel][words][kPanel], word w of row i in lane i. Lanes past
-// the last row are zero.
+// Packs rows [row, row + count) into panels along the rows: out[panel][words][kPanel], word w of row i in lane i. Lanes
+// past the last row are zero.
 template <class Product, class Rows>
 void pack_columns(const Rows& x, int64_t row, int64_t count, int64_t size, float* out) {
   const int64_t words = (size + Product::kPerWord - 1) / Product::kPerWord;
@@ -245,8 +248,8 @@ void pack_columns(const Rows& x, int64_t row, int64_t count, int64_t size, float
 }
 
 #ifdef MMK_HAS_BF16_PRODUCT
-// Rows [row, row + count) to panels of pairs of rows: out[panel][capacity / 2][kPanel], rows 2i and 2i + 1 in a word.
-// A last row without a partner is paired with zeros.
+// Packs rows [row, row + count) into panels of pairs of rows: out[panel][capacity / 2][kPanel], rows 2i and 2i + 1 in a
+// word. Zeros are the partner of a last row without one.
 template <class Rows>
 void pack_row_pairs(const Rows& x, int64_t row, int64_t count, int64_t size, int64_t capacity, float* out) {
   const uint16_t zeros[Vec::kLanes] = {};

@@ -1,4 +1,4 @@
-// The operands of the tile engines, for code compiled for any instruction set.
+// The operands of tile products, as plain data for code compiled for any instruction set.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ inline int64_t bytes_of(Dtype dtype) {
   return dtype == Dtype::kFloat32 ? 4 : 2;
 }
 
-// Rows of features as the caller holds them; the elements of a row are contiguous.
+// Rows of features as the caller holds them. The elements of a row are contiguous.
 struct Features {
   const void* data;
   Dtype dtype;
@@ -21,7 +21,7 @@ struct Features {
   const void* row(int64_t i) const { return static_cast<const char*>(data) + i * row_stride * bytes_of(dtype); }
 };
 
-// Rows of features that lie anywhere: row i is the one numbered index[i].
+// Rows picked from such features: row i is number index[i] of theirs.
 struct ListedFeatures {
   const void* data;
   Dtype dtype;

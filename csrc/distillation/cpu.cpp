@@ -66,7 +66,7 @@ DistillationSums sums_in(const Tensor& storage) {
   return {data, data + count, data + 2 * count, data + 3 * count, data + 4 * count};
 }
 
-// The log-sum-exps [2, count] of a largest logit and the sum relative to it, as the sum of two floats: see
+// Returns the log-sum-exps of a largest logit and the sum relative to it, each as two floats, [2, count]: see
 // SoftmaxWeights.
 Tensor log_sum_exps(const float* largest, const float* sum, int64_t count, const at::TensorOptions& floats) {
   const Tensor lse = at::empty({2, count}, floats);
@@ -104,7 +104,7 @@ Results forward(const Tensor& queries, const Tensor& keys, const Tensor& scale, 
     const auto add = [&](const DistillationSums& of) {
       const double log_sum = std::log(static_cast<double>(of.sum[i]));
       of_teacher += log_sum - static_cast<double>(of.weighted[i]) / of.teacher_sum[i];
-      // A loss near zero keeps its digits, which lse - positive would lose.
+      // So a loss near zero keeps its digits, which lse - positive would lose.
       of_match += (static_cast<double>(of.largest[i]) - p.positive[i]) + log_sum;
     };
     add(p.row);

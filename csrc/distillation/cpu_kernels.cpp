@@ -1,5 +1,5 @@
-// Distillation as an epilogue of the tile engine: the student's tile from the engine, the teacher's beside it. Compiled
-// once for each instruction set (MMK_VARIANT).
+// Distillation as an epilogue of the tile engine: the engine makes the student's tile, a Companion the teacher's. This
+// file is compiled once for each instruction set (MMK_VARIANT).
 #include "cpu_kernels.h"
 
 #include <cstring>
@@ -11,7 +11,7 @@ namespace mmkernels {
 inline namespace MMK_VARIANT {
 namespace {
 
-// Below every logit that counts, and finite: no sum of nothing is NaN.
+// It is below every logit that counts, and finite, so that a sum of nothing is not NaN.
 constexpr float kLowest = -3e38f;
 
 // DistillationSums of one vector of rows or columns.
@@ -33,7 +33,7 @@ struct Sums {
     teacher_sum.store(to.teacher_sum + at, n);
     weighted.store(to.weighted + at, n);
   }
-  // With those of another part, whose sums of exponentials are relative to the references.
+  // Joins those of another part, whose sums of exponentials are relative to the references.
   MMK_INLINE void join(const Sums& part, Vec reference, Vec teacher_reference) {
     const Vec both = max(largest, part.largest), teacher_both = max(teacher_largest, part.teacher_largest);
     const Vec factor = exp(teacher_largest - teacher_both), part_factor = exp(teacher_reference - teacher_both);
@@ -96,7 +96,7 @@ struct DistillationStatistics final : Epilogue {
     }
   }
 
-  // Lanes past the last row hold zero and count for no maximum.
+  // Lanes past the last row hold zero, and no maximum counts them.
   void scale_and_find_maxima(float* tile, float by, int64_t cols, float* row_largest, float* col_largest) {
     const Vec scale = Vec::set1(by), last_edge = edge_of(rows);
     for (int64_t r = 0; r < padded_rows; ++r) row_largest[r] = kNegativeInfinity;
@@ -114,7 +114,7 @@ struct DistillationStatistics final : Epilogue {
     }
   }
 
-  // Adds a tile to the sums: exponentials with one reference for all, or one a row and one a column.
+  // Adds a tile to the sums. kOne: all exponentials share one reference; else each row and each column has its own.
   template <bool kOne>
   void add_exponentials(const float* s, const float* t, int64_t cols, float center, float teacher_center) {
     const Vec last_edge = edge_of(rows), middle = Vec::set1(center), teacher_middle = Vec::set1(teacher_center);
@@ -213,7 +213,7 @@ struct DistillationGradient final : Epilogue {
     for_each_target(nullptr, row0, rows, col0, cols, s, [&](int64_t r, float& product) {
       product_of_logits -= static_cast<double>(p.positive_weight[row0 + r]) * product;
     });
-    // Where matches lie, softmaxes near 1 cancel: there each takes an exponential of its own, which is exact near 1.
+    // On the diagonal softmaxes near 1 cancel: there each takes an exponential of its own, which is exact near 1.
     const bool on_diagonal = row0 < col0 + cols && col0 < row0 + rows;
     if (one && teacher_one && !on_diagonal) {
       of_student.find_factors(col0, cols);

@@ -7,7 +7,7 @@
 
 namespace mmkernels {
 
-// Of each row or column.
+// What each row or column has.
 struct DistillationSums {
   float *largest, *sum;                  // of the student: the largest logit s, the sum of e^(s - largest)
   float *teacher_largest, *teacher_sum;  // of the teacher: the same of its logits t
@@ -36,7 +36,7 @@ struct DistillationBackward {
 
 struct DistillationKernels {
   Tiling (*tiling)(const Logits&, const Logits& teacher, bool backward, int64_t threads);
-  // The work of one thread: call it from as many as the tiling says, each with its own scratch.
+  // Each does the work of one thread: call it from as many as the tiling says, each with its own scratch.
   void (*forward)(const DistillationForward&, const Tiling&, Wavefront&, float* scratch);
   void (*backward)(const DistillationBackward&, const Tiling&, Wavefront&, float* scratch);
 };

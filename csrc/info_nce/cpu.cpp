@@ -1,4 +1,4 @@
-// The contrastive ops on CPU tensors: allocation, threads and the O(N) part; the tiles are in cpu_kernels.cpp.
+// info_nce on CPU tensors: allocation, threads and the O(N) part; the tiles are in cpu_kernels.cpp.
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -34,7 +34,7 @@ optional<Tensor> checked_targets(const optional<Tensor>& targets, int64_t num_ke
   return indices;
 }
 
-// Which queries and keys are each other's positives: those of equal groups.
+// Finds which queries and keys are each other's positives: those of equal groups.
 struct Groups {
   std::vector<int64_t> queries;       // by group, and ascending within one
   std::vector<int64_t> first, after;  // [m], the queries of the key's group
@@ -131,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& queries_in, con
                col_lse = at::empty({2, symmetric ? m : 0}, floats);
   float *loss = losses.mutable_data_ptr<float>(), *lse_of_row = row_lse.mutable_data_ptr<float>();
   float* lse_of_col = col_lse.mutable_data_ptr<float>();
-  // As the sum of two floats: see SoftmaxWeights.
+  // An lse is the sum of two floats: see SoftmaxWeights.
   const auto split = [](double lse, float& value, float& rest) {
     value = static_cast<float>(lse);
     rest = static_cast<float>(lse - value);
@@ -195,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_losses, const Ten
   for (int64_t i = 0; i < n; ++i) {
     row_weight[i] = symmetric ? g[i] / 2 : g[i];
     row_weight[n + i] = static_cast<float>(row_weight[i] * label_smoothing / m);
-    // One positive is that of row and column, and takes the weight of both.
+    // A single positive is that of its row and of its column, and takes the weights of both.
     const double of_positive = several ? row_weight[i] / groups.keys_of(i) : g[i];
     row_weight[2 * n + i] = static_cast<float>(of_positive * (1 - label_smoothing));
     if (symmetric) col_weight[p.targets ? p.targets[i] : i] += row_weight[i];

@@ -1,4 +1,4 @@
-// InfoNCE as an epilogue of the tile engine. Compiled once for each instruction set (MMK_VARIANT).
+// InfoNCE as an epilogue of the tile engine. This file is compiled once for each instruction set (MMK_VARIANT).
 #include "cpu_kernels.h"
 
 #include <algorithm>
@@ -21,7 +21,7 @@ void for_each_positive(const Positives& positives, int64_t row0, int64_t rows, i
   }
 }
 
-// Running statistics of rows and columns: loss = lse - positive, lse = max + log(sum).
+// Keeps running statistics of rows and columns: loss = lse - positive, lse = max + log(sum).
 template <bool kColumns, bool kTotals>
 struct InfoNceStatistics final : Epilogue {
   explicit InfoNceStatistics(const InfoNceForward& p) : p(p) {}
@@ -29,7 +29,7 @@ struct InfoNceStatistics final : Epilogue {
   const InfoNceForward& p;
   int64_t row0 = 0, rows = 0, padded_rows = 0;
   float row_max[kMaxRows], row_sum[kMaxRows], row_total[kMaxRows];
-  double row_positive[kMaxRows], col_positive[kMaxCols];  // exact enough for the sum of thousands
+  double row_positive[kMaxRows], col_positive[kMaxCols];  // double: exact enough for the sum of thousands
   float tile_row_max[kMaxRows];                           // of the tile at hand
   ColumnStatistics col;
 
@@ -86,7 +86,7 @@ struct InfoNceStatistics final : Epilogue {
     }
   }
 
-  // Adds e^(s - reference) to the sums: one reference for all, or one a row and one a column.
+  // Adds e^(s - reference) to the sums. kOne: all share one reference; else each row and each column has its own.
   template <bool kOne>
   void add_exponentials(const float* s, int64_t cols, float center) {
     float sums[kMaxRows];
@@ -164,7 +164,7 @@ struct InfoNceGradient final : Epilogue {
   }
 
   void tile(float* s, int64_t col0, int64_t cols) override {
-    // Of the positives in the tile, each with its weight in the gradient.
+    // Calls visit(weight in the gradient, element) for each positive in the tile.
     const auto visit_positives = [&](const auto& visit) {
       if (p.positives.queries == nullptr) {
         for_each_target(p.targets, row0, rows, col0, cols, s,

@@ -6,7 +6,7 @@
 
 namespace mmkernels {
 
-// The positives of each key, where there may be several: the queries of its group.
+// The positives of each key where it may have several: the queries of its group.
 struct Positives {
   const int64_t* queries;        // by group, and ascending within one; null: one positive a query, its target
   const int64_t *first, *after;  // [m], the key's part of them
@@ -18,10 +18,10 @@ struct InfoNceForward {
   Positives positives;
   bool columns;  // gather the statistics of the columns too
   bool totals;   // gather the sums of the logits too (label smoothing)
-  // Outputs: of each row or column the largest logit, the sum of e^(logit - largest), the sum of the logits.
+  // Outputs for each row or column: the largest logit, the sum of e^(logit - largest), the sum of the logits.
   float *row_max, *row_sum, *row_total;  // [n]
   float *col_max, *col_sum, *col_total;  // [m]
-  // The sum of the positives' logits; of the columns where there may be several.
+  // The sum of the positives' logits; a column has one where it may have several.
   double *row_positive, *col_positive;
   float* products;  // [m, n], keys queries^T for the backward pass; null: not kept
 };
@@ -45,7 +45,7 @@ struct InfoNceBackward {
 struct InfoNceKernels {
   const char* name;
   Tiling (*tiling)(const Logits&, bool backward, int64_t threads);
-  // The work of one thread: call it from as many as the tiling says, each with its own scratch.
+  // Each does the work of one thread: call it from as many as the tiling says, each with its own scratch.
   void (*info_nce_forward)(const InfoNceForward&, const Tiling&, Wavefront&, float* scratch);
   void (*info_nce_backward)(const InfoNceBackward&, const Tiling&, Wavefront&, float* scratch);
 };

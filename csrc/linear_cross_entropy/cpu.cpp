@@ -107,18 +107,18 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& w
     if (p.totals) positive += label_smoothing * p.total[i] / static_cast<double>(classes);
     // (largest - target) + log(sum): a loss near zero keeps its digits, which lse - target would lose.
     loss[row] = static_cast<float>((p.largest[i] - positive) + log_sum);
-    // As the sum of two floats: see LinearCrossEntropyBackward.
+    // An lse is the sum of two floats: see LinearCrossEntropyBackward.
     lse_of_row[row] = static_cast<float>(whole);
     lse_of_row[counted.all + row] = static_cast<float>(whole - lse_of_row[row]);
   }
   return {losses, lse, products};
 }
 
-// Rows [0, rows.size()) of x to where they belong, zeros in all others.
+// Moves rows [0, rows.size()) of x to where they belong, and puts zeros into all others.
 void spread_rows(const Tensor& x, const std::vector<int64_t>& rows) {
   char* data = static_cast<char*>(x.mutable_data_ptr());
   const int64_t row_bytes = x.size(1) * x.element_size();
-  // From the last: a row moves to a place at or behind its own, which has been left by then.
+  // The last row moves first: each moves to a place at or behind its own, and the row that was there has left it.
   int64_t next = static_cast<int64_t>(rows.size()) - 1;
   for (int64_t row = x.size(0) - 1; row >= 0; --row) {
     if (next >= 0 && rows[next] == row) {

@@ -1,4 +1,5 @@
-// Linear cross-entropy as an epilogue of the tile engine. Compiled once for each instruction set (MMK_VARIANT).
+// Linear cross-entropy as an epilogue of the tile engine. This file is compiled once for each instruction set
+// (MMK_VARIANT).
 #include "cpu_kernels.h"
 
 #include "../common/engine.h"
@@ -8,7 +9,7 @@ namespace mmkernels {
 inline namespace MMK_VARIANT {
 namespace {
 
-// Below every logit that counts, and finite: a row of logits of minus infinity has sums of 0, not NaN.
+// It is below every logit that counts, and finite, so that a row of logits of minus infinity has sums of 0, not NaN.
 constexpr float kLowest = -3e38f;
 
 // The bias of a panel of classes, minus infinity past the last class.
@@ -24,7 +25,7 @@ struct PanelBias {
       values[r] = r >= count ? kNegativeInfinity : bias != nullptr ? bias[first + r] : 0.f;
   }
 
-  // The place of a target in the panel, or -1.
+  // Returns the place of a target in the panel, or -1.
   int64_t class_of(int64_t target) const {
     return class0 <= target && target < class0 + classes ? target - class0 : -1;
   }
@@ -97,7 +98,7 @@ struct ClassGradient final : Epilogue {
   }
 
   void tile(float* s, int64_t col0, int64_t cols) override {
-    // A tile's own sums first: a long sum in float32 would lose digits.
+    // A tile has sums of its own first, because a long sum in float32 would lose digits.
     float sums[kMaxRows] = {};
     for (int64_t c = 0; c < cols; ++c) {
       float* row = s + c * kTileStride;

@@ -33,7 +33,7 @@ struct LinearCrossEntropyBackward {
 
 struct LinearCrossEntropyKernels {
   Tiling (*tiling)(const Logits&, bool backward, int64_t threads);
-  // The work of one thread: call it from as many as the tiling says, each with its own scratch.
+  // Each does the work of one thread: call it from as many as the tiling says, each with its own scratch.
   void (*forward)(const LinearCrossEntropyForward&, const Tiling&, Wavefront&, float* scratch);
   void (*backward)(const LinearCrossEntropyBackward&, const Tiling&, Wavefront&, float* scratch);
 };

@@ -56,7 +56,7 @@ struct Parts {
     tiling.chunks = chunks_each;
   }
 
-  // Runs a pass on every part; problem_of(scores of the part, its first key, its number).
+  // Runs a pass on every part. problem_of(scores of the part, its first key, its number) makes the pass's problem.
   template <class Pass, class ProblemOf>
   void run(Pass pass, const at::TensorOptions& floats, const ProblemOf& problem_of) const {
     const Tensor scratch = at::empty({count * tiling.threads * tiling.scratch_floats}, floats);
@@ -115,7 +115,7 @@ Tensor ranks(const Tensor& queries_in, const Tensor& keys_in, const optional<Ten
   return result;
 }
 
-// The k best of the parts' best, into those of the first.
+// Puts the k best of all parts' best into those of the first part.
 void merge(uint64_t* best, int64_t part_stride, int64_t parts, int64_t k, std::vector<uint64_t>& all) {
   all.resize(parts * k);
   for (int64_t part = 0; part < parts; ++part)
@@ -132,12 +132,12 @@ std::tuple<Tensor, Tensor> topk(const Tensor& queries_in, const Tensor& keys_in,
 
   const Logits scores{features_of(queries), features_of(keys), queries.size(1), 1.f};
   const RetrievalKernels& kernels = retrieval_kernels_here();
-  // Cut when it is twice too long: a cut is linear in the list.
+  // A list is cut to k entries when it has twice as many: a cut takes time in proportion to the list.
   const int64_t capacity = std::min(m, k + std::max<int64_t>(k, 24));
   const Parts parts(scores, kernels.topk_tiling(scores, capacity, at::get_num_threads()), n * k * 12);
   const Tensor found = empty_result({n, k}, queries.options().dtype(at::kFloat));
   const Tensor where = empty_result({n, k}, queries.options().dtype(at::kLong));
-  // The entries lie where the indices will; those of the other parts beside.
+  // The entries of a single part lie where the indices will; several parts take a tensor of their own.
   const Tensor others = at::empty({(parts.count > 1 ? parts.count : 0) * n * k}, where.options());
   int64_t* index = where.mutable_data_ptr<int64_t>();
   uint64_t* best = reinterpret_cast<uint64_t*>(parts.count > 1 ? others.mutable_data_ptr<int64_t>() : index);

@@ -1,4 +1,5 @@
-// Ranks and best keys as epilogues of the tile engine. Compiled once for each instruction set (MMK_VARIANT).
+// Ranks and best keys as epilogues of the tile engine. This file is compiled once for each instruction set
+// (MMK_VARIANT).
 #include "cpu_kernels.h"
 
 #include "../common/engine.h"
@@ -7,16 +8,17 @@ namespace mmkernels {
 inline namespace MMK_VARIANT {
 namespace {
 
-// About what the lists of a panel may take: a panel is made lower for long lists.
+// The lists of a panel take about this much: 256 rows of 4,096 entries of 8 bytes = 8 MiB. Longer lists lower the
+// panel.
 constexpr int64_t kListBytes = int64_t{8} << 20;
 
-// A type of this instruction set, so that what the standard library makes of it is, too.
+// The variant has its own type, and so its own copy of what the standard library makes of it.
 struct Before {
   bool operator()(uint64_t a, uint64_t b) const { return a > b; }
 };
 
-// Counts the keys that come before each query's target. Its score is known before the walk, and is the bits that the
-// tiles have.
+// Counts the keys that come before each query's target. The target's score is known before the walk, and has the very
+// bits of the tiles.
 struct CountBefore final : Epilogue {
   CountBefore(const RetrievalRanks& p, float* scratch) : p(p), scratch(scratch) {}
 
@@ -69,8 +71,8 @@ struct CountBefore final : Epilogue {
   }
 };
 
-// Keeps what may be among the best of each query: a list that is cut to k entries when it is full, whose last is then
-// what a key must be beyond. Keys come in the order of their indices: one that ties with it is behind it.
+// Keeps what may be among the best of each query in a list. A full list is cut to k entries, and a key must then be
+// beyond the last of them. Keys come in the order of their indices, so that one that ties with the last is behind it.
 struct KeepBest final : Epilogue {
   KeepBest(const RetrievalTopk& p, uint64_t* lists) : p(p), lists(lists) {}
 
@@ -78,7 +80,7 @@ struct KeepBest final : Epilogue {
   uint64_t* lists;  // [rows, capacity]
   int64_t row0 = 0, rows = 0;
   int64_t used[kMaxRows];
-  float level[kMaxRows];  // NaN, which everything is beyond, until the first cut
+  float level[kMaxRows];  // NaN until the first cut: everything is beyond it
 
   void begin_panel(int64_t first_row, int64_t count) override {
     row0 = first_row;
@@ -126,7 +128,7 @@ struct KeepBest final : Epilogue {
   }
 };
 
-// The engine's tiling with `extra` floats of scratch for the epilogue.
+// Adds `extra` floats of scratch for the epilogue to the engine's tiling.
 Tiling with_scratch(Tiling t, int64_t extra) {
   t.scratch_floats += round_up(extra, 16);
   return t;

@@ -24,7 +24,7 @@ struct RetrievalTopk {
   uint64_t* best;    // [n, k], as entry_of() makes them, best first; 0 past the part's last
 };
 
-// Inlined always: a function of its own would be compiled for one instruction set and called from all.
+// They are always inlined: a function would be compiled for one instruction set and called from all.
 // A score and its key as one number: the higher comes first. NaN is above all, the two zeros are one, and of equal
 // scores the lower key is the higher. No entry is 0.
 [[gnu::always_inline]] inline uint64_t entry_of(float score, int64_t key) {
@@ -49,7 +49,7 @@ struct RetrievalTopk {
 struct RetrievalKernels {
   Tiling (*ranks_tiling)(const Logits&, int64_t threads);
   Tiling (*topk_tiling)(const Logits&, int64_t capacity, int64_t threads);
-  // The work of one thread on one part: call it from as many as the tiling says, each with its own scratch.
+  // Each does the work of one thread on one part: call it from as many as the tiling says, each with its own scratch.
   void (*ranks)(const RetrievalRanks&, const Tiling&, Wavefront&, float* scratch);
   void (*topk)(const RetrievalTopk&, const Tiling&, Wavefront&, float* scratch);
 };

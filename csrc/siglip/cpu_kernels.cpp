@@ -1,4 +1,5 @@
-// The sigmoid loss as an epilogue of the tile engine. Compiled once for each instruction set (MMK_VARIANT).
+// The sigmoid loss as an epilogue of the tile engine. This file is compiled once for each instruction set
+// (MMK_VARIANT).
 #include "cpu_kernels.h"
 
 #include "../common/engine.h"
@@ -7,13 +8,15 @@ namespace mmkernels {
 inline namespace MMK_VARIANT {
 namespace {
 
-// Columns of a tile that are worked on at once: their losses meet in registers.
+// How many columns of a tile share a pass over its rows: their losses meet in registers, so that a row's sum is loaded
+// and stored once for 4 exponentials.
 constexpr int64_t kTogether = 4;
-// Columns whose losses are summed in float32. Longer sums would lose digits: many small losses beside a large one.
+// How many columns' losses are summed in float32, 15 roundings of at most 2^-24 each. Longer sums would lose the digits
+// of many small losses beside a large one.
 constexpr int64_t kShortSum = 16;
 
 // With y = -label * logit: the loss of a pair is log(1 + e^y) = max(y, 0) + log1p(e), its gradient to the logit
-// -label * sigmoid(y), sigmoid(y) = (y < 0 ? e : 1) / (1 + e). Both from one exponential, e = e^-|y|.
+// -label * sigmoid(y), sigmoid(y) = (y < 0 ? e : 1) / (1 + e). Both take one exponential, e = e^-|y|.
 template <bool kLosses, bool kGradients>
 struct SigmoidEpilogue final : Epilogue {
   explicit SigmoidEpilogue(const SigmoidPass& p) : p(p) { std::fill(signs[0], signs[0] + kTogether * kMaxRows, 1.f); }
@@ -38,7 +41,7 @@ struct SigmoidEpilogue final : Epilogue {
   }
 
   void tile(float* s, int64_t col0, int64_t cols) override {
-    // Lanes past the last row hold a product of zeros: NaN, if a key is not finite.
+    // Lanes past the last row hold a product of zeros, which is NaN if a key is not finite.
     for (int64_t c = 0; c < cols && rows < padded_rows; ++c)
       std::fill(s + c * kTileStride + rows, s + c * kTileStride + padded_rows, 0.f);
     const bool matches = row0 < col0 + cols && col0 < row0 + rows;

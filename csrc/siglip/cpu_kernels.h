@@ -10,7 +10,7 @@ struct SigmoidPass {
   Logits logits;
   float bias;
   float* losses;  // [n], the sum over the keys; null: not wanted
-  // The rest for the gradients alone.
+  // The gradients alone need the rest.
   const float* weights;  // [n], the gradient of each loss
   Gradients grads;
   double *grad_scale, *grad_bias;  // [panels], their parts; null: not wanted
@@ -18,7 +18,7 @@ struct SigmoidPass {
 
 struct SigmoidKernels {
   Tiling (*tiling)(const Logits&, bool backward, int64_t threads);
-  // The work of one thread: call it from as many as the tiling says, each with its own scratch.
+  // Each does the work of one thread: call it from as many as the tiling says, each with its own scratch.
   void (*losses)(const SigmoidPass&, const Tiling&, Wavefront&, float* scratch);
   void (*gradients)(const SigmoidPass&, const Tiling&, Wavefront&, float* scratch);
 };

@@ -25,7 +25,8 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-constexpr int64_t kRowsOfThread = 64;  // the fewest that are worth a thread, a multiple of every panel
+// The fewest rows that are worth a thread: two panels of AVX-512 (32 rows), and whole panels of the other sets (16, 8).
+constexpr int64_t kRowsOfThread = 64;
 
 void check_inputs(const Tensor& queries, const Tensor& keys) {
   TORCH_CHECK_VALUE(queries.dim() == 2 && keys.dim() == 2 && queries.size(1) == keys.size(1) &&
@@ -39,12 +40,12 @@ void check_inputs(const Tensor& queries, const Tensor& keys) {
                    " and ", keys.scalar_type());
 }
 
-// What a direction counts for in the loss of a row.
+// Each direction counts for this share of a row's loss.
 float share_of(bool symmetric) {
   return symmetric ? 0.5f : 1.f;
 }
 
-// The similarities of the matching rows, [n].
+// Returns the similarities of the matching rows, [n].
 Tensor positives_of(const Logits& x, const at::TensorOptions& floats) {
   const Tensor positives = at::empty({x.queries.rows}, floats);
   float* out = positives.mutable_data_ptr<float>();
@@ -150,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor> hinge_gradients(const Tensor& queries_in, con
   if (output_mask[1]) p.grads.keys = grad_keys.mutable_data_ptr<float>();
   const Tensor losses = sum_hinges(p, true, floats);
 
-  // Of every hinge above 0 the positive of its row or column takes the opposite of what the negative has.
+  // For every hinge above 0 the positive of its row or column takes the opposite of what the negative takes.
   float* of_positive = p.row_count;
   for (int64_t i = 0; i < n; ++i)
     of_positive[i] = share_of(symmetric) * p.weights[i] * (p.row_count[i] + (symmetric ? p.col_count[i] : 0.f));
@@ -165,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> hinge_gradients(const Tensor& queries_in, con
   return {losses, grad_queries, grad_keys};
 }
 
-// d loss / d similarities where only the worst negatives have a part: a sparse matrix, entry by entry.
+// Collects d loss / d similarities, a sparse matrix: only the worst negatives and their positives have entries.
 struct SparseGradient {
   std::vector<int32_t> rows, columns;
   std::vector<float> values;
@@ -177,7 +178,8 @@ struct SparseGradient {
   }
 };
 
-// matrix x, or its transpose: the entries sorted by row, those of a row in the order in which they were added.
+// Multiplies the matrix, or with rows and columns exchanged its transpose, by x. It sorts the entries by row; those of
+// a row keep the order in which they were added.
 Tensor multiply(const std::vector<int32_t>& rows, const std::vector<int32_t>& columns, const std::vector<float>& values,
                 int64_t num_rows, const Tensor& x) {
   std::vector<int64_t> starts(num_rows + 1, 0);
@@ -213,7 +215,7 @@ std::tuple<Tensor, Tensor> worst_gradients(const Tensor& grad_losses, const Tens
   SparseGradient g;
   for (int64_t i = 0; i < n; ++i) {
     const int32_t column = worst_of_row[i], row = symmetric ? worst_of_row[n + i] : -1;
-    // 0 times a loss: what a NaN has made of it reaches the gradients.
+    // 0 times a loss that is NaN carries it to the gradients.
     const float weight = share_of(symmetric) * grad[i] + 0.f * loss[i];
     if (column >= 0) g.add(i, column, weight);
     if (row >= 0) g.add(row, i, weight);

@@ -1,4 +1,4 @@
-// The triplet loss as epilogues of the tile engine. Compiled once for each instruction set (MMK_VARIANT).
+// The triplet loss as epilogues of the tile engine. This file is compiled once for each instruction set (MMK_VARIANT).
 #include "cpu_kernels.h"
 
 #include <cfloat>
@@ -11,11 +11,11 @@ namespace mmkernels {
 inline namespace MMK_VARIANT {
 namespace {
 
-// In place of a similarity that is no negative's: below all that count, and finite, so that no NaN comes of it. Its
-// opposite stands for the positive of what has none.
+// It stands in place of a similarity that is no negative's: below all that count, and finite, so that no NaN comes of
+// it. Its opposite stands for the positive of a row or column that has none.
 constexpr float kExcluded = -1e38f;
 
-// So many hinges of a row are added up in float32.
+// How many hinges of a row are added in float32, 15 roundings of at most 2^-24 each; the rest is added in double.
 constexpr int64_t kShortSum = 16;
 
 // The panel at hand and the positives of its rows.
@@ -39,8 +39,8 @@ struct TripletPanel {
   }
 };
 
-// The sums of the hinges of rows and columns; with the gradient, turns a tile of similarities into that of the weighted
-// sum of its hinges.
+// Sums the hinges of rows and columns. kGradient: it also turns a tile of similarities into the gradient of the
+// weighted sum of its hinges.
 template <bool kColumns, bool kGradient>
 struct Hinges final : Epilogue {
   explicit Hinges(const TripletHinges& p) : p(p) {}
@@ -48,7 +48,7 @@ struct Hinges final : Epilogue {
   const TripletHinges& p;
   TripletPanel panel;
   float row_weight[kMaxRows], row_count[kMaxRows];
-  float short_sum[kMaxRows];  // of a few columns: a long sum in float32 would lose digits
+  float short_sum[kMaxRows];  // of kShortSum columns: a long sum in float32 would lose digits
   double row_sum[kMaxRows];
   float col_sum[kMaxCols], col_count[kMaxCols];
 
@@ -61,7 +61,7 @@ struct Hinges final : Epilogue {
     if (kGradient) std::memcpy(row_weight, p.weights + first_row, count * sizeof(float));
   }
 
-  // 1 for a hinge above 0, else 0; NaN for one that is not finite.
+  // Returns 1 for a hinge above 0, NaN for one that is not finite, else 0.
   static MMK_INLINE Vec counted(Vec above) {
     const Vec zero = Vec::set1(0.f);
     return fma(above, zero, select_above(above, zero, Vec::set1(1.f), zero));
@@ -127,7 +127,8 @@ struct Hinges final : Epilogue {
   }
 };
 
-// The worst negative of rows and columns, the first of equals. Indices are whole numbers in the bits of the lanes.
+// Finds the worst negative of rows and columns, the first of equals. Indices are whole numbers in the bits of the
+// lanes.
 template <bool kColumns, bool kSemiHard>
 struct WorstNegatives final : Epilogue {
   explicit WorstNegatives(const TripletWorst& p) : p(p) {}
@@ -138,7 +139,7 @@ struct WorstNegatives final : Epilogue {
   float col_best[kMaxCols];
   int32_t col_index[kMaxCols];
 
-  // The next number below: x > below(y) is x >= y, but true for no NaN.
+  // Returns the next number below y. x > below(y) is x >= y, and false for a NaN.
   static float below(float x) { return x == 0.f ? -FLT_MIN : std::nextafter(x, kNegativeInfinity); }
 
   void begin_panel(int64_t first_row, int64_t count) override {
@@ -148,7 +149,8 @@ struct WorstNegatives final : Epilogue {
     for (int64_t r = 0; r < panel.padded_rows; ++r) row_below[r] = below(panel.positive[r]);
   }
 
-  // `value`, or minus infinity where a similarity lies not within the margin below the positive. A NaN passes.
+  // Returns `value`, or minus infinity where a similarity does not lie within the margin below the positive. A NaN
+  // passes.
   MMK_INLINE Vec candidate(Vec value, Vec similarity, Vec positive, Vec below_positive, Vec margin) const {
     if constexpr (!kSemiHard) return value;
     const Vec none = Vec::set1(kNegativeInfinity), above = (similarity - positive) + margin;
@@ -185,7 +187,7 @@ struct WorstNegatives final : Epilogue {
     }
   }
 
-  // The largest of the lanes, and the first of the rows that have it.
+  // Finds the largest of the lanes, and the first of the rows that have it.
   void find_first(Vec best, Vec best_index, int64_t c) {
     float values[Vec::kLanes], indices[Vec::kLanes];
     best.store(values);

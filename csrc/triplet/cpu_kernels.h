@@ -17,7 +17,7 @@ struct TripletHinges {
   // Outputs, [n]: the sums of the hinges of a row and of a column; for the gradients how many of them are above 0.
   double *row_sum, *col_sum;
   float *row_count, *col_count;
-  // Without the share of the positives, which is known when the last hinge is.
+  // The gradients lack the share of the positives, which is known when the last hinge is.
   Gradients grads;
 };
 
@@ -44,7 +44,7 @@ struct TripletKernels {
   Tiling (*tiling)(const Logits&, bool backward, int64_t threads);
   // The similarities of queries [row0, row0 + rows) and the keys that match them: the very bits of the tiles.
   void (*positives)(const Logits&, const int64_t* own, int64_t row0, int64_t rows, float* out);
-  // The work of one thread: call it from as many as the tiling says, each with its own scratch.
+  // Each does the work of one thread: call it from as many as the tiling says, each with its own scratch.
   void (*hinges)(const TripletHinges&, const Tiling&, Wavefront&, float* scratch);
   void (*hinge_gradients)(const TripletHinges&, const Tiling&, Wavefront&, float* scratch);
   void (*worst)(const TripletWorst&, const Tiling&, Wavefront&, float* scratch);

@@ -107,7 +107,7 @@ MMK_INLINE Vec round(Vec a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 MMK_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
-  // 2^n by its exponent bits. Below 2^-126 it is zero; above 2^127, infinity. max and min let a NaN in n through.
+  // The exponent bits make 2^n: zero below 2^-126, infinity above 2^127. max and min keep a NaN in n.
   const __m256 clamped = _mm256_min_ps(_mm256_set1_ps(128.f), _mm256_max_ps(_mm256_set1_ps(-127.f), n.v));
   const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(clamped), _mm256_set1_epi32(127)), 23);
   return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(bits))};
@@ -123,7 +123,7 @@ MMK_INLINE uint32_t lanes_beyond(Vec a, Vec b) {
 }
 MMK_INLINE Vec count_beyond(Vec counts, Vec a, Vec b, Vec c) {
   const __m256 more = _mm256_or_ps(_mm256_cmp_ps(a.v, b.v, _CMP_NLE_UQ), _mm256_cmp_ps(a.v, c.v, _CMP_EQ_OQ));
-  // True is -1.
+  // A comparison's true is -1.
   return {_mm256_castsi256_ps(_mm256_sub_epi32(_mm256_castps_si256(counts.v), _mm256_castps_si256(more)))};
 }
 struct DoubleSum {

@@ -11,7 +11,6 @@
 namespace mmkernels {
 inline namespace MMK_VARIANT {
 
-// Portable: the compiler's own vectors (NEON on aarch64, SSE2 on plain x86-64).
 struct Vec {
   static constexpr int kLanes = 4;
   typedef float Floats __attribute__((vector_size(16)));
@@ -112,7 +111,7 @@ MMK_INLINE Vec where_negative(Vec x, Vec a, Vec b) {
   return b;
 }
 MMK_INLINE Vec round(Vec a) {
-  // Adding and taking off 1.5 x 2^23 rounds to a whole number: no fused contraction may join the two.
+  // Adding and taking off 1.5 x 2^23 rounds to a whole number. The compiler must not join the two.
   Vec shifted = a + Vec::set1(12582912.f);
   __asm__("" : "+m"(shifted));
   return shifted - Vec::set1(12582912.f);
@@ -147,7 +146,7 @@ MMK_INLINE uint32_t lanes_beyond(Vec a, Vec b) {
 MMK_INLINE Vec count_beyond(Vec counts, Vec a, Vec b, Vec c) {
   typedef int32_t Words __attribute__((vector_size(16)));
   const Words more = ~(a.v <= b.v) | (a.v == c.v), so_far = reinterpret_cast<Words>(counts.v);
-  return {reinterpret_cast<Vec::Floats>(so_far - more)};  // true is -1
+  return {reinterpret_cast<Vec::Floats>(so_far - more)};  // a comparison's true is -1
 }
 struct DoubleSum {
   double lanes[Vec::kLanes] = {};

@@ -30,7 +30,7 @@ MMK_INLINE float from_bits(uint32_t bits) {
   return x;
 }
 
-// Rounded to nearest, ties to even; a NaN stays one.
+// These round to nearest, ties to even, and a NaN stays one.
 MMK_INLINE uint16_t to_bf16(float x) {
   const uint32_t bits = to_bits(x);
   if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
@@ -41,7 +41,7 @@ MMK_INLINE uint16_t to_f16(float x) {
   if (rest > 0x7F800000) return static_cast<uint16_t>(sign | 0x7E00);
   if (rest >= 0x477FF000) return static_cast<uint16_t>(sign | 0x7C00);  // 65520 and more round to infinity
   if (rest < 0x38800000) {
-    // Subnormal: adding 0.5 leaves the result, rounded by the adder, in the low bits.
+    // The result is subnormal: adding 0.5 leaves it, rounded by the adder, in the low bits.
     return static_cast<uint16_t>(sign | (to_bits(from_bits(rest) + 0.5f) - to_bits(0.5f)));
   }
   return static_cast<uint16_t>(sign | (rest - 0x38000000 + 0xFFF + (rest >> 13 & 1)) >> 13);
