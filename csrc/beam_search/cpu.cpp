@@ -17,7 +17,7 @@ namespace mmkernels {
 
 MMK_VARIANTS(BeamKernels, beam_kernels)
 
-namespace {
+namespace beam_search {
 
 using at::Tensor;
 
@@ -133,5 +133,5 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, library) {
   library.impl("beam_search_advance_cpu", &advance<run_advance>);
 }
 
-}  // namespace
+}  // namespace beam_search
 }  // namespace mmkernels

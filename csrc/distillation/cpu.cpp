@@ -17,7 +17,7 @@ namespace mmkernels {
 
 MMK_VARIANTS(DistillationKernels, distillation_kernels)
 
-namespace {
+namespace distillation {
 
 using at::Tensor;
 
@@ -198,5 +198,5 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, library) {
   library.impl("distillation_cpu_backward", &backward);
 }
 
-}  // namespace
+}  // namespace distillation
 }  // namespace mmkernels

@@ -16,7 +16,7 @@ namespace mmkernels {
 
 MMK_VARIANTS(AttentionKernels, attention_kernels)
 
-namespace {
+namespace divided_attention {
 
 using at::Tensor;
 using std::optional;
@@ -188,5 +188,5 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, library) {
   library.impl("divided_attention_cpu_backward", &backward);
 }
 
-}  // namespace
+}  // namespace divided_attention
 }  // namespace mmkernels

@@ -18,7 +18,7 @@ namespace mmkernels {
 
 MMK_VARIANTS(InfoNceKernels, info_nce_kernels)
 
-namespace {
+namespace info_nce {
 
 using at::Tensor;
 using std::optional;
@@ -254,5 +254,5 @@ TORCH_LIBRARY_IMPL(mmkernels, CompositeExplicitAutograd, library) {
   library.impl("cpu_variant", &variant);
 }
 
-}  // namespace
+}  // namespace info_nce
 }  // namespace mmkernels

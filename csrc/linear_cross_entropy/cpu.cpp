@@ -21,7 +21,7 @@ namespace mmkernels {
 
 MMK_VARIANTS(LinearCrossEntropyKernels, linear_cross_entropy_kernels)
 
-namespace {
+namespace linear_cross_entropy {
 
 using at::Tensor;
 using std::optional;
@@ -195,5 +195,5 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, library) {
   library.impl("linear_cross_entropy_cpu_backward", &backward);
 }
 
-}  // namespace
+}  // namespace linear_cross_entropy
 }  // namespace mmkernels

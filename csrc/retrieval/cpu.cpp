@@ -19,7 +19,7 @@ namespace mmkernels {
 
 MMK_VARIANTS(RetrievalKernels, retrieval_kernels)
 
-namespace {
+namespace retrieval {
 
 using at::Tensor;
 using std::optional;
@@ -165,5 +165,5 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, library) {
   library.impl("retrieval_topk_cpu", &topk);
 }
 
-}  // namespace
+}  // namespace retrieval
 }  // namespace mmkernels

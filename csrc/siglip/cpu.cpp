@@ -16,7 +16,7 @@ namespace mmkernels {
 
 MMK_VARIANTS(SigmoidKernels, sigmoid_kernels)
 
-namespace {
+namespace siglip {
 
 using at::Tensor;
 
@@ -100,5 +100,5 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, library) {
   library.impl("siglip_cpu_gradients", &gradients);
 }
 
-}  // namespace
+}  // namespace siglip
 }  // namespace mmkernels

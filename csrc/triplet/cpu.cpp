@@ -20,7 +20,7 @@ namespace mmkernels {
 
 MMK_VARIANTS(TripletKernels, triplet_kernels)
 
-namespace {
+namespace triplet {
 
 using at::Tensor;
 using std::optional;
@@ -233,5 +233,5 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, library) {
   library.impl("triplet_cpu_worst_gradients", &worst_gradients);
 }
 
-}  // namespace
+}  // namespace triplet
 }  // namespace mmkernels
