@@ -51,6 +51,24 @@ class Spec:
     traced: str = "keys: expected D = 8"  # the words of the bad input that is tried under torch.compile
 
 
+def bad_pairs(*more: Any) -> dict[str, tuple[type[Exception], tuple, dict[str, Any]]]:
+    """What every op over queries [N, D] and keys [M, D] refuses; `more` are the arguments behind them."""
+    q, k = torch.zeros(4, 8), torch.zeros(6, 8)
+    return {
+        "queries: expected a tensor": (TypeError, ([1.0], k, *more), {}),
+        "keys: expected float32, bfloat16": (TypeError, (q, k.long(), *more), {}),
+        "keys: expected the dtype of queries": (TypeError, (q, k.half(), *more), {}),
+        "queries: expected 2 dimensions": (ValueError, (q[0], k, *more), {}),
+        "keys: expected 2 dimensions": (ValueError, (q, k[None], *more), {}),
+        "queries: expected at least one row": (ValueError, (q[:0], k, *more), {}),
+        "keys: expected at least one row": (ValueError, (q, k[:0], *more), {}),
+        "queries: expected D >= 1": (ValueError, (q[:, :0], k[:, :0], *more), {}),
+        "keys: expected D = 8": (ValueError, (q, k[:, :5], *more), {}),
+        "keys: expected device cpu": (ValueError, (q, k.to("meta"), *more), {}),
+        "impl: expected 'auto' or one of": (ValueError, (q, k, *more), {"impl": "cuda13"}),
+    }
+
+
 def total(outputs: tuple[Tensor, ...]) -> Tensor:
     """A number whose gradient arrives at every entry of the first output with a weight of its own."""
     first = outputs[0]

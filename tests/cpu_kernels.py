@@ -12,6 +12,28 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_library = pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason="no compiled library")
 
 
+# A softmax of these logits is extreme: queries and keys.
+EXTREMES = [
+    pytest.param(torch.ones(65, 8), torch.ones(65, 8), id="all logits equal"),
+    pytest.param(1e4 * torch.eye(40), torch.eye(40), id="logits of 1e4 on the diagonal"),
+    pytest.param(-1e4 * torch.eye(40), torch.eye(40), id="logits of -1e4 on the diagonal"),
+    pytest.param(torch.linspace(-1e4, 1e4, 300)[:, None], torch.ones(300, 1), id="rows far apart"),
+    pytest.param(torch.ones(300, 1), torch.linspace(-1e4, 1e4, 300)[:, None], id="columns far apart"),
+    pytest.param(torch.full((33, 1), -90.0), torch.ones(33, 1), id="every logit at -90"),
+]
+
+
+def strided_pairs(wide: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Queries and keys that are parts of one tensor [even, 200]."""
+    return [
+        (wide[:, :96], wide[:, 100:196]),  # rows further apart than they are long
+        (wide[:, 1:96], wide[:, 101:196]),  # unaligned, odd
+        (wide.T[:96], wide.T[100:196]),  # columns
+        (wide[::2], wide[1::2]),
+        (wide[:1].expand(len(wide), 200), wide),  # stride 0
+    ]
+
+
 def each_case(cases: Iterable) -> Callable:
     """A test of its own for each case in each dtype, where there is a library."""
 

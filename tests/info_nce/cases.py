@@ -10,6 +10,7 @@ from torch import Tensor
 import mmkernels
 from mmkernels.testing import assert_within_budget, features
 from tests.devices import Device, on_device
+from tests.sizes import edges
 
 
 @dataclass
@@ -51,21 +52,10 @@ def grouped(n: int, m: int, count: int, **options: Any) -> dict[str, Any]:
     return {"query_groups": ids[torch.arange(n) * 5 % count], "key_groups": ids[torch.arange(m) * 3 % count], **options}
 
 
-TILE = 256  # the largest tile of the CPU kernels; 64 is the smallest panel
 CASES = [
     Case(1, 1, 1, regime="one of each"),
-    Case(2, 3, 3, regime="less than a vector"),
-    Case(63, 63, 64, regime="panel - 1"),
-    Case(64, 64, 64, regime="panel"),
-    Case(65, 65, 65, regime="panel + 1, odd D"),
-    Case(TILE - 1, TILE - 1, 96, regime="tile - 1"),
-    Case(TILE, TILE, 96, regime="tile"),
-    Case(TILE + 1, TILE + 1, 100, regime="tile + 1"),
-    Case(300, 700, 130, regime="more keys than queries"),
+    *edges(Case),
     Case(700, 300, 48, options={"targets": repeated_targets(700, 300)}, regime="more queries than keys"),
-    Case(130, 130, 513, regime="D past one L1 block"),
-    Case(70, 90, 2048, regime="widest D, lowest panel"),
-    Case(300, 320, 1024, regime="rows of 4 KiB are packed"),
     Case(257, 260, 77, options={"label_smoothing": 0.1}, regime="smoothing"),
     Case(257, 260, 77, options={"label_smoothing": 1.0}, regime="smoothing alone"),
     Case(257, 260, 77, options={"symmetric": False}, regime="rows alone"),

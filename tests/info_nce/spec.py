@@ -4,7 +4,7 @@ import torch
 
 import mmkernels
 from mmkernels.testing import features
-from tests.contract import Call, Memory, Spec
+from tests.contract import Call, Memory, Spec, bad_pairs
 from tests.info_nce.cases import repeated_targets
 
 
@@ -64,17 +64,7 @@ def bad_inputs():
     def groups(of_queries, of_keys, **options):
         return {"query_groups": of_queries, "key_groups": of_keys, **options}
 
-    return {
-        "queries: expected a tensor": (TypeError, ([1.0], k, 1.0), {}),
-        "keys: expected float32, bfloat16": (TypeError, (q, k.long(), 1.0), {}),
-        "keys: expected the dtype of queries": (TypeError, (q, k.half(), 1.0), {}),
-        "queries: expected 2 dimensions": (ValueError, (q[0], k, 1.0), {}),
-        "keys: expected 2 dimensions": (ValueError, (q, k[None], 1.0), {}),
-        "queries: expected at least one row": (ValueError, (q[:0], k, 1.0), {}),
-        "keys: expected at least one row": (ValueError, (q, k[:0], 1.0), {}),
-        "queries: expected D >= 1": (ValueError, (q[:, :0], k[:, :0], 1.0), {}),
-        "keys: expected D = 8": (ValueError, (q, k[:, :5], 1.0), {}),
-        "keys: expected device cpu": (ValueError, (q, k.to("meta"), 1.0), {}),
+    return bad_pairs(1.0) | {
         "logit_scale: expected one element": (ValueError, (q, k, torch.ones(2)), {}),
         "logit_scale: expected a floating": (TypeError, (q, k, torch.tensor(3)), {}),
         "logit_scale: expected a float or": (TypeError, (q, k, "3"), {}),
@@ -96,7 +86,6 @@ def bad_inputs():
             {"label_smoothing": float("nan")},
         ),
         "reduction: expected": (ValueError, (q, k, 1.0), {"reduction": "avg"}),
-        "impl: expected 'auto' or one of": (ValueError, (q, k, 1.0), {"impl": "cuda13"}),
         "key_groups: expected int64 ids, as both sides": (
             ValueError,
             (q, k, 1.0),

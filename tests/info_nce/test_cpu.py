@@ -10,7 +10,7 @@ import mmkernels
 from mmkernels.info_nce import ops
 from mmkernels.testing import assert_within_budget, features, peak_allocated
 from tests.contract import Memory, check_memory
-from tests.cpu_kernels import DTYPES, assert_same_bits, each_case, needs_library
+from tests.cpu_kernels import DTYPES, EXTREMES, assert_same_bits, each_case, needs_library, strided_pairs
 from tests.info_nce.cases import CASES, Case, assert_results, check_case, grouped, run, run_eager
 from tests.info_nce.spec import pairs
 from tests.op_arguments import last_arguments, output_masks
@@ -34,17 +34,7 @@ def test_reference_is_the_eager_code(case):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("queries", "keys"),
-    [
-        pytest.param(torch.ones(65, 8), torch.ones(65, 8), id="all logits equal"),
-        pytest.param(1e4 * torch.eye(40), torch.eye(40), id="logits of 1e4 on the diagonal"),
-        pytest.param(-1e4 * torch.eye(40), torch.eye(40), id="logits of -1e4 on the diagonal"),
-        pytest.param(torch.linspace(-1e4, 1e4, 300)[:, None], torch.ones(300, 1), id="rows far apart"),
-        pytest.param(torch.ones(300, 1), torch.linspace(-1e4, 1e4, 300)[:, None], id="columns far apart"),
-        pytest.param(torch.full((33, 1), -90.0), torch.ones(33, 1), id="every logit at -90"),
-    ],
-)
+@pytest.mark.parametrize(("queries", "keys"), EXTREMES)
 @needs_library
 def test_extreme_logits(queries, keys):
     exact = run(queries.double(), keys.double(), 1.0, "reference")
@@ -72,13 +62,7 @@ def test_digits_at_large_logits(largest, symmetric):
 @needs_library
 def test_strides_are_honoured(dtype):
     wide = features(130, 200, dtype)
-    for queries, keys in [
-        (wide[:, :96], wide[:, 100:196]),  # rows further apart than they are long
-        (wide[:, 1:96], wide[:, 101:196]),  # unaligned, odd
-        (wide.T[:96], wide.T[100:196]),  # columns
-        (wide[::2], wide[1::2]),
-        (wide[:1].expand(130, 200), wide),  # stride 0
-    ]:
+    for queries, keys in strided_pairs(wide):
         in_place, copied = run(queries, keys, 10.0, "cpu"), run(queries.contiguous(), keys.contiguous(), 10.0, "cpu")
         for a, b in zip(in_place, copied, strict=True):
             # Keys are read in place or packed: the same products, but for the order of the sums over D.

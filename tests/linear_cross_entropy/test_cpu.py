@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import mmkernels
 from mmkernels.linear_cross_entropy import ops
 from mmkernels.testing import assert_within_budget, features
-from tests.cpu_kernels import DTYPES, assert_same_bits, each_case, needs_library
+from tests.cpu_kernels import DTYPES, EXTREMES, assert_same_bits, each_case, needs_library, strided_pairs
 from tests.linear_cross_entropy.cases import CASES, Case, assert_results, check_case, run, run_eager
 
 
@@ -38,17 +38,7 @@ def test_reference_is_the_eager_code(case):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("hidden", "weight"),
-    [
-        pytest.param(torch.ones(65, 8), torch.ones(65, 8), id="all logits equal"),
-        pytest.param(1e4 * torch.eye(40), torch.eye(40), id="logits of 1e4 on the diagonal"),
-        pytest.param(-1e4 * torch.eye(40), torch.eye(40), id="logits of -1e4 on the diagonal"),
-        pytest.param(torch.linspace(-1e4, 1e4, 300)[:, None], torch.ones(300, 1), id="rows far apart"),
-        pytest.param(torch.ones(300, 1), torch.linspace(-1e4, 1e4, 300)[:, None], id="classes far apart"),
-        pytest.param(torch.full((33, 1), -90.0), torch.ones(33, 1), id="every logit at -90"),
-    ],
-)
+@pytest.mark.parametrize(("hidden", "weight"), EXTREMES)
 @needs_library
 def test_extreme_logits(hidden, weight):
     inputs = (hidden, weight, None, torch.arange(len(hidden)))
@@ -95,13 +85,7 @@ def test_strides_are_honoured(dtype):
     wide = features(130, 200, dtype)
     targets = torch.arange(130) % 65
     bias = torch.linspace(-1, 1, 260)[::2]
-    for hidden, weight in [
-        (wide[:, :96], wide[:, 100:196]),  # rows further apart than they are long
-        (wide[:, 1:96], wide[:, 101:196]),  # unaligned, odd
-        (wide.T[:96], wide.T[100:196]),  # columns
-        (wide[::2], wide[1::2]),
-        (wide[:1].expand(130, 200), wide),  # stride 0
-    ]:
+    for hidden, weight in strided_pairs(wide):
         rest = (bias[: len(weight)], targets[: len(hidden)])
         in_place = run(hidden, weight, *rest, "cpu")
         copied = run(hidden.contiguous(), weight.contiguous(), *(x.contiguous() for x in rest), "cpu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +32,20 @@ def synthetic() -> Splits:
 def emoji_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the drawings of emoji lie once they are rendered, for all the tests that read them."""
     return tmp_path_factory.mktemp("emoji")
+
+
+@pytest.fixture
+def assert_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """Runs a command that must fail with a message in one clear line."""
+
+    def check(main: Callable[[list[str]], int], arguments: list[str], message: str) -> None:
+        extra = ["--out", str(tmp_path / "out")] if arguments[0] in ("train", "compare") else []
+        assert main([*arguments, *extra]) == 1
+        printed = capsys.readouterr().out
+        assert message in printed.replace("\n", " ")
+        assert "Traceback" not in printed
+
+    return check
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import torch
 
 import mmkernels
 from mmkernels.testing import features
-from tests.contract import Call, Spec
+from tests.contract import Call, Spec, bad_pairs
 
 
 def rows(dtype, n):
@@ -24,53 +24,43 @@ def topk(impl, queries, keys, targets):
     return mmkernels.retrieval_topk(queries, keys, 5, impl=impl)
 
 
-def bad_inputs():
+def bad_ranks():
     q, k, t = torch.zeros(4, 8), torch.zeros(6, 8), torch.zeros(4).long()
-    both = {
-        "queries: expected a tensor": (TypeError, ([1.0], k)),
-        "keys: expected float32, bfloat16": (TypeError, (q, k.long())),
-        "keys: expected the dtype of queries": (TypeError, (q, k.half())),
-        "queries: expected 2 dimensions": (ValueError, (q[0], k)),
-        "queries: expected at least one row": (ValueError, (q[:0], k)),
-        "keys: expected at least one row": (ValueError, (q, k[:0])),
-        "queries: expected D >= 1": (ValueError, (q[:, :0], k[:, :0])),
-        "keys: expected D = 8": (ValueError, (q, k[:, :5])),
-        "keys: expected device cpu": (ValueError, (q, k.to("meta"))),
+    return bad_pairs() | {
+        "targets: 6 queries and 4 keys do not match": (ValueError, (k, q), {}),
+        "targets: expected an int64 tensor": (TypeError, (q, k, [0, 1, 2, 3]), {}),
+        "targets: expected int64": (TypeError, (q, k, t.int()), {}),
+        r"targets: expected shape \(4,\)": (ValueError, (q, k, t[:3]), {}),
+        "targets: expected device cpu": (ValueError, (q, k, t.to("meta")), {}),
+        "targets: expected indices of the 6 keys, 0 to 5, got 6": (ValueError, (q, k, torch.tensor([0, 6, 1, 2])), {}),
+        "targets: expected indices of the 6 keys, 0 to 5, got -1": (
+            ValueError,
+            (q, k, torch.tensor([0, -1, 1, 2])),
+            {},
+        ),
     }
-    ranks = {
-        "targets: 6 queries and 4 keys do not match": (ValueError, (k, q)),
-        "targets: expected an int64 tensor": (TypeError, (q, k, [0, 1, 2, 3])),
-        "targets: expected int64": (TypeError, (q, k, t.int())),
-        r"targets: expected shape \(4,\)": (ValueError, (q, k, t[:3])),
-        "targets: expected device cpu": (ValueError, (q, k, t.to("meta"))),
-        "targets: expected indices of the 6 keys, 0 to 5, got 6": (ValueError, (q, k, torch.tensor([0, 6, 1, 2]))),
-        "targets: expected indices of the 6 keys, 0 to 5, got -1": (ValueError, (q, k, torch.tensor([0, -1, 1, 2]))),
-    }
-    topk = {
-        "k: expected an int": (TypeError, (q, k, 2.0)),
-        "k: expected 1 to 6, the number of keys, got 0": (ValueError, (q, k, 0)),
-        "k: expected 1 to 6, the number of keys, got 7": (ValueError, (q, k, 7)),
-    }
-    return both | ranks, {words: (error, (*given, 1)) for words, (error, given) in both.items()} | topk
 
 
-def bad_inputs_of(index):
-    refused = {words: (error, given, {}) for words, (error, given) in bad_inputs()[index].items()}
-    k = torch.zeros(6, 8)
-    return refused | {"impl: expected 'auto' or one of": (ValueError, (k, k, *[1] * index), {"impl": "cuda13"})}
+def bad_topk():
+    q, k = torch.zeros(4, 8), torch.zeros(6, 8)
+    return bad_pairs(1) | {
+        "k: expected an int": (TypeError, (q, k, 2.0), {}),
+        "k: expected 1 to 6, the number of keys, got 0": (ValueError, (q, k, 0), {}),
+        "k: expected 1 to 6, the number of keys, got 7": (ValueError, (q, k, 7), {}),
+    }
 
 
 RETRIEVAL_RANKS = Spec(
     "retrieval_ranks",
     {"targets": Call(rows, ranks), "diagonal": Call(rows, ranks_of_the_diagonal)},
     mmkernels.retrieval_ranks,
-    lambda: bad_inputs_of(0),
+    bad_ranks,
     differentiable=False,
 )
 RETRIEVAL_TOPK = Spec(
     "retrieval_topk",
     {"topk": Call(rows, topk)},
     mmkernels.retrieval_topk,
-    lambda: bad_inputs_of(1),
+    bad_topk,
     differentiable=False,
 )

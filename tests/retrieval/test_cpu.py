@@ -6,7 +6,7 @@ import torch
 import mmkernels
 from mmkernels.retrieval import reference
 from mmkernels.testing import assert_within_budget, features, peak_allocated
-from tests.cpu_kernels import DTYPES, assert_same_bits, each_case, needs_library
+from tests.cpu_kernels import DTYPES, assert_same_bits, each_case, needs_library, strided_pairs
 from tests.retrieval.cases import CASES, TILE, Case, check_case, check_order, in_order, whole_numbers
 
 IMPLS = [pytest.param("cpu", marks=needs_library), "reference"]
@@ -43,13 +43,7 @@ def test_a_copy_scores_the_same_bits_wherever_it_stands(dtype, d):
 @needs_library
 def test_strides_are_honoured(dtype):
     wide = features(600, 200, dtype)
-    for queries, keys in [
-        (wide[:, :96], wide[:, 100:196]),  # rows further apart than they are long
-        (wide[:, 1:96], wide[:, 101:196]),  # unaligned, odd
-        (wide.T[:96], wide.T[100:196]),  # columns
-        (wide[::2], wide[1::2]),
-        (wide[:1].expand(300, 200), wide),  # stride 0
-    ]:
+    for queries, keys in strided_pairs(wide):
         targets = (torch.arange(2 * len(queries)) % len(keys))[::2]
         copies = queries.contiguous(), keys.contiguous()
         for a, b in zip(

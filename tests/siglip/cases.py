@@ -9,6 +9,7 @@ from torch import Tensor
 import mmkernels
 from mmkernels.testing import assert_within_budget, features
 from tests.devices import Device, on_device
+from tests.sizes import edges
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -33,22 +34,11 @@ class Case:
         return queries, keys, self.scale, self.bias
 
 
-TILE = 256  # the largest tile of the CPU kernels; 64 is the smallest panel
 CASES = [
     Case(1, 1, 1, regime="one of each"),
-    Case(2, 3, 3, regime="less than a vector"),
-    Case(63, 63, 64, regime="panel - 1"),
-    Case(64, 64, 64, regime="panel"),
-    Case(65, 65, 65, regime="panel + 1, odd D"),
-    Case(TILE - 1, TILE - 1, 96, regime="tile - 1"),
-    Case(TILE, TILE, 96, regime="tile"),
-    Case(TILE + 1, TILE + 1, 100, regime="tile + 1"),
+    *edges(Case),
     Case(700, 700, 48, regime="several tiles"),
-    Case(300, 700, 130, regime="more keys than queries"),
     Case(1, 600, 40, regime="one query"),
-    Case(130, 130, 513, regime="D past one L1 block"),
-    Case(70, 90, 2048, regime="widest D, lowest panel"),
-    Case(300, 320, 1024, regime="rows of 4 KiB are packed"),
     Case(257, 260, 77, bias=0.0, regime="no bias"),
     Case(257, 260, 77, scale=1.0, bias=5.0, regime="every pair taken for a match"),
     Case(257, 257, 64, scale=100.0, near=-0.2, regime="scale 100, negative mean cosine"),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import mmkernels
 from mmkernels.testing import assert_within_budget, features
 from tests.contract import Memory, check_memory
-from tests.cpu_kernels import DTYPES, assert_same_bits, each_case, needs_library
+from tests.cpu_kernels import DTYPES, assert_same_bits, each_case, needs_library, strided_pairs
 from tests.op_arguments import output_masks
 from tests.siglip.cases import CASES, REDUCTIONS, Case, assert_results, check_case, oracles, row_weights, run, run_eager
 from tests.siglip.spec import pairs
@@ -77,13 +77,7 @@ def test_small_losses_beside_a_large_one():
 @needs_library
 def test_strides_are_honoured(dtype):
     wide = features(130, 200, dtype)
-    for queries, keys in [
-        (wide[:, :96], wide[:, 100:196]),  # rows further apart than they are long
-        (wide[:, 1:96], wide[:, 101:196]),  # unaligned, odd
-        (wide.T[:96], wide.T[100:196]),  # columns
-        (wide[::2], wide[1::2]),
-        (wide[:1].expand(130, 200), wide),  # stride 0
-    ]:
+    for queries, keys in strided_pairs(wide):
         for reduction in ("none", "mean"):
             in_place = run(queries, keys, 10.0, -10.0, "cpu", reduction)
             copied = run(queries.contiguous(), keys.contiguous(), 10.0, -10.0, "cpu", reduction)

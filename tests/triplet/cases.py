@@ -14,6 +14,7 @@ from torch import Tensor
 import mmkernels
 from mmkernels.testing import assert_within_budget
 from tests.devices import Device, on_device
+from tests.sizes import edges
 
 MININGS = ("all", "hardest", "semi_hard")
 
@@ -40,21 +41,10 @@ class Case:
         return queries.to(dtype), keys.to(dtype)
 
 
-TILE = 256  # the largest tile of the CPU kernels; 64 is the smallest panel
 SIZES = [
     Case(1, 1, 1, regime="no negatives"),
     Case(1, 3, 5, regime="negatives of the query alone"),
-    Case(2, 3, 3, regime="less than a vector"),
-    Case(63, 63, 64, regime="panel - 1"),
-    Case(64, 64, 64, regime="panel"),
-    Case(65, 65, 65, regime="panel + 1, odd D"),
-    Case(TILE - 1, TILE - 1, 96, regime="tile - 1"),
-    Case(TILE, TILE, 96, regime="tile"),
-    Case(TILE + 1, TILE + 1, 100, regime="tile + 1"),
-    Case(300, 700, 130, regime="more keys than queries"),
-    Case(130, 130, 513, regime="D past one L1 block"),
-    Case(70, 90, 2048, regime="widest D, lowest panel"),
-    Case(300, 320, 1024, regime="rows of 4 KiB are packed"),
+    *edges(Case),
     Case(200, 230, 32, near=3.0, regime="few above the positive"),
     Case(200, 230, 32, near=0.0, options={"margin": 2.0}, regime="most above the positive"),
     Case(200, 230, 32, options={"margin": 0.0}, regime="margin 0"),

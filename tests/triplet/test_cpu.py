@@ -6,7 +6,7 @@ import torch
 import mmkernels
 from mmkernels.testing import assert_within_budget, features
 from tests.contract import bytes_beyond_results
-from tests.cpu_kernels import DTYPES, assert_same_bits, each_case, needs_library
+from tests.cpu_kernels import DTYPES, assert_same_bits, each_case, needs_library, strided_pairs
 from tests.op_arguments import output_masks
 from tests.triplet.cases import IN_ONE_PASS, MININGS, Case, assert_results, by_hand, cases, check_case, run
 from tests.triplet.spec import call
@@ -127,13 +127,7 @@ def test_extreme_similarities(queries, keys, mining):
 @needs_library
 def test_strides_are_honoured(dtype, mining):
     wide = Case(130, 200, 200).inputs(dtype)[1]
-    for queries, keys in [
-        (wide[:, :96], wide[:, 100:196]),  # rows further apart than they are long
-        (wide[:, 1:96], wide[:, 101:196]),  # unaligned, odd
-        (wide.T[:96], wide.T[100:196]),  # columns
-        (wide[::2], wide[1::2]),
-        (wide[:1].expand(200, 200), wide),  # stride 0
-    ]:
+    for queries, keys in strided_pairs(wide):
         for reduction in ("none", "mean"):
             in_place = run(queries, keys, "cpu", reduction, mining=mining)
             copied = run(queries.contiguous(), keys.contiguous(), "cpu", reduction, mining=mining)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -218,14 +219,8 @@ def test_predictions_do_not_depend_on_the_batch(run: Path) -> None:
         (["predict", "no/such/run", "--image", "x.png"], "there is no checkpoint no/such/run"),
     ],
 )
-def test_errors_are_one_clear_line(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    extra = ["--out", str(tmp_path / "out")] if arguments[0] == "train" else []
-    assert main([*arguments, *extra]) == 1
-    printed = capsys.readouterr().out
-    assert message in printed.replace("\n", " ")
-    assert "Traceback" not in printed
+def test_errors_are_one_clear_line(arguments: list[str], message: str, assert_refused: Callable[..., None]) -> None:
+    assert_refused(main, arguments, message)
 
 
 def test_each_fusion_has_its_own_learning_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

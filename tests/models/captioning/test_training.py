@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -211,14 +212,8 @@ def test_coco_file_trains_evaluates_and_counts_the_broken_file(
         (["caption", "x.png", "--run", "no/such/run"], "there is no checkpoint no/such/run"),
     ],
 )
-def test_errors_are_one_clear_line(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    extra = ["--out", str(tmp_path / "out")] if arguments[0] == "train" else []
-    assert main([*arguments, *extra]) == 1
-    printed = capsys.readouterr().out
-    assert message in printed.replace("\n", " ")
-    assert "Traceback" not in printed
+def test_errors_are_one_clear_line(arguments: list[str], message: str, assert_refused: Callable[..., None]) -> None:
+    assert_refused(main, arguments, message)
 
 
 def test_resume_refuses_another_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

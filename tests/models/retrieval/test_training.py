@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -204,14 +205,8 @@ def test_own_folder_trains_evaluates_searches_and_counts_the_broken_file(
         (["search", " "], "a query must hold a word"),
     ],
 )
-def test_errors_are_one_clear_line(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    extra = ["--out", str(tmp_path / "out")] if arguments[0] in ("train", "compare") else []
-    assert main([*arguments, *extra]) == 1
-    printed = capsys.readouterr().out
-    assert message in printed.replace("\n", " ")
-    assert "Traceback" not in printed
+def test_errors_are_one_clear_line(arguments: list[str], message: str, assert_refused: Callable[..., None]) -> None:
+    assert_refused(main, arguments, message)
 
 
 def test_resume_refuses_another_loss(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
