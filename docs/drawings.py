@@ -244,7 +244,7 @@ def architecture(path: Path) -> None:
             arrow(axes, (x + 0.6, 6.52), (x + 0.6, 7.17), OURS)
         axes.text(3.9, 6.85, "registers of 16 floats", va="center", fontsize=TEXT, color=OURS)
         box(axes, 3.0, 7.2, 13.6, 0.7, facecolor=LIGHT)
-        axes.text(3.2, 7.55, "csrc/common/simd.h", va="center", fontsize=TEXT, family="monospace")
+        axes.text(3.2, 7.55, "csrc/common/simd/", va="center", fontsize=TEXT, family="monospace")
         axes.text(9.2, 7.55, "fma, exp, max: one instruction set's own", va="center", fontsize=TEXT)
 
 
