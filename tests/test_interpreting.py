@@ -22,6 +22,18 @@ else:
         acc = tl.dot(tl.load(x + tile), tl.load(y + tile), tl.full((SIZE, SIZE), 1.0, tl.float32))
         tl.store(out + tile, acc)
 
+    @triton.jit
+    def _sum_kernel(x, y, out):
+        tl.store(out, tl.load(x) + tl.load(y))
+
+    def test_a_sum_that_overflows_is_refused():
+        largest = torch.tensor([2**31 - 1], dtype=torch.int32)
+        out = torch.zeros_like(largest)
+        _sum_kernel[(1,)](largest, torch.zeros_like(largest), out)
+        assert torch.equal(out, largest)
+        with pytest.raises(triton.runtime.errors.InterpreterError, match="int32 overflows"):
+            _sum_kernel[(1,)](largest, torch.ones_like(largest), out)
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
     def test_a_kernel_adds_in_the_order_of_k(dtype):
         """Each element has the bits of a loop over k. numpy's product, which differs with the processor, is not
