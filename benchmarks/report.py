@@ -63,7 +63,10 @@ def machine_of(op: str) -> dict[str, Any]:
 
 def read(folder: str, numbers: Path) -> dict[str, Any]:
     """The machine and the results of an earlier run."""
-    return json.loads((numbers / f"{folder}.json").read_text())
+    file = numbers / f"{folder}.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is not there yet; measure first: python -m benchmarks.report {folder}")
+    return json.loads(file.read_text())
 
 
 def standings(numbers: Path) -> list[tables.Standing]:

@@ -1,30 +1,28 @@
 """Every op keeps the contract of tests/contract.py, on every implementation that runs on a CPU."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 
 from mmkernels import _backends
 from tests import contract
-from tests.beam_search.spec import BEAM_SEARCH
 from tests.cpu_kernels import DTYPES, needs_library
-from tests.distillation.spec import DISTILLATION
-from tests.divided_attention.spec import DIVIDED_ATTENTION
-from tests.info_nce.spec import INFO_NCE
-from tests.linear_cross_entropy.spec import LINEAR_CROSS_ENTROPY
-from tests.retrieval.spec import RETRIEVAL_RANKS, RETRIEVAL_TOPK
-from tests.siglip.spec import SIGLIP
-from tests.triplet.spec import TRIPLET
 
-SPECS = [
-    INFO_NCE, DISTILLATION, SIGLIP, TRIPLET, LINEAR_CROSS_ENTROPY, RETRIEVAL_RANKS, RETRIEVAL_TOPK, DIVIDED_ATTENTION,
-    BEAM_SEARCH,
-]  # fmt: skip
+FOLDERS = sorted(path.parent.name for path in Path(__file__).parent.glob("*/spec.py"))
+MODULES = [importlib.import_module(f"tests.{folder}.spec") for folder in FOLDERS]
+SPECS = [spec for module in MODULES for spec in vars(module).values() if isinstance(spec, contract.Spec)]
 IMPLS = [pytest.param("cpu", marks=needs_library), "reference"]
 CALLS = [pytest.param(spec, call, id=f"{spec.op}-{name}") for spec in SPECS for name, call in spec.calls.items()]
 LEARNING = [case for case in CALLS if case.values[0].differentiable]
 FIRST = [pytest.param(spec, next(iter(spec.calls.values())), id=spec.op) for spec in SPECS]
 MEMORY = [pytest.param(memory, id=f"{spec.op}-{name}") for spec in SPECS for name, memory in spec.memory.items()]
 BAD = [pytest.param(spec, words, id=f"{spec.op}-{words}") for spec in SPECS for words in spec.bad_inputs()]
+
+
+def test_every_op_has_a_spec():
+    assert {spec.op for spec in SPECS} == set(_backends.IMPLEMENTATIONS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)

@@ -1,5 +1,6 @@
 """Every op's cases under the instruction sets that this machine would not choose by itself, on two threads."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -9,37 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.beam_search import cases as beam_search
 from tests.cpu_kernels import DTYPES, needs_library
-from tests.distillation import cases as distillation
-from tests.divided_attention import cases as divided_attention
-from tests.info_nce import cases as info_nce
-from tests.linear_cross_entropy import cases as linear_cross_entropy
-from tests.retrieval import cases as retrieval
-from tests.siglip import cases as siglip
-from tests.triplet import cases as triplet
 
-# An op, and of how many of its cases one is taken: under AVX, and of the portable code, which is slower.
-OPS = [
-    (info_nce, 1, 3),
-    (distillation, 1, 3),
-    (siglip, 1, 3),
-    (linear_cross_entropy, 1, 3),
-    (retrieval, 2, 4),
-    (divided_attention, 3, 3),
-    (beam_search, 1, 1),
-]
+# One of so many of an op's cases is taken: under AVX, and of the portable code, which is slower.
+SHARES = {"beam_search": (1, 1), "divided_attention": (3, 3), "retrieval": (2, 4), "triplet": (2, 5)}
 
 
 def checks(portable: bool) -> Iterator[tuple]:
     """A function that holds a case to its budget, the case, what follows its dtype."""
-    for op, of_avx, of_portable in OPS:
-        for case in op.CASES[:: of_portable if portable else of_avx]:
-            yield op.check_case, case, "cpu"
-    for case in triplet.cases()[:: 5 if portable else 2]:
-        yield triplet.check_case, case, "cpu"
-    for case in triplet.IN_ONE_PASS:
-        yield triplet.check_case, case, "cpu", "mean"
+    for path in sorted(Path(__file__).parent.glob("*/cases.py")):
+        op = path.parent.name
+        module = importlib.import_module(f"tests.{op}.cases")
+        for case in module.CASES[:: SHARES.get(op, (1, 3))[portable]]:
+            yield module.check_case, case, "cpu"
+        for case in getattr(module, "IN_ONE_PASS", ()):
+            yield module.check_case, case, "cpu", "mean"
 
 
 def check_every_op(portable: bool) -> None:

@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -101,11 +101,18 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
+class Batch(Protocol):
+    """A batch of any kind."""
+
+    def to(self, device: torch.device) -> Any:
+        """The same batch on ``device``."""
+
+
 class Task(ABC):
     """What a model brings to the loop."""
 
     @abstractmethod
-    def batch(self, index: int) -> Any:
+    def batch(self, index: int) -> Batch:
         """The batch number ``index``: a function of the number alone, so that a resumed run sees the same data."""
 
     @abstractmethod

@@ -61,8 +61,9 @@ def cases(sizes: list[Case] = SIZES) -> list[Case]:
     ]
 
 
-# Of these a mean or a sum has its gradients from the pass that adds up the losses.
-IN_ONE_PASS = [case for case in cases() if case.options["mining"] == "all"][::3]
+CASES = cases()
+# The pass that adds up the losses of these also gives the gradients of their mean or sum.
+IN_ONE_PASS = [case for case in CASES if case.options["mining"] == "all"][::3]
 
 
 def run(

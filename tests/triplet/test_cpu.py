@@ -8,11 +8,11 @@ from mmkernels.testing import assert_within_budget, features
 from tests.contract import bytes_beyond_results
 from tests.cpu_kernels import DTYPES, assert_same_bits, each_case, needs_library, strided_pairs
 from tests.op_arguments import output_masks
-from tests.triplet.cases import IN_ONE_PASS, MININGS, Case, assert_results, by_hand, cases, check_case, run
+from tests.triplet.cases import CASES, IN_ONE_PASS, MININGS, Case, assert_results, by_hand, check_case, run
 from tests.triplet.spec import call
 
 
-@pytest.mark.parametrize("case", [case for case in cases() if case.n * case.m < 20_000], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.n * case.m < 20_000], ids=str)
 def test_reference_is_what_the_words_say(case):
     queries, keys = case.inputs(torch.float64)
     options = {"margin": 0.2, "symmetric": True, **case.options}
@@ -68,7 +68,7 @@ def test_reference_is_that_of_pytorch_metric_learning(mining, symmetric):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-@each_case(cases())
+@each_case(CASES)
 def test_cpu_matches_float64(case, dtype):
     check_case(case, dtype, "cpu")
 
