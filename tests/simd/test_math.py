@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.cpu_variants import needs_library
+from tests.cpu_kernels import needs_library
 
 pytestmark = needs_library
 
