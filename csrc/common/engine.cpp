@@ -24,6 +24,8 @@ auto with_product([[maybe_unused]] Dtype dtype, const Call& call) {
   return call(Float32Product{});
 }
 
+// Waits until `panel` panels have passed. 4,096 loads of 5 clocks are 7 us at 3 GHz: a thread that waits longer gives
+// its core to others.
 MMK_INLINE void wait_for_turn(const std::atomic<int32_t>& done, int64_t panel) {
   for (int spins = 0; done.load(std::memory_order_acquire) != panel; ++spins) {
     if (spins > 4096) std::this_thread::yield();

@@ -26,7 +26,8 @@ constexpr int64_t kMaxCols = 256;
 // fourth row on the same lines of an L1, whose sets repeat every 4 KiB.
 constexpr int64_t kTileStride = kMaxRows + 16;
 
-// What a loss makes of the tiles. A call meets one tile of up to 256 x 256 pairs, so that its cost is nothing.
+// What a loss makes of the tiles. A virtual call serves a tile of up to 256 x 256 pairs, so that its cost does not
+// show.
 class Epilogue {
  public:
   // The next panel of queries begins: `rows` of them from row0.
