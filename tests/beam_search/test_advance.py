@@ -161,7 +161,19 @@ def test_the_kernel_equals_the_reference(block):
 
 @needs_library
 def test_opcheck():
-    N, k, eos, penalties, steps = next(s for s in map(random_search, range(99)) if s[0] > 1 and len(s[4]) > 1)
-    found, rule = steps[0]
-    arguments = (*found, *Progress.none(N, k, torch.zeros(1)), eos, penalties, *rule)
-    torch.library.opcheck(torch.ops.mmkernels.beam_search_advance_cpu, arguments)
+    """At steps that change, taken together, all that the schema says is changed in place."""
+    seen = set()
+    for N, k, eos, penalties, steps in map(random_search, range(40)):
+        progress = Progress.none(N, k, torch.zeros(1))
+        for found, rule in steps:
+            before = Progress(*(x.clone() for x in progress))
+            ops.beam_search_advance(found, progress, eos, penalties, rule, "cpu")
+            changed = {
+                name for name, x, y in zip(before._fields, before, progress, strict=True) if not torch.equal(x, y)
+            }
+            if not changed <= seen:
+                seen |= changed
+                torch.library.opcheck(
+                    torch.ops.mmkernels.beam_search_advance_cpu, (*found, *before, eos, penalties, *rule)
+                )
+    assert seen == set(Progress._fields)
