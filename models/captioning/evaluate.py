@@ -87,7 +87,7 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
                     name if i == 0 and kind == "all" else "",
                     f"{found['size']} {kind}" if i == 0 else "",
                     who,
-                    *(f"{value[k]:.3f}" for k in ("bleu1", "bleu4", "cider", "exact")),
+                    *(f"{value[k]:.3f}" if value[k] == value[k] else "-" for k in ("bleu1", "bleu4", "cider", "exact")),
                     f"{value['ms_per_image']:.2f}" if "ms_per_image" in value else "",
                     f"{value['certified']:.3f}" if "certified" in value else "",
                     end_section=i == len(found["by"]) - 1,

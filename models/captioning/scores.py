@@ -13,7 +13,10 @@ from models.data.captions import caption_words
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """BLEU of up to 1 to 4 words and CIDEr-D (0 to 10) of a corpus, and the share of captions that are a reference."""
+    """BLEU of up to 1 to 4 words and CIDEr-D (0 to 10) of a corpus, and the share of captions that are a reference.
+
+    CIDEr-D of fewer than two images is NaN.
+    """
 
     bleu1: float
     bleu2: float
@@ -28,9 +31,14 @@ def _plain(text: str) -> str:
 
 
 def cider_of_each(texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """CIDEr-D of each caption; the references of all captions decide how much a word counts."""
+    """CIDEr-D of each caption; the references of all captions decide how much a word counts.
+
+    A word counts by how few of the images have it: of fewer than two images the score says nothing, and is NaN.
+    """
     if len(texts) != len(references):
         raise ValueError(f"every caption needs its references: {len(texts)} captions, {len(references)} references")
+    if len(texts) < 2:
+        return [float("nan")] * len(texts)
     right = {i: [_plain(text) for text in own] for i, own in enumerate(references)}
     _, scores = Cider().compute_score(right, {i: [_plain(text)] for i, text in enumerate(texts)})
     return [float(score) for score in scores]

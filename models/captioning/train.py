@@ -96,6 +96,8 @@ def validation_score(
     model: Captioner, vocabulary: Vocabulary, data: ImageTextSet, limit: int = 1000
 ) -> Callable[[dict[str, Tensor]], float]:
     """A function of weights that gives the CIDEr of greedy captions on at most ``limit`` images of a set."""
+    if len(data) < 2:
+        raise ValueError(f"CIDEr needs two images or more to validate on; got {len(data)}")
     rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:limit]
     part = data.select(rows.sort().values)
     scored = copy.deepcopy(model)

@@ -97,8 +97,15 @@ def fit_clip(wave: np.ndarray, samples: int) -> tuple[Tensor, int]:
     return torch.from_numpy(clip), len(sound)
 
 
+def mix(channels: np.ndarray) -> np.ndarray:
+    """The mean of channels [n, C]; the loudest of them where they cancel one another, as in opposite phase."""
+    mean, power = channels.mean(1), np.square(channels).mean(0)
+    cancel = np.square(mean).mean() < 1e-3 * power.mean()
+    return channels[:, power.argmax()] if cancel else mean
+
+
 def read_audio(path: Path, samples: int, rate: int = RATE) -> tuple[Tensor, int]:
-    """A sound file (WAV, FLAC, OGG, MP3) at ``rate``, its channels averaged, as :func:`fit_clip` gives it.
+    """A sound file (WAV, FLAC, OGG, MP3) at ``rate``, its channels mixed, as :func:`fit_clip` gives it.
 
     Raises :class:`BadDataError` that names the file.
     """
@@ -110,10 +117,11 @@ def read_audio(path: Path, samples: int, rate: int = RATE) -> tuple[Tensor, int]
         reason = "is not there" if not path.exists() else getattr(error, "error_string", None) or str(error)
         raise BadDataError(f"{path}: {reason}") from error
     if not len(data):
-        raise BadDataError(f"{path}: holds no sound")
+        cut = path.suffix.lower() == ".wav" and path.stat().st_size > 1024
+        raise BadDataError(f"{path}: holds no sound" + (": its header gives the data a size of 0" if cut else ""))
     if not np.isfinite(data).all():
         raise BadDataError(f"{path}: holds values that are not finite")
     try:
-        return fit_clip(resample(data.mean(1), own, rate), samples)
+        return fit_clip(resample(mix(data), own, rate), samples)
     except ValueError as error:
         raise BadDataError(f"{path}: {error}") from error

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +40,9 @@ class Batch:
 class BatchPlan:
     """Draws batches in which every concept occurs once, each with ``views`` different images of it where it has them.
 
+    Two concepts that share a caption never meet in a batch, for the loss would take each for a wrong answer of the
+    other's. Where they are so many that they do not fit in as many batches, some wait for another epoch.
+
     Each also has ``texts`` captions, drawn one by one; the tokens of a batch hold the first of every concept, then the
     second, and so on.
 
@@ -63,13 +69,29 @@ class BatchPlan:
         self.rows = data.rows_by_concept()
         self._plain = [c for c in self.rows if not data.concepts[c].variant]
         self._variants = [c for c in self.rows if data.concepts[c].variant]
-        self._epoch: tuple[int, Tensor] | None = None
+        self._epoch: tuple[int, list[list[int]]] | None = None
+        self._shared = self._shared_captions()
         concepts = len(self._plain) + len(self._variants) // variant_divisor
+        names = Counter(data.concepts[concept].name for concept in self.rows)
         self.steps_per_epoch = concepts // batch_size
+        # A name is in each batch at most once.
+        while sum(min(n, self.steps_per_epoch) for n in names.values()) < self.steps_per_epoch * batch_size:
+            self.steps_per_epoch -= 1
         if self.steps_per_epoch == 0:
-            raise ValueError(f"batch size {batch_size} exceeds the {concepts} captions of an epoch: choose a smaller")
+            most = min(concepts, len(names))
+            raise ValueError(f"batch size {batch_size} exceeds the {most} captions of an epoch: choose a smaller")
 
-    def _order(self, epoch: int) -> Tensor:
+    def _shared_captions(self) -> dict[int, frozenset[str]]:
+        """The captions of each concept that others have, too, where there are any."""
+        counts = Counter(text for concept in self.rows for text in self.data.concepts[concept].texts)
+        found = {
+            concept: frozenset(text for text in self.data.concepts[concept].texts if counts[text] > 1)
+            for concept in self.rows
+        }
+        return {concept: texts for concept, texts in found.items() if texts}
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        """The concepts of each batch of an epoch."""
         if self._epoch is None or self._epoch[0] != epoch:
             variants = self._variants
             if self.variant_divisor > 1 and variants:
@@ -77,18 +99,45 @@ class BatchPlan:
                 cycle, part = divmod(epoch, self.variant_divisor)
                 shuffled = torch.randperm(len(variants), generator=generator_of(self.seed, 0, cycle)).tolist()
                 variants = [variants[i] for i in shuffled[part :: self.variant_divisor]]
-            concepts = torch.tensor(self._plain + variants)
-            self._epoch = epoch, concepts[torch.randperm(len(concepts), generator=generator_of(self.seed, 1, epoch))]
+            concepts = self._plain + variants
+            order = torch.randperm(len(concepts), generator=generator_of(self.seed, 1, epoch)).tolist()
+            self._epoch = epoch, self._part([concepts[i] for i in order])
         return self._epoch[1]
+
+    def _part(self, concepts: list[int]) -> list[list[int]]:
+        """Batches of concepts in their order; those that share captions come first, each in the emptiest that may."""
+        steps, size = self.steps_per_epoch, self.batch_size
+        tied = [concept for concept in concepts if concept in self._shared]
+        batches: list[list[int]] = [[] for _ in range(steps)]
+        taken: list[set[str]] = [set() for _ in range(steps)]
+        counts = Counter(text for texts in self._shared.values() for text in texts)
+        # Those of one caption side by side, the most frequent captions first: so each is dealt out over the batches.
+        tied.sort(key=lambda concept: min((-counts[text], text) for text in self._shared[concept]))
+        room = [(0, step) for step in range(steps)]  # a heap: the emptiest first
+        for concept in tied:
+            refused = []
+            while room:
+                held, step = heapq.heappop(room)
+                if taken[step].isdisjoint(self._shared[concept]):
+                    batches[step].append(concept)
+                    taken[step] |= self._shared[concept]
+                    if held + 1 < size:
+                        refused.append((held + 1, step))
+                    break
+                refused.append((held, step))
+            for entry in refused:
+                heapq.heappush(room, entry)
+        rest = iter(concept for concept in concepts if concept not in self._shared)
+        return [own + list(itertools.islice(rest, size - len(own))) for own in batches]
 
     def __call__(self, step: int) -> Batch:
         """The batch of one step."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        concepts = self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
+        concepts = self._batches(epoch)[index]
         generator = generator_of(self.seed, 2, step)
         rows: list[list[int]] = []
         captions: list[list[str]] = []
-        for concept in concepts.tolist():
+        for concept in concepts:
             own = self.rows[concept]
             order = torch.randperm(len(own), generator=generator).tolist()
             rows.append([own[order[view % len(own)]] for view in range(self.views)])
@@ -97,4 +146,4 @@ class BatchPlan:
         flat = torch.tensor(rows).T.reshape(-1)  # view after view
         images = self.augment(self.data.images[flat], generator)
         tokens = self.tokenizer([own[text] for text in range(self.texts) for own in captions])
-        return Batch(images.unflatten(0, (self.views, len(concepts))), tokens, concepts)
+        return Batch(images.unflatten(0, (self.views, len(concepts))), tokens, torch.tensor(concepts))

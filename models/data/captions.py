@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+import regex
 import tokenizers
 import torch
 from tokenizers import normalizers, pre_tokenizers
@@ -91,8 +92,9 @@ class Subwords:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.PAD)
 
 
-# A word keeps its inner hyphens and apostrophes; every other sign stands for itself.
-_TOKENS = re.compile(r"\w+(?:[\u2019'.&-]\w+)*|[^\w\s]")
+# A word keeps its inner hyphens and apostrophes; every other sign stands for itself, with its marks and the signs that
+# are joined to it. To the module regex vowel signs and accents (Unicode's marks) are letters of a word; to re, not.
+_TOKENS = regex.compile(r"\w+(?:[\u2019'.&-]\w+)*|[^\w\s]\p{M}*(?:\u200d[^\w\s]\p{M}*)*")
 
 
 def caption_words(text: str) -> list[str]:

@@ -1,81 +1,34 @@
 """A user's own folder of images with a captions file.
 
-The captions file is CSV with a header, JSON lines, or COCO's captions as one JSON object. Each row names an image
-(``image``, ``file``, ``file_name``, ``filename``, ``filepath`` or ``path``, relative to the captions file) and its
-caption (``caption``, ``text`` or ``title``). Optional columns: ``split`` ("train", "validation", "test"), ``label`` (a
-class for zero-shot evaluation), ``group`` (rows that must not be split) and ``language`` ("de": what the caption is
-written in; the first caption of an image in each language is its name there). If no row has a ``split``, a tenth of
-the groups, chosen by hash, is the test set.
+The captions file is CSV with a header (commas, tabs, semicolons), JSON lines, one JSON array, or COCO's or Karpathy's
+captions. Each row names an image (``image``, ``file``, ``file_name``, ``filename``, ``filepath`` or ``path``, relative
+to the captions file) and its caption (``caption``, ``text`` or ``title``; in JSON also a list of captions). Optional
+columns: ``split`` ("train", "validation", "test"), ``label`` (a class for zero-shot evaluation), ``group`` (rows that
+must not be split) and ``language`` ("de": what the caption is written in; the first caption of an image in each
+language is its name there). If no row has a ``split``, a tenth of the groups, chosen by hash, is the test set.
+
+Every image is a concept of its own, with its own captions, label and split. No batch holds two images that share a
+caption, for neither is a wrong answer for it; those whose first caption is the same are a group.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterator
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
+from models.data.rows import Row, column, read_rows
 from models.data.sets import BadDataError, BadDataLog, Concept, ImageTextSet, Splits, hash_share, read_image
 
 IMAGE_COLUMNS = ("image", "file", "file_name", "filename", "filepath", "path")
 CAPTION_COLUMNS = ("caption", "text", "title")
 LANGUAGE_COLUMNS = ("language", "lang")
 CAPTION_FILES = ("captions.csv", "captions.jsonl", "captions.json", "metadata.csv", "metadata.jsonl")
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows of a captions file or another list with their line numbers, keys in lower case."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadDataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    if path.suffix.lower() == ".json" and (whole := _whole_json(text)) is not None:
-        yield from coco_rows(path, whole)
-    elif path.suffix.lower() in (".jsonl", ".ndjson", ".json"):
-        for number, line in enumerate(text.splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise BadDataError(f"{path}, line {number}: not JSON ({error.msg})") from error
-            if not isinstance(row, dict):
-                raise BadDataError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
-            yield number, {str(k).lower(): str(v) for k, v in row.items() if v is not None}
-    else:
-        reader = csv.DictReader(text.splitlines(keepends=True))
-        for row in reader:
-            yield reader.line_num, {k.strip().lower(): v for k, v in row.items() if k is not None and v is not None}
-
-
-def _whole_json(text: str) -> dict[str, Any] | None:
-    """The one object that a file is, as COCO's; None if it has one on each line."""
-    try:
-        whole = json.loads(text)
-    except json.JSONDecodeError:
-        return None
-    return whole if isinstance(whole, dict) and "annotations" in whole else None
-
-
-def coco_rows(path: Path, whole: dict[str, Any]) -> Iterator[tuple[int, dict[str, str]]]:
-    """The annotations of COCO's captions as rows; the number is the place in the list, from 1."""
-    try:
-        files = {image["id"]: image for image in whole["images"]}
-        for number, annotation in enumerate(whole["annotations"], 1):
-            image = files.get(annotation["image_id"])
-            # An annotation of an image that is not listed names none; the reader says so.
-            row = {"caption": str(annotation["caption"]).strip()}
-            if image is not None:
-                row |= {"image": str(image["file_name"]), "split": str(image.get("split", ""))}
-            yield number, row
-    except (KeyError, TypeError) as error:
-        raise BadDataError(
-            f"{path}: not COCO captions: expected images with id and file_name, annotations with image_id and caption "
-            f"({type(error).__name__}: {error})"
-        ) from error
 
 
 def images_folder(source: Path, images: Path | None) -> Path:
@@ -89,11 +42,6 @@ def images_folder(source: Path, images: Path | None) -> Path:
         return images
     coco = source.parent.parent / source.stem.removeprefix("captions_")
     return coco if source.stem.startswith("captions_") and coco.is_dir() else source.parent
-
-
-def column(row: dict[str, str], names: tuple[str, ...]) -> str:
-    """The first of the columns ``names`` that a row fills; "" if it fills none."""
-    return next((row[name].strip() for name in names if row.get(name, "").strip()), "")
 
 
 def captions_file(path: Path) -> Path:
@@ -116,86 +64,96 @@ def load_folder(
     bad = bad if bad is not None else BadDataLog()
     source = captions_file(path)
     folder = images_folder(source, images)
-    pictures: list[torch.Tensor] = []
-    image_concepts: list[int] = []
-    image_splits: list[str] = []
-    texts: list[list[str]] = []  # the captions of each concept
-    spoken: list[dict[str, str]] = []  # the concept's name in each language
-    labels: list[str] = []
-    groups: list[str] = []
-    by_caption: dict[str, int] = {}
-    by_file: dict[str, int] = {}  # the row of an image that was read already
-    for number, row in read_rows(source):
+    found: dict[str, _Image] = {}
+    broken: set[str] = set()
+    for number, row in read_rows(source, bad, (IMAGE_COLUMNS, CAPTION_COLUMNS), lists=CAPTION_COLUMNS):
         where = f"{source}, line {number}"
         file, caption = column(row, IMAGE_COLUMNS), column(row, CAPTION_COLUMNS)
-        language = column(row, LANGUAGE_COLUMNS).lower()
         if not file:
             bad.report(where, f"names no image (looked for the columns {', '.join(IMAGE_COLUMNS)})")
             continue
         if not caption:
             bad.report(where, f"has no caption (looked for the columns {', '.join(CAPTION_COLUMNS)})")
             continue
-        if file in by_file:
-            # A further caption of an image that is there already.
-            concept = image_concepts[by_file[file]]
-            if language:
-                spoken[concept].setdefault(language, caption)
-            if caption not in texts[concept]:
-                texts[concept].append(caption)
-                by_caption.setdefault(caption, concept)
+        name = str(folder / os.path.normpath(file))
+        if name in broken:
             continue
-        try:
-            image = read_image(folder / file, size)
-        except BadDataError as error:
-            name = str(folder / file)
-            bad.report(name, str(error).removeprefix(f"{name}: "))
-            continue
-        if caption not in by_caption:
-            by_caption[caption] = len(texts)
-            texts.append([caption])
-            spoken.append({language: caption} if language else {})
-            labels.append(row.get("label", "").strip())
-            groups.append(row.get("group", "").strip() or caption)
-        by_file[file] = len(pictures)
-        pictures.append(image)
-        image_concepts.append(by_caption[caption])
-        image_splits.append(row.get("split", "").strip().lower())
-    if not pictures:
+        if name not in found:
+            try:
+                pixels = read_image(Path(name), size)
+            except BadDataError as error:
+                broken.add(name)
+                bad.report(name, str(error).removeprefix(f"{name}: "))
+                continue
+            found[name] = _Image(pixels)
+        if fault := found[name].add(caption, row):
+            bad.report(where, fault)
+    if not found:
         raise BadDataError(f"{source}: no usable image and caption in it" + (f" ({bad.summary()})" if len(bad) else ""))
-
-    label_names = sorted({label for label in labels if label})
-    labelled = bool(label_names) and all(labels)
-    concepts = [
-        Concept(
-            own[0],
-            groups[i],
-            captions=tuple(own[1:]),
-            labels={"label": labels[i]} if labelled else {},
-            names=spoken[i],
-        )
-        for i, own in enumerate(texts)
-    ]
+    own = list(found.values())
+    shared = Counter(caption for image in own for caption in image.captions)
+    groups = [image.fields.get("group") or image.captions[0] for image in own]
+    label_names = sorted({image.fields["label"] for image in own if "label" in image.fields})
+    labelled = bool(label_names) and all("label" in image.fields for image in own)
+    concepts = [image.concept(group, labelled, shared) for image, group in zip(own, groups, strict=True)]
 
     def split_of(row: int) -> str:
-        if image_splits[row]:
-            return {"val": "validation", "valid": "validation"}.get(image_splits[row], image_splits[row])
-        return "test" if hash_share(groups[image_concepts[row]]) < test_share else "train"
+        named = own[row].fields.get("split", "").lower()
+        if named:
+            return {"val": "validation", "valid": "validation"}.get(named, named)
+        return "test" if hash_share(groups[row]) < test_share else "train"
+
+    splits = [split_of(row) for row in range(len(own))]
+    if unknown := set(splits) - {"train", "validation", "test"}:
+        raise BadDataError(f"{source}: unknown split {min(unknown)!r}; use train, validation or test")
 
     def collect(split: str) -> ImageTextSet | None:
-        rows = [i for i in range(len(pictures)) if split_of(i) == split]
+        rows = [row for row, of in enumerate(splits) if of == split]
         if not rows:
             return None
-        ids = torch.tensor([image_concepts[i] for i in rows])
-        return ImageTextSet(torch.stack([pictures[i] for i in rows]), ids, torch.zeros_like(ids), concepts, ["folder"])
+        ids = torch.tensor(rows)
+        return ImageTextSet(
+            torch.stack([own[i].pixels for i in rows]), ids, torch.zeros_like(ids), concepts, ["folder"]
+        )
 
-    unknown = {split_of(i) for i in range(len(pictures))} - {"train", "validation", "test"}
-    if unknown:
-        raise BadDataError(f"{source}: unknown split {sorted(unknown)[0]!r}; use train, validation or test")
     train, test = collect("train"), collect("test")
     if train is None:
         raise BadDataError(f"{source}: no row is for training")
-    notes = [f"{source}: {len(pictures)} images, {len(concepts)} captions"]
+    notes = [f"{source}: {len(own)} images, {len(shared)} captions"]
+    if label_names and not labelled:
+        lacking = sum("label" not in image.fields for image in own)
+        notes.append(f"{lacking} of {len(own)} images have no label, so that no classes are evaluated")
     label_sets = {"label": {name: [name] for name in label_names}} if labelled else {}
     templates = ("{}.", "a photo of {}.", "a picture of {}.")
     tests = {"test": test} if test is not None else {}
     return Splits("folder", train, tests, collect("validation"), label_sets, templates, 1000, notes)
+
+
+@dataclass
+class _Image:
+    """An image and what the rows say of it."""
+
+    pixels: Tensor
+    captions: list[str] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)  # by language
+    fields: dict[str, str] = field(default_factory=dict)  # label, group, split
+
+    def add(self, caption: str, row: Row) -> str | None:
+        """Take a row; a text says why it contradicts another row of the image, and then nothing is taken."""
+        fields = {name: value for name in ("label", "group", "split") if (value := column(row, (name,)))}
+        for name, value in fields.items():
+            if self.fields.get(name, value) != value:
+                return f"gives the image the {name} {value!r}, and a line before it {self.fields[name]!r}"
+        self.fields |= fields
+        if caption not in self.captions:
+            self.captions.append(caption)
+        if language := column(row, LANGUAGE_COLUMNS).lower():
+            self.names.setdefault(language, caption)
+        return None
+
+    def concept(self, group: str, labelled: bool, shared: Mapping[str, int]) -> Concept:
+        """The concept that the image alone shows; its name is the first caption that no other image shares."""
+        name = next((caption for caption in self.captions if shared[caption] == 1), self.captions[0])
+        others = tuple(caption for caption in self.captions if caption != name)
+        labels = {"label": self.fields["label"]} if labelled else {}
+        return Concept(name, group, captions=others, labels=labels, names=self.names)

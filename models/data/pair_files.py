@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from models.data.audio import read_audio
-from models.data.folder import IMAGE_COLUMNS, column, read_rows
+from models.data.folder import IMAGE_COLUMNS
 from models.data.pairs import PairSet, PairSplits
+from models.data.rows import column, read_rows
 from models.data.sets import BadDataError, BadDataLog, read_image
 from models.data.video_files import LABEL_COLUMNS, SPLIT_NAMES, list_folder, name_below, split_by_hash
 
@@ -56,7 +57,7 @@ def pairs_of_folder(root: Path, bad: BadDataLog) -> list[Entry]:
 def pairs_of_list(source: Path, bad: BadDataLog) -> list[Entry]:
     """The pairs of a list; lines that name no image, no sound or no label are reported to ``bad``."""
     entries = []
-    for number, row in read_rows(source):
+    for number, row in read_rows(source, bad, (IMAGE_COLUMNS, AUDIO_COLUMNS, LABEL_COLUMNS)):
         image, sound, label = (column(row, names) for names in (IMAGE_COLUMNS, AUDIO_COLUMNS, LABEL_COLUMNS))
         lacking = [what for what, value in (("image", image), ("sound", sound), ("label", label)) if not value]
         if lacking:

@@ -1,7 +1,8 @@
 """What every image-text data source hands out: concepts with captions, and drawings (or photos) of them.
 
 A *concept* is what a caption names. Several images may show one concept, and then none of them is a wrong answer for
-its caption: batches therefore never hold a concept twice, and retrieval counts any image of a concept only once.
+its caption: batches therefore never hold a concept twice, nor two concepts that share a caption, and retrieval counts
+any image of a concept only once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 BadDataPolicy = Literal["skip", "raise"]
@@ -97,11 +98,15 @@ class ImageTextSet:
         return rows
 
     def gallery(self, *, limit: int | None = None, variants: bool = True, seed: int = 0) -> ImageTextSet:
-        """One image for each concept: a gallery on which every caption has exactly one right image.
+        """One image for each concept and name: a gallery on which every name has exactly one right image.
 
         ``limit`` draws that many concepts at random (by ``seed``); ``variants=False`` leaves variants out.
         """
-        firsts = [r[0] for c, r in self.rows_by_concept().items() if variants or not self.concepts[c].variant]
+        by_name: dict[str, int] = {}
+        for concept, rows in self.rows_by_concept().items():
+            if variants or not self.concepts[concept].variant:
+                by_name.setdefault(self.concepts[concept].name, rows[0])
+        firsts = list(by_name.values())
         if limit is not None and limit < len(firsts):
             order = torch.randperm(len(firsts), generator=torch.Generator().manual_seed(seed))[:limit]
             firsts = [firsts[i] for i in sorted(order.tolist())]
@@ -209,11 +214,21 @@ def open_image(data: bytes, *, name: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()  # decodes all of it: a truncated file shows only now
-            return image.convert("RGBA")
+            return in_8_bits(ImageOps.exif_transpose(image)).convert("RGBA")
     except UnidentifiedImageError:
         raise BadDataError(f"{name}: not an image") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadDataError(f"{name}: cannot be decoded ({error})") from error
+    except Exception as error:  # each of Pillow's decoders raises errors of its own
+        raise BadDataError(f"{name}: cannot be decoded ({error or type(error).__name__})") from error
+
+
+def in_8_bits(image: Image.Image) -> Image.Image:
+    """An image of 16-bit grey values scaled to 8 bits, any other as it is; a ValueError for values without a scale."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"its {image.mode} pixels have no known white: save it with 8 or 16 bits")
+    return Image.fromarray(np.round(values / 257).astype(np.uint8))
 
 
 def decode_image(data: bytes, size: int, *, name: str) -> Tensor:

@@ -1,15 +1,17 @@
 """A user's own video files: a folder of classes, as Kinetics is laid out, or a list of files and labels.
 
 A folder holds one folder per class, either at once or below ``train``, ``val`` (or ``validation``) and ``test``. A list
-is a CSV with the columns ``path`` (or ``video``, ``file``, ...), ``label`` (or ``class``) and, if wanted, ``split``;
-or, as Kinetics lists without a header, lines of ``path label`` or ``path,label``. Paths are relative to the list.
-If no split is named, validation and test take a tenth of the files each, chosen by hash.
+is a CSV with the columns ``path`` (or ``video``, ``file``, ...), ``label`` (or ``class``) and, if wanted, ``split``; or
+Kinetics' own, with ``youtube_id``, ``time_start`` and ``time_end`` in place of a path; or has no header, but lines of
+``path label`` or ``path,label``. Paths are relative to the list. If no split is named, validation and test take a tenth
+of the files each, chosen by hash.
 
 Frames are decoded by PyAV, whose wheel brings FFmpeg with it. A file is opened when a clip of it is asked for.
 """
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,20 +22,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.data.folder import IMAGE_COLUMNS, column, read_rows
+from models.data.folder import IMAGE_COLUMNS
+from models.data.rows import Row, column, header_of, read_rows, read_text
 from models.data.sets import BadDataError, BadDataLog, hash_share
 from models.data.video import VideoSet, VideoSplits
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv")
 VIDEO_COLUMNS = ("video", *IMAGE_COLUMNS)
 LABEL_COLUMNS = ("label", "class")
+KINETICS_COLUMNS = ("youtube_id", "time_start", "time_end")
 SPLIT_NAMES = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 
 Sampling = Literal["uniform", "dense"]
 
 
-def count_frames(path: Path) -> int:
-    """How many frames a file says it has; counted packet by packet where it does not say."""
+def frame_times(path: Path) -> list[float]:
+    """When each frame of a file is shown, in seconds, and last when the last one ends.
+
+    Packet by packet, without decoding: a header may count frames that a cut left out, or not count at all. Where a file
+    does not say when, its frames count as a second each.
+    """
     import av
 
     try:
@@ -41,16 +49,36 @@ def count_frames(path: Path) -> int:
             if not container.streams.video:
                 raise BadDataError(f"{path}: holds no video stream")
             stream = container.streams.video[0]
-            count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+            held = [packet for packet in container.demux(stream) if packet.size]
+            if len(held) < stream.frames:
+                raise BadDataError(f"{path}: breaks off after {len(held)} of {stream.frames} frames")
+            packets = [packet for packet in held if not packet.is_discard]
+            if not packets:
+                raise BadDataError(f"{path}: holds no frame")
+            shown = sorted(packet.pts for packet in packets if packet.pts is not None)
+            if len(set(shown)) < len(packets) or stream.time_base is None:
+                return [float(i) for i in range(len(packets) + 1)]
+            span = (shown[-1] - shown[0]) / max(1, len(shown) - 1)
+            last = max((packet.duration or 0 for packet in packets if packet.pts == shown[-1]), default=0) or span or 1
+            return [float(time * stream.time_base) for time in (*shown, shown[-1] + last)]
     except (av.FFmpegError, OSError) as error:
         raise BadDataError(f"{path}: cannot be opened ({_reason(error)})") from error
-    if count == 0:
-        raise BadDataError(f"{path}: holds no frame")
-    return count
+
+
+def at_even_times(times: Sequence[float], slots: Sequence[int]) -> list[int]:
+    """The frame that is shown in the middle of each slot, of as many equal slots of time as there are frames.
+
+    At a constant rate that is the frame of the same number.
+    """
+    count = len(times) - 1
+    start, length = times[0], (times[-1] - times[0]) / count
+    middles = torch.tensor([start + (slot + 0.5) * length for slot in slots], dtype=torch.float64)
+    frames = torch.searchsorted(torch.tensor(times[:-1], dtype=torch.float64), middles, right=True) - 1
+    return frames.clamp(0, count - 1).tolist()
 
 
 def read_frames(path: Path, indices: Sequence[int], short_side: int | None = None) -> Tensor:
-    """The frames of ``indices`` in their order, uint8 [n, 3, H, W], scaled to ``short_side``."""
+    """The frames of ``indices`` in their order, turned as players do, uint8 [n, 3, H, W], scaled to ``short_side``."""
     import av
 
     wanted, found, seen = set(indices), {}, 0
@@ -62,7 +90,8 @@ def read_frames(path: Path, indices: Sequence[int], short_side: int | None = Non
                 if seen - 1 in wanted:
                     scale = short_side / min(frame.width, frame.height) if short_side else 1.0
                     width, height = round(frame.width * scale), round(frame.height * scale)
-                    found[seen - 1] = frame.to_ndarray(format="rgb24", width=width, height=height)
+                    pixels = frame.to_ndarray(format="rgb24", width=width, height=height)
+                    found[seen - 1] = np.rot90(pixels, round(frame.rotation / 90))  # counterclockwise, as FFmpeg counts
                     if len(found) == len(wanted):
                         break
     except (av.FFmpegError, OSError, IndexError) as error:
@@ -89,7 +118,7 @@ def frame_indices(
     clips: int = 1,
     generator: torch.Generator | None = None,
 ) -> list[int]:
-    """Which of ``count`` frames make a clip.
+    """Which of ``count`` frames, each shown as long as any other, make a clip.
 
     "uniform" cuts the video into as many parts as the clip has frames and takes one of each; "dense" takes every
     ``stride``-th from a start on. A generator draws them at random: a frame anywhere in its part, a start anywhere.
@@ -172,12 +201,11 @@ class VideoFiles:
             return error
 
     def _clip(self, path: Path, generator: torch.Generator) -> Tensor:
-        chosen = frame_indices(
-            count_frames(path), self.num_frames, self.sampling, stride=self.stride, generator=generator
-        )
+        times = frame_times(path)
+        slots = frame_indices(len(times) - 1, self.num_frames, self.sampling, stride=self.stride, generator=generator)
         share, x, y = torch.rand(3, generator=generator).tolist()
         crop = 0.5 + 0.5 * share
-        video = read_frames(path, chosen, round(self.size / crop))
+        video = read_frames(path, at_even_times(times, slots), round(self.size / crop))
         top, left = (round(at * (side - self.size)) for at, side in ((y, video.shape[2]), (x, video.shape[3])))
         return video[:, :, top : top + self.size, left : left + self.size]
 
@@ -191,11 +219,13 @@ def clips_of_file(
     path: Path, num_frames: int, short_side: int, clips: int, *, sampling: Sampling = "uniform", stride: int = 8
 ) -> Tensor:
     """``clips`` clips spread over a video file, uint8 [clips, T, 3, H, W], in one pass over it."""
-    count = count_frames(path)
-    chosen = [
-        frame_indices(count, num_frames, sampling, stride=stride, clip=clip, clips=clips) for clip in range(clips)
+    times = frame_times(path)
+    slots = [
+        slot
+        for clip in range(clips)
+        for slot in frame_indices(len(times) - 1, num_frames, sampling, stride=stride, clip=clip, clips=clips)
     ]
-    return read_frames(path, [i for clip in chosen for i in clip], short_side).unflatten(0, (clips, num_frames))
+    return read_frames(path, at_even_times(times, slots), short_side).unflatten(0, (clips, num_frames))
 
 
 def list_folder(root: Path, suffixes: Sequence[str] = VIDEO_SUFFIXES) -> list[tuple[Path, str, str]]:
@@ -212,22 +242,51 @@ def list_folder(root: Path, suffixes: Sequence[str] = VIDEO_SUFFIXES) -> list[tu
 
 def list_file(source: Path, bad: BadDataLog) -> list[tuple[Path, str, str]]:
     """File, label and split of every line of a list; lines without them are reported to ``bad``."""
-    with open(source, encoding="utf-8-sig", errors="replace") as lines:
-        first = {name.strip().lower() for name in lines.readline().split(",")}
+    text = read_text(source)
+    is_json = source.suffix.lower() in (".json", ".jsonl", ".ndjson")
+    _, names = header_of(text, (VIDEO_COLUMNS, LABEL_COLUMNS))
+    if not is_json and set(names).isdisjoint((*VIDEO_COLUMNS, *KINETICS_COLUMNS)):
+        return _lines_without_header(source, text, bad)
+    needed = () if is_json or set(KINETICS_COLUMNS) <= set(names) else (VIDEO_COLUMNS, LABEL_COLUMNS)
     entries = []
-    if first & set(VIDEO_COLUMNS):
-        for number, row in read_rows(source):
-            file, label = column(row, VIDEO_COLUMNS), column(row, LABEL_COLUMNS)
-            if file and label:
-                entries.append((source.parent / file, label, row.get("split", "").strip().lower()))
-            else:
-                bad.report(f"{source}, line {number}", f"has no {'label' if file else 'path'}")
-        return entries
-    for number, line in enumerate(source.read_text(encoding="utf-8-sig").splitlines(), 1):
-        file, separator, label = line.strip().rpartition("," if "," in line else " ")
-        if separator:
-            entries.append((source.parent / file.strip(), label.strip(), ""))
-        elif line.strip():
+    for number, row in read_rows(source, bad, needed):
+        label, split = column(row, LABEL_COLUMNS), column(row, ("split",)).lower()
+        file = column(row, VIDEO_COLUMNS) or _kinetics_file(source, row, label, split)
+        if file and label:
+            entries.append((source.parent / file, label, split))
+        else:
+            bad.report(f"{source}, line {number}", f"has no {'label' if file else 'path'}")
+    return entries
+
+
+def _kinetics_file(source: Path, row: Row, label: str, split: str) -> str:
+    """The file of a row of Kinetics' own lists: youtube_id_start_end.mp4 beside the list, or where its tools put it."""
+    if not all(row.get(name) for name in KINETICS_COLUMNS):
+        return ""
+    start, end = (row[name].partition(".")[0].zfill(6) for name in KINETICS_COLUMNS[1:])
+    name = f"{row['youtube_id']}_{start}_{end}.mp4"
+    places = [Path(name), Path(split, name), Path(label, name), Path(split, label, name)]
+    return str(next((place for place in places if (source.parent / place).is_file()), places[0]))
+
+
+def _lines_without_header(source: Path, text: str, bad: BadDataLog) -> list[tuple[Path, str, str]]:
+    """Lines of ``path label``, or with a comma or a tab between; paths and labels may hold blanks and commas.
+
+    Of the ways to part a line, the first that names a file which is there is right.
+    """
+    entries = []
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.strip()
+        if not line:
+            continue
+        ways = [tuple(fields) for mark in "\t,;" if len(fields := next(csv.reader([line], delimiter=mark))) == 2]
+        ways += [(line[:i], line[i + 1 :]) for i, sign in enumerate(line) if sign == ","]
+        ways += [(file, label) for file, blank, label in [line.rpartition(" ")] if blank]
+        ways = [(file.strip(), label.strip()) for file, label in ways if file.strip() and label.strip()]
+        if ways:
+            file, label = next((way for way in ways if (source.parent / way[0]).is_file()), ways[0])
+            entries.append((source.parent / file, label, ""))
+        else:
             bad.report(f"{source}, line {number}", "is no 'path label' or 'path,label'")
     return entries
 

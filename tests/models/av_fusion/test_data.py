@@ -105,6 +105,24 @@ def test_sound_files_of_any_rate_and_channels(tmp_path: Path) -> None:
         assert abs(int(spectrum.argmax()) * RATE / 2000 - 600) < 5
 
 
+def test_channels_of_opposite_phase_are_heard(tmp_path: Path) -> None:
+    wave = tone(440)
+    soundfile.write(tmp_path / "one.wav", wave, RATE)
+    soundfile.write(tmp_path / "two.wav", np.stack([wave, -wave], 1), RATE)
+    one, two = (read_audio(tmp_path / name, 2 * RATE)[0] for name in ("one.wav", "two.wav"))
+    assert (one - two).abs().max() <= 1
+
+
+def test_a_recording_that_was_cut_off_is_named(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "cut.wav", tone(440), RATE, "PCM_16")
+    data = bytearray((tmp_path / "cut.wav").read_bytes())
+    at = data.index(b"data") + 4
+    data[at : at + 4] = bytes(4)
+    (tmp_path / "cut.wav").write_bytes(bytes(data))
+    with pytest.raises(BadDataError, match=r"cut\.wav: holds no sound: its header gives the data a size of 0"):
+        read_audio(tmp_path / "cut.wav", RATE)
+
+
 def test_bad_sound_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.wav").write_text("no sound")
     soundfile.write(tmp_path / "silent.wav", np.zeros(1000), RATE)

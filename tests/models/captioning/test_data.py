@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -202,3 +204,26 @@ def test_words_of_captions() -> None:
         "hat",
         "2",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("लाल गेंद से खेलती लड़की", 5),
+        ("একটি ছেলে মাঠে দৌড়ায়", 4),
+        ("ஒரு சிறுவன் ஓடுகிறான்", 3),
+        (unicodedata.normalize("NFD", "un café fermé"), 3),
+        ("می\u200cخواهم بروم", 2),  # noqa: RUF001
+        ("rock ❤\ufe0f 👩\u200d🚀", 1),
+    ],
+)
+def test_words_of_every_script_are_whole(text: str, count: int) -> None:
+    vocabulary = Vocabulary.build([text])
+    assert vocabulary.decode(vocabulary([text])[0].tolist()) == text
+    assert len(caption_words(text)) == count
+
+
+def test_cider_of_one_image_is_no_score() -> None:
+    one = caption_scores(["a dog runs on the beach"], [["a dog runs on the beach"]])
+    assert one.bleu4 == 1
+    assert math.isnan(one.cider)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -261,9 +263,12 @@ ROWS = [
 def test_folder_with_captions(tmp_path: Path, kind: str) -> None:
     splits = load_folder(_folder(tmp_path / "data", ROWS, kind), 16)
     assert len(splits.train) == 3
-    # Two images of one caption are one concept; the second row of an image is another caption of it.
-    assert splits.train.concept_ids.tolist() == [0, 1, 0]
-    assert splits.train.concepts[0].captions == ("nought",)
+    # Every image is a concept; its name is a caption that no other image has, where it has one.
+    assert [splits.train.concepts[c].texts for c in splits.train.concept_ids.tolist()] == [
+        ("nought", "a, zero"),
+        ("one",),
+        ("a, zero",),
+    ]
     assert splits.tests["test"].names() == ["three"]
     assert splits.validation is not None
     assert splits.validation.names() == ["four"]
@@ -317,6 +322,68 @@ def test_folder_without_split_holds_groups_out(tmp_path: Path) -> None:
     assert train
     assert test
     assert not train & test
+
+
+def test_images_of_one_caption_keep_their_own_captions_and_labels(tmp_path: Path) -> None:
+    rows = [
+        {"image": "0.jpg", "caption": "my pet", "label": "cat", "split": "test"},
+        {"image": "0.jpg", "caption": "a cat", "label": "cat", "split": "test"},
+        {"image": "1.jpg", "caption": "my pet", "label": "dog", "split": "test"},
+        {"image": "2.jpg", "caption": "my pet", "label": "dog", "split": "test"},
+        {"image": "3.jpg", "caption": "a bird", "label": "bird", "split": "train"},
+    ]
+    test = load_folder(_folder(tmp_path / "data", rows, "csv"), 16).tests["test"]
+    assert test.names() == ["a cat", "my pet", "my pet"]
+    assert test.labels("label") == ["cat", "dog", "dog"]
+    gallery = test.gallery()
+    assert gallery.names() == ["a cat", "my pet"], "nothing tells the second from the third"
+
+
+def test_images_of_one_first_caption_stay_in_one_split(tmp_path: Path) -> None:
+    rows = [{"image": f"{i}.jpg", "caption": caption} for i in range(6) for caption in ("the same", f"caption {i}")]
+    rows = [row for row in rows if row["caption"] != "the same" or row["image"] in ("0.jpg", "5.jpg")]
+    for share in (0.2, 0.5, 0.8):
+        splits = load_folder(_folder(tmp_path / "data", rows, "jsonl"), 16, test_share=share)
+        together = [{"caption 0", "caption 5"} <= set(part.names()) for part in splits.all_sets().values()]
+        assert any(together)
+
+
+def test_rows_that_contradict_each_other_are_named(tmp_path: Path) -> None:
+    rows = [*ROWS, {"image": "./0.jpg", "caption": "nil", "split": "test", "label": "even"}]
+    messages: list[str] = []
+    load_folder(_folder(tmp_path / "data", rows, "csv"), 16, BadDataLog(warn=messages.append))
+    assert [m.split("data/")[1] for m in messages] == [
+        "captions.csv, line 8: gives the image the split 'test', and a line before it 'train'"
+    ]
+
+
+def _tied(captions: list[tuple[str, ...]]) -> ImageTextSet:
+    ids = torch.arange(len(captions))
+    concepts = [Concept(own[0], own[0], captions=own[1:]) for own in captions]
+    return ImageTextSet(torch.zeros(len(ids), 4, 8, 8, dtype=torch.uint8), ids, torch.zeros_like(ids), concepts, ["x"])
+
+
+@pytest.mark.parametrize(
+    ("captions", "size", "steps"),
+    [
+        ([(f"one of {i % 10}",) for i in range(1000)], 8, 125),  # ten names
+        ([("rare", "shared"), ("other", "shared"), ("third",), ("fourth",)], 2, 2),
+        ([(f"{i}", f"pair {i // 2}") for i in range(64)], 16, 4),
+    ],
+)
+def test_no_batch_holds_two_concepts_of_one_caption(captions: list[tuple[str, ...]], size: int, steps: int) -> None:
+    data = _tied(captions)
+    plan = BatchPlan(data, lambda texts: torch.zeros(len(texts), 1), Augment(8, 0.0), batch_size=size)
+    assert plan.steps_per_epoch == steps
+    for step in range(2 * steps):
+        texts = [text for c in plan(step).concept_ids.tolist() for text in data.concepts[c].texts]
+        assert len(texts) == len(set(texts))
+        assert len(plan(step).concept_ids) == size
+
+
+def test_a_batch_larger_than_the_names_is_refused() -> None:
+    with pytest.raises(ValueError, match="batch size 8 exceeds the 4 captions of an epoch"):
+        BatchPlan(_tied([(f"one of {i % 4}",) for i in range(64)]), lambda texts: texts, Augment(8, 0.0), batch_size=8)
 
 
 def test_image_set_checks_what_it_gets() -> None:
@@ -374,3 +441,50 @@ def test_styles_from_npm_are_left_out_where_npm_is_not(tmp_path: Path, monkeypat
     assert pick_styles(("all",)) == (*DEMO_STYLES, "fxemoji")
     assert pick_styles(("all",), "noto") == ("openmoji", "openmoji-flat", "openmoji-line", "fxemoji")
     assert pick_styles(split_commas("noto, openmoji")) == ("noto", "openmoji")
+
+
+def test_photos_are_turned_as_viewers_turn_them() -> None:
+    upright = Image.new("RGB", (32, 32), "black")
+    upright.paste((255, 255, 255), (0, 0, 32, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to view
+    file = io.BytesIO()
+    upright.transpose(Image.Transpose.ROTATE_90).save(file, "JPEG", quality=95, exif=exif.tobytes())
+    pixels = decode_image(file.getvalue(), 32, name="photo.jpg")[0].float()
+    assert pixels[:14].min() > 200
+    assert pixels[18:].max() < 50
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_grey_keeps_its_shades(kind: str) -> None:
+    ramp = np.tile(np.linspace(0, 65535, 32).astype(np.uint16), (32, 1))
+    file = io.BytesIO()
+    Image.fromarray(ramp).save(file, kind)
+    pixels = decode_image(file.getvalue(), 32, name="depth")[0].float()
+    assert (pixels - torch.from_numpy(ramp / 257).float()).abs().max() <= 2
+
+
+def test_pixels_without_a_known_white_are_refused() -> None:
+    for values in (np.linspace(0, 1, 64, dtype=np.float32), np.linspace(0, 1 << 20, 64).astype(np.int32)):
+        file = io.BytesIO()
+        Image.fromarray(values.reshape(8, 8)).save(file, "TIFF")
+        with pytest.raises(BadDataError, match=r"x\.tif: cannot be decoded \(its . pixels have no known white"):
+            decode_image(file.getvalue(), 8, name="x.tif")
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "DDS", "PNG", "WEBP"])
+def test_damaged_images_are_named(kind: str) -> None:
+    whole = io.BytesIO()
+    noise = torch.randint(256, (24, 24, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(noise.numpy()).save(whole, kind)
+    generator = np.random.default_rng(0)
+    refused = 0
+    for _ in range(100):
+        data = bytearray(whole.getvalue())
+        for at in generator.integers(min(len(data), 256), size=3):
+            data[at] = generator.integers(256)
+        try:
+            decode_image(bytes(data), 8, name="x")
+        except BadDataError as error:
+            refused += str(error).startswith("x: ")
+    assert refused > 10

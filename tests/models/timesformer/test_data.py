@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -18,9 +20,10 @@ from models.data.sets import BadDataError, BadDataLog
 from models.data.video import ClipAugment, ClipPlan, TensorVideos, crops, normalise, prepare
 from models.data.video_files import (
     VideoFiles,
+    at_even_times,
     clips_of_file,
-    count_frames,
     frame_indices,
+    frame_times,
     load_video_files,
     read_frames,
 )
@@ -145,7 +148,7 @@ def test_no_kanji_is_in_two_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_frames_are_counted_and_read_by_index(tmp_path: Path) -> None:
     for name in ("a.mp4", "b.mkv", "c.avi"):
         path = encode(tmp_path / name)
-        assert count_frames(path) == 40, "also where the container does not say"
+        assert len(frame_times(path)) - 1 == 40, "also where the container does not say"
         frames = read_frames(path, [30, 2, 2, 39])
         assert frames.shape == (4, 3, 32, 48)
         assert grey(frames) == [30, 2, 2, 39]
@@ -264,6 +267,79 @@ def test_lists_of_files(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadDataError, match="no video in it"):
         load_video_files(tmp_path / "empty", 16, 4)
+
+
+def test_videos_are_turned_as_players_turn_them(tmp_path: Path) -> None:
+    path = tmp_path / "phone.mp4"
+    stored = np.zeros((48, 96, 3), np.uint8)
+    stored[:, :48] = 255  # white on the left
+    _encode_at(path, [stored] * 4, [0.1 * i for i in range(4)])
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 40  # of the track's header: here a turn by 90 degrees clockwise
+    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 48 << 16, 0, 1 << 30)
+    path.write_bytes(bytes(data))
+    frames = read_frames(path, [0, 1])
+    assert frames.shape == (2, 3, 96, 48)
+    assert frames[:, :, :40].float().mean() > 200
+    assert frames[:, :, 56:].float().mean() < 50
+
+
+def test_a_clip_spreads_over_the_time_of_a_changing_rate(tmp_path: Path) -> None:
+    # One second at 60 frames a second, then nine at 4; the brightness of a frame says when it is shown.
+    times = [i / 60 for i in range(60)] + [1 + i / 4 for i in range(36)]
+    path = tmp_path / "screen.mp4"
+    _encode_at(path, [np.full((32, 32, 3), round(25 * time), np.uint8) for time in times], times)
+    seen = clips_of_file(path, 8, 32, 1)[0].float().mean((1, 2, 3)) / 25
+    np.testing.assert_allclose(seen, [(i + 0.5) * 10 / 8 for i in range(8)], atol=0.5)
+
+
+def _encode_at(path: Path, frames: list[np.ndarray], times: list[float]) -> None:
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("mpeg4", rate=60, options={"qscale": "1"})
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt, stream.codec_context.time_base = "yuv420p", Fraction(1, 60)
+        for pixels, time in zip(frames, times, strict=True):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = round(60 * time), Fraction(1, 60)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+
+
+@pytest.mark.parametrize("rate", [(1, 25), (1001, 30000), (1, 1)])
+def test_frames_of_a_constant_rate_are_taken_by_number(rate: tuple[int, int]) -> None:
+    rounded = [round(1000 * i * rate[0] / rate[1]) / 1000 for i in range(301)]  # to milliseconds, as Matroska has them
+    assert at_even_times(rounded, range(300)) == list(range(300))
+
+
+@pytest.mark.parametrize(
+    ("lines", "classes"),
+    [
+        ('"path","label","split"\n"a.mp4","jump","train"\n"b, c.mp4","run","train"\n', ["jump", "run"]),
+        ("path\tlabel\tsplit\na.mp4\tjump\ttrain\nb, c.mp4\trun\ttrain\n", ["jump", "run"]),
+        ('a.mp4,"one, then two"\n"b, c.mp4",run\n', ["one, then two", "run"]),
+        ("a.mp4,one, then two\nb, c.mp4 3\n", ["3", "one, then two"]),
+        ("a.mp4\tone, then two\nb, c.mp4\t3\n", ["3", "one, then two"]),
+    ],
+)
+def test_lists_with_commas_quotes_and_tabs(tmp_path: Path, lines: str, classes: list[str]) -> None:
+    for name in ("a.mp4", "b, c.mp4"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "list.csv").write_text(lines)
+    splits = load_video_files(tmp_path / "list.csv", 16, 4)
+    assert list(splits.train.classes) == classes
+    assert splits.notes[0].endswith("list.csv: 2 videos of 2 classes")
+
+
+@pytest.mark.parametrize("place", ["", "train", "abseiling"])
+def test_lists_of_kinetics(tmp_path: Path, place: str) -> None:
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / "0347ZoDXyP0_000095_000105.mp4").write_bytes(b"x")
+    (tmp_path / "train.csv").write_text(
+        "label,youtube_id,time_start,time_end,split\nabseiling,0347ZoDXyP0,95,105,train\n"
+    )
+    train = load_video_files(tmp_path / "train.csv", 16, 4).train
+    assert isinstance(train, VideoFiles)
+    assert train.paths == [tmp_path / place / "0347ZoDXyP0_000095_000105.mp4"]
 
 
 def test_clips_of_a_file_at_its_short_side(tmp_path: Path) -> None:
