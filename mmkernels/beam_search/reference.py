@@ -138,7 +138,7 @@ def continuing(candidates: BeamCandidates, ending: Tensor, k: int) -> tuple[Tens
 
 
 def beam_search_advance(found: BeamCandidates, progress: Progress, eos: Tensor, penalties: Tensor, rule: Rule) -> Beams:
-    """From candidates to hypotheses, which go into `progress` in place, and to the next beams.
+    """Turn candidates into hypotheses, which go into `progress` in place, and into the next beams.
 
     penalties[n], n <= max_length, is what a hypothesis of n tokens is divided by.
     """

@@ -206,7 +206,7 @@ def finish_distillation_kernel(
     N, M, num_groups, num_splits, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """distilled_i = log z_i - a_i / y_i, matched_i = (m_i - s_ii) + log z_i; with SYMMETRIC (N = M) the mean with those
-    of column i. And the log-sum-exps [2, N], [2, M] of both softmaxes in base 2, rounded value and rounding error.
+    of column i. Stores the log-sum-exps [2, N], [2, M] of both softmaxes in base 2, rounded value and rounding error.
 
     It computes in float64, as the work is small: a loss near zero at large logits keeps its digits.
     """

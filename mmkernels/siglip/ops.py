@@ -14,7 +14,7 @@ _FP16_REACH = 2.0**15  # half of the largest float16 number, 65504
 # One loss per query, [N] float32.
 _LOSSES = "(Tensor queries, Tensor keys, Tensor scale, Tensor bias) -> Tensor"
 # The gradients of sum_i weights[i] losses[i]: one for each true entry of output_mask (queries, keys, scale, bias), an
-# empty tensor for each false one. And, if asked for, the losses: the pass computes the logits anyway.
+# empty tensor for each false one. The losses come with them if asked for: the pass computes the logits anyway.
 _GRADIENTS = (
     "(Tensor weights, Tensor queries, Tensor keys, Tensor scale, Tensor bias, bool with_losses, bool[4] output_mask)"
     " -> (Tensor losses, Tensor grad_queries, Tensor grad_keys, Tensor grad_scale, Tensor grad_bias)"

@@ -1,9 +1,9 @@
 """The sigmoid loss in Triton, on the tiles and strips of mmkernels._tiles.
 
-G = 2 N M D FLOP. The losses alone: 1 G. The gradients: a strip of dS, the gradient of the logits, is stored in the
-dtype of the features, and dQ of the strip is a plain product dS K; strips of keys, stored transposed, give dK: 4 G in
-all. The pass over the queries' strips sums up the losses and the gradients of scale and bias from the same tiles, in
-float32: it needs no forward pass.
+G = 2 N M D FLOP. The losses alone take 1 G. The gradients take 4 G: a strip of dS, the gradient of the logits, is
+stored in the dtype of the features, and dQ of the strip is a plain product dS K; strips of keys, stored transposed,
+give dK. The pass over the queries' strips sums up the losses and the gradients of scale and bias from the same tiles,
+in float32: it needs no forward pass.
 
 Memory beyond inputs and outputs: 12 N bytes, partial sums of at most 16 MiB (of one tile's height of rows, if that is
 more), and one strip with its partial products, as for info_nce. No atomics: results are the same bits

@@ -2,13 +2,13 @@
 
 The positives come first, from the tiles on the diagonal. Then, with G = 2 N M D FLOP:
 
-"all": without a gradient 1 G, every tile adds its hinges to sums of rows and columns. With one 3 G in one pass: for a
+"all" takes 1 G without a gradient: every tile adds its hinges to sums of rows and columns. It takes 3 G with one: for a
 strip of queries the gradient of the similarities, one number for each hinge above 0, is stored in the dtype of the
 features (exactly, if the rows have no weights of their own); dQ of the strip is a plain product dS K, and dS^T Q is
 added to dK. The positives' part depends on every hinge, and is added last.
 
-"hardest", "semi_hard": 1 G finds the worst negative of every row and column. The gradient of the similarities then has
-at most three entries per row: dQ and dK are sparse products, O(N D).
+"hardest" and "semi_hard" take 1 G, which finds the worst negative of every row and column. The gradient of the
+similarities then has at most three entries per row: dQ and dK are sparse products, O(N D).
 
 Memory beyond inputs and outputs, in bytes, e = bytes of an element:
     all, loss        16 min(32, N / tile) N
