@@ -24,7 +24,7 @@ CASES = [
     *(cases.Case(n, n, 96, scale=20.0, near=0.5, regime="a GPU's tile") for n in (127, 128, 129)),
     cases.Case(1000, 1500, 2048, scale=20.0, near=0.5, regime="widest D"),
     cases.Case(5000, 5000, 256, scale=20.0, near=0.5, regime="strips"),
-    cases.Case(5000, 5000, 256, scale=20.0, near=0.5, options=cases.grouped(5000, 5000, 300), regime="strips, groups"),
+    cases.Case(5000, 5000, 256, scale=20.0, near=0.5, options=cases.grouped(5000, 5000, 301), regime="strips, groups"),
 ]
 
 

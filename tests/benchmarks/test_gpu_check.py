@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import gpu_check, registry
 from benchmarks.harness import gpu_runs
+from tests.cpu_kernels import needs_library
 from tests.interpreting import INTERPRETED, run_interpreted
 
 pytest.importorskip("triton")
@@ -40,6 +41,17 @@ if not INTERPRETED:
 
     def test_the_paths_of_every_op_in_the_interpreter() -> None:
         run_interpreted(__file__)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("op", registry.FOLDERS)
+    @needs_library
+    def test_the_larger_cases_hold_on_a_cpu(op) -> None:
+        """A case that only a GPU runs may be wrong itself."""
+        check = registry.gpu_check(op)
+        known = {str(case) for case in check.cases.CASES}
+        for case in check.CASES:
+            if str(case) not in known:
+                check.cases.check_case(case, torch.float32, "cpu")
 
     def test_a_failure_is_a_row() -> None:
         def check(case, dtype, device):
