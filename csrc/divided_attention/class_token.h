@@ -7,7 +7,7 @@
 
 namespace mmkernels {
 inline namespace MMK_VARIANT {
-namespace attention {
+namespace divided_attention {
 
 // The class token's output: the mean of its outputs in the sequences, or their sum in the shares of one softmax.
 inline void forward_cls(const AttentionForward& p, int64_t begin, int64_t end) {
@@ -15,14 +15,14 @@ inline void forward_cls(const AttentionForward& p, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     const int64_t clip = task / clips.heads, h = task % clips.heads;
     void* out = out_row(p, clip, 0, h);
-    if (!clips.cls_takes_part) {
+    if (!clips.cls_takes_part()) {
       std::memset(out, 0, clips.head_size * bytes_of(p.dtype));
       continue;
     }
     const float* parts = p.cls_out + task * clips.sequences * clips.head_size;
     const float *largests = p.cls_largest + task * clips.sequences, *sums = p.cls_sums + task * clips.sequences;
     float total = 0, largest = kNegativeInfinity;
-    if (clips.cls_is_global) {
+    if (clips.cls_is_global()) {
       for (int64_t s = 0; s < clips.sequences; ++s) largest = std::max(largest, largests[s]);
       for (int64_t s = 0; s < clips.sequences; ++s) total += sums[s] * std::exp(largests[s] - largest);
       p.lse[task * clips.rows()] = largest + std::log(total);
@@ -34,7 +34,8 @@ inline void forward_cls(const AttentionForward& p, int64_t begin, int64_t end) {
         Vec sum = Vec::set1(0.f);
         for (int64_t s = 0; s < clips.sequences; ++s) {
           const Vec part = load_floats<Dtype::kFloat32>(parts + s * clips.head_size, d, clips.head_size);
-          sum = clips.cls_is_global ? fma(part, Vec::set1(sums[s] * std::exp(largests[s] - largest)), sum) : sum + part;
+          sum =
+              clips.cls_is_global() ? fma(part, Vec::set1(sums[s] * std::exp(largests[s] - largest)), sum) : sum + part;
         }
         store_floats<dtype()>(sum * Vec::set1(1.f / total), out, d, clips.head_size);
       }
@@ -92,7 +93,7 @@ inline void backward_cls(const AttentionBackward& p, int64_t begin, int64_t end)
     const int64_t clip = task / clips.heads, h = task % clips.heads;
     for (int64_t part = 0; part < 3; ++part) {
       void* out = grad_row(p, clip, 0, part, h);
-      if (!clips.cls_takes_part) {
+      if (!clips.cls_takes_part()) {
         std::memset(out, 0, clips.head_size * bytes_of(p.forward.dtype));
         continue;
       }
@@ -109,6 +110,6 @@ inline void backward_cls(const AttentionBackward& p, int64_t begin, int64_t end)
   }
 }
 
-}  // namespace attention
+}  // namespace divided_attention
 }  // namespace MMK_VARIANT
 }  // namespace mmkernels

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <optional>
-#include <string_view>
 #include <tuple>
 
 #include "../common/dispatch.h"
@@ -29,52 +28,42 @@ Tensor with_contiguous_features(const Tensor& x) {
   return x.stride(2) == 1 || x.size(2) == 1 ? x : x.contiguous();
 }
 
-void check_inputs(const Tensor& qkv, const optional<Tensor>& frame_mask, const optional<Tensor>& seed,
-                  int64_t num_frames, int64_t num_heads) {
+void check_inputs(const Tensor& qkv, const optional<Tensor>& seed, int64_t num_heads) {
   TORCH_CHECK_VALUE(qkv.dim() == 3 && num_heads > 0 && qkv.size(2) % (3 * num_heads) == 0 && qkv.size(2) > 0,
                     "qkv: expected [B, L, 3 * num_heads * D], got ", qkv.sizes());
   TORCH_CHECK_TYPE(
       qkv.scalar_type() == at::kFloat || qkv.scalar_type() == at::kBFloat16 || qkv.scalar_type() == at::kHalf,
       "qkv: expected float32, bfloat16 or float16, got ", qkv.scalar_type());
-  TORCH_CHECK_VALUE(!frame_mask || (frame_mask->scalar_type() == at::kBool && frame_mask->dim() == 2 &&
-                                    frame_mask->size(0) == qkv.size(0) && frame_mask->size(1) == num_frames),
-                    "frame_mask: expected bool [B, T]");
   TORCH_CHECK_VALUE(!seed || (seed->scalar_type() == at::kLong && seed->numel() == 1), "seed: expected one int64");
 }
 
-Clips clips_of(const Tensor& qkv, const optional<Tensor>& frame_mask, int64_t num_frames, int64_t num_heads,
-               std::string_view axis, std::string_view cls_mode, std::string_view token_order) {
-  Clips c{};
-  c.batch = qkv.size(0);
-  c.tokens = qkv.size(1);
-  c.heads = num_heads;
-  c.head_size = qkv.size(2) / (3 * num_heads);
-  c.has_cls = cls_mode != "none";
-  c.frames = num_frames;
-  const int64_t patches = c.tokens - c.has_cls, positions = patches / num_frames;
-  TORCH_CHECK_VALUE(patches > 0 && patches % num_frames == 0, "num_frames: ", qkv.size(1),
-                    " tokens are not a whole number of patches for each of ", num_frames, " frames");
-  const bool by_position = token_order == "nt";  // the frames of a position lie side by side
-  const int64_t position_step = by_position ? num_frames : 1, frame_step = by_position ? 1 : positions;
-  c.frame_divisor = 1;
-  if (axis == "time") {
-    c.sequences = positions, c.length = num_frames;
-    c.sequence_step = position_step, c.member_step = frame_step;
-    c.frame_of_member = 1;
-  } else if (axis == "space") {
-    c.sequences = num_frames, c.length = positions;
-    c.sequence_step = frame_step, c.member_step = position_step;
-    c.frame_of_sequence = 1;
-  } else {
-    c.sequences = 1, c.length = patches;
-    c.member_step = 1;
-    c.frame_of_member = 1;
-    c.frame_divisor = by_position ? 1 : positions;
-  }
-  c.cls_takes_part = c.has_cls && !(cls_mode == "timesformer" && axis == "time");
-  c.cls_is_global = c.has_cls && (cls_mode == "global_cls" || axis == "joint");
-  c.frame_mask = frame_mask ? frame_mask->const_data_ptr<bool>() : nullptr;
-  return c;
+// `layout`: the numbers of a Layout, in the order of mmkernels/divided_attention/layout.py.
+Clips clips_of(const Tensor& qkv, const optional<Tensor>& frame_mask, at::IntArrayRef layout, int64_t num_heads) {
+  TORCH_CHECK_VALUE(layout.size() == 8, "layout: expected 8 numbers, got ", layout.size());
+  Clips clips{};
+  clips.batch = qkv.size(0);
+  clips.tokens = qkv.size(1);
+  clips.heads = num_heads;
+  clips.head_size = qkv.size(2) / (3 * num_heads);
+  clips.sequences = layout[0];
+  clips.length = layout[1];
+  clips.sequence_step = layout[2];
+  clips.patch_step = layout[3];
+  clips.has_cls = layout[4];
+  clips.cls = static_cast<ClassToken>(layout[5]);
+  clips.frames = layout[6];
+  clips.frame_step = layout[7];
+  const bool has_patches = clips.sequences > 0 && clips.length > 0 && clips.frames > 0 && clips.frame_step > 0;
+  const bool knows_cls = layout[5] >= 0 && layout[5] <= 2 * clips.has_cls && clips.has_cls <= 1;
+  TORCH_CHECK_VALUE(has_patches && knows_cls && clips.sequence_step >= 0 && clips.patch_step >= 0 &&
+                        clips.has_cls + clips.sequences * clips.length == clips.tokens &&
+                        clips.token(clips.sequences - 1, clips.length - 1) == clips.tokens - 1,
+                    "layout: ", layout, " are not the numbers of ", clips.tokens, " tokens");
+  TORCH_CHECK_VALUE(!frame_mask || (frame_mask->scalar_type() == at::kBool && frame_mask->dim() == 2 &&
+                                    frame_mask->size(0) == clips.batch && frame_mask->size(1) == clips.frames),
+                    "frame_mask: expected bool [B, T]");
+  clips.frame_mask = frame_mask ? frame_mask->const_data_ptr<bool>() : nullptr;
+  return clips;
 }
 
 Dropout dropout_of(const optional<Tensor>& seed, double p) {
@@ -120,20 +109,19 @@ void run(Pass pass, ClsPass cls_pass, const Problem& problem, const Clips& clips
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& qkv_in, const optional<Tensor>& frame_mask_in,
-                                   const optional<Tensor>& seed, int64_t num_frames, int64_t num_heads,
-                                   std::string_view axis, std::string_view cls_mode, std::string_view token_order,
+                                   const optional<Tensor>& seed, at::IntArrayRef layout, int64_t num_heads,
                                    double scale, double dropout_p) {
-  check_inputs(qkv_in, frame_mask_in, seed, num_frames, num_heads);
+  check_inputs(qkv_in, seed, num_heads);
   const Tensor qkv = with_contiguous_features(qkv_in);
   const optional<Tensor> frame_mask = frame_mask_in ? optional(frame_mask_in->contiguous()) : std::nullopt;
-  const Clips clips = clips_of(qkv, frame_mask, num_frames, num_heads, axis, cls_mode, token_order);
+  const Clips clips = clips_of(qkv, frame_mask, layout, num_heads);
   const auto floats = qkv.options().dtype(at::kFloat);
   const int64_t B = clips.batch, H = clips.heads, D = clips.head_size;
 
   const Tensor out = empty_result({B, clips.tokens, H * D}, qkv.options());
   const Tensor lse = at::empty({B, H, clips.rows()}, floats);
   if (B == 0) return {out, lse};
-  const Tensor cls = at::empty({clips.cls_takes_part ? B * H * clips.sequences * (D + 2) : 0}, floats);
+  const Tensor cls = at::empty({clips.cls_takes_part() ? B * H * clips.sequences * (D + 2) : 0}, floats);
   AttentionForward p = problem_of(qkv, clips, seed, scale, dropout_p);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr<float>();
@@ -146,14 +134,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& qkv_in, const optional<Tensor>&
 }
 
 Tensor backward(const Tensor& grad_out_in, const Tensor& qkv_in, const Tensor& out_in, const Tensor& lse_in,
-                const optional<Tensor>& frame_mask_in, const optional<Tensor>& seed, int64_t num_frames,
-                int64_t num_heads, std::string_view axis, std::string_view cls_mode, std::string_view token_order,
-                double scale, double dropout_p) {
-  check_inputs(qkv_in, frame_mask_in, seed, num_frames, num_heads);
+                const optional<Tensor>& frame_mask_in, const optional<Tensor>& seed, at::IntArrayRef layout,
+                int64_t num_heads, double scale, double dropout_p) {
+  check_inputs(qkv_in, seed, num_heads);
   const Tensor qkv = with_contiguous_features(qkv_in), grad_out = with_contiguous_features(grad_out_in);
   const Tensor out = out_in.contiguous(), lse = lse_in.contiguous();
   const optional<Tensor> frame_mask = frame_mask_in ? optional(frame_mask_in->contiguous()) : std::nullopt;
-  const Clips clips = clips_of(qkv, frame_mask, num_frames, num_heads, axis, cls_mode, token_order);
+  const Clips clips = clips_of(qkv, frame_mask, layout, num_heads);
   const int64_t B = clips.batch, H = clips.heads, D = clips.head_size;
   TORCH_CHECK_VALUE(grad_out.sizes() == out.sizes() && out.dim() == 3 && out.size(0) == B &&
                         out.size(1) == clips.tokens && out.size(2) == H * D && lse.numel() == B * H * clips.rows(),
@@ -164,7 +151,7 @@ Tensor backward(const Tensor& grad_out_in, const Tensor& qkv_in, const Tensor& o
 
   const Tensor grad_qkv = empty_result(qkv.sizes(), qkv.options().memory_format(at::MemoryFormat::Contiguous));
   if (B == 0) return grad_qkv;
-  const Tensor cls = at::empty({clips.cls_takes_part ? B * H * clips.sequences * 3 * D : 0}, floats);
+  const Tensor cls = at::empty({clips.cls_takes_part() ? B * H * clips.sequences * 3 * D : 0}, floats);
   AttentionBackward p{};
   p.forward = problem_of(qkv, clips, seed, scale, dropout_p);
   p.forward.out = const_cast<void*>(out.const_data_ptr());
@@ -177,7 +164,7 @@ Tensor backward(const Tensor& grad_out_in, const Tensor& qkv_in, const Tensor& o
   const Tensor shares = at::empty({B * H}, floats);
   p.cls_shares = shares.mutable_data_ptr<float>();
   const AttentionKernels& kernels = attention_kernels_here();
-  if (clips.cls_is_global && clips.sequences > 1)
+  if (clips.cls_is_global() && clips.sequences > 1)
     at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) { kernels.prepare_cls(p, begin, end); });
   run(kernels.backward, kernels.backward_cls, p, clips, kernels.plan(p.forward, true), floats);
   return grad_qkv;

@@ -15,7 +15,7 @@
 
 namespace mmkernels {
 inline namespace MMK_VARIANT {
-namespace attention {
+namespace divided_attention {
 
 // Calls with the product of the long schedule: float32 everywhere; bfloat16 as pairs where the machine multiplies them,
 // else as float32.
@@ -52,11 +52,12 @@ void backward(const AttentionBackward& p, int64_t begin, int64_t end, float* scr
   with_product(p.forward.dtype, [&](auto product) { long_backward<decltype(product)>(p, begin, end, scratch); });
 }
 
-}  // namespace attention
+}  // namespace divided_attention
 
 extern const AttentionKernels attention_kernels;
-const AttentionKernels attention_kernels{attention::plan,     attention::forward,     attention::forward_cls,
-                                         attention::backward, attention::prepare_cls, attention::backward_cls};
+const AttentionKernels attention_kernels{divided_attention::plan,        divided_attention::forward,
+                                         divided_attention::forward_cls, divided_attention::backward,
+                                         divided_attention::prepare_cls, divided_attention::backward_cls};
 
 }  // namespace MMK_VARIANT
 }  // namespace mmkernels

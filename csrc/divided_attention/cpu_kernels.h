@@ -8,26 +8,29 @@
 
 namespace mmkernels {
 
+// What the class token does, if there is one: see mmkernels/divided_attention/layout.py.
+enum class ClassToken : int64_t { kApart, kAveraged, kGlobal };
+
 // The tokens of a clip and the sequences that its patches form. Patch j of sequence s is the token
-// has_cls + s * sequence_step + j * member_step.
+// has_cls + s * sequence_step + j * patch_step; the frame of a token is (token - has_cls) / frame_step % frames.
 struct Clips {
   int64_t batch, tokens, heads, head_size;  // [B, L, 3 H D]
   int64_t sequences, length;
-  int64_t sequence_step, member_step;
+  int64_t sequence_step, patch_step;
   int64_t has_cls;
-  bool cls_takes_part;  // it is a key of every sequence, and a query
-  bool cls_is_global;   // as a query it attends to all tokens; else once in each sequence, and its outputs are averaged
-  // The frame of patch j of sequence s: (s * frame_of_sequence + j * frame_of_member) / frame_divisor % frames
-  int64_t frames, frame_of_sequence, frame_of_member, frame_divisor;
+  ClassToken cls;
+  int64_t frames, frame_step;
   const bool* frame_mask;  // [B, T], true for a real frame, or null
 
-  int64_t token(int64_t s, int64_t j) const { return has_cls + s * sequence_step + j * member_step; }
+  int64_t token(int64_t s, int64_t j) const { return has_cls + s * sequence_step + j * patch_step; }
   bool present(int64_t b, int64_t s, int64_t j) const {
-    const int64_t frame = (s * frame_of_sequence + j * frame_of_member) / frame_divisor % frames;
+    const int64_t frame = (s * sequence_step + j * patch_step) / frame_step % frames;
     return frame_mask == nullptr || frame_mask[b * frames + frame];
   }
-  int64_t most_rows() const { return length + cls_takes_part; }  // of a sequence
-  int64_t cls_rows() const { return !cls_takes_part ? 0 : cls_is_global ? 1 : sequences; }
+  bool cls_takes_part() const { return cls != ClassToken::kApart; }
+  bool cls_is_global() const { return cls == ClassToken::kGlobal; }
+  int64_t most_rows() const { return length + cls_takes_part(); }  // of a sequence
+  int64_t cls_rows() const { return cls == ClassToken::kAveraged ? sequences : cls_is_global(); }
   int64_t rows() const { return cls_rows() + sequences * length; }  // of log-sum-exps
 };
 

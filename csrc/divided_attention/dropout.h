@@ -6,7 +6,7 @@
 
 namespace mmkernels {
 inline namespace MMK_VARIANT {
-namespace attention {
+namespace divided_attention {
 
 // 1 / (1 - p) where the probability of (query, keys[j]) is kept, 0 where it is dropped and in the lanes past the last.
 inline void dropout_factors(const Dropout& dropout, const int64_t* keys, int64_t count, uint32_t query,
@@ -35,11 +35,11 @@ inline void dropout_factors(const Dropout& dropout, const int64_t* keys, int64_t
 inline void dropout_factors(const AttentionForward& p, const Sequence& sequence, int64_t head, int64_t i,
                             float* factors) {
   // A class token's row that spans all sequences counts as the first one's.
-  const int64_t index = sequence.is_cls(i) && p.clips.cls_is_global ? 0 : sequence.index;
+  const int64_t index = sequence.is_cls(i) && p.clips.cls_is_global() ? 0 : sequence.index;
   dropout_factors(p.dropout, sequence.tokens, sequence.count, static_cast<uint32_t>(sequence.tokens[i]),
                   static_cast<uint32_t>(sequence.clip * p.clips.heads + head), static_cast<uint32_t>(index), factors);
 }
 
-}  // namespace attention
+}  // namespace divided_attention
 }  // namespace MMK_VARIANT
 }  // namespace mmkernels

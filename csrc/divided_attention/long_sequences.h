@@ -9,7 +9,7 @@
 
 namespace mmkernels {
 inline namespace MMK_VARIANT {
-namespace attention {
+namespace divided_attention {
 
 // A block's tile of scores takes 2^16 floats = 256 KiB, half of a 512 KiB L2. Only if 64 rows take less, or if they are
 // so long that 2 kRows of them take more, is it otherwise. The backward pass has two such tiles.
@@ -410,6 +410,6 @@ void long_backward(const AttentionBackward& p, int64_t begin, int64_t end, float
   }
 }
 
-}  // namespace attention
+}  // namespace divided_attention
 }  // namespace MMK_VARIANT
 }  // namespace mmkernels

@@ -12,7 +12,7 @@
 
 namespace mmkernels {
 inline namespace MMK_VARIANT {
-namespace attention {
+namespace divided_attention {
 
 struct Sequence {
   int64_t clip, index;  // index: among the sequences of the clip
@@ -35,21 +35,21 @@ inline bool holds_a_frame(const Clips& clips, int64_t clip, int64_t index) {
 }
 
 inline Sequence sequence_of(const Clips& clips, int64_t clip, int64_t index, int64_t* tokens) {
-  const bool hides_itself = clips.cls_is_global && index > 0, is_split = clips.cls_is_global && clips.sequences > 1;
-  Sequence sequence{clip, index, 0, tokens, clips.cls_takes_part, hides_itself, is_split};
+  const bool hides_itself = clips.cls_is_global() && index > 0, is_split = clips.cls_is_global() && clips.sequences > 1;
+  Sequence sequence{clip, index, 0, tokens, clips.cls_takes_part(), hides_itself, is_split};
   int64_t& count = sequence.count;
   if (sequence.cls_first) tokens[count++] = 0;
   for (int64_t j = 0; j < clips.length; ++j)
     if (clips.present(clip, index, j)) tokens[count++] = clips.token(index, j);
   // Without a patch the class token attends to nothing, or, if it attends to all tokens, to itself in the first
   // sequence.
-  if (count == sequence.cls_first && !(clips.cls_is_global && index == 0)) count = 0;
+  if (count == sequence.cls_first && !(clips.cls_is_global() && index == 0)) count = 0;
   return sequence;
 }
 
 // The number of sequences that the class token's outputs are averaged over; 1 if its row spans them all.
 inline int64_t cls_divisor(const Clips& clips, int64_t clip) {
-  if (clips.cls_is_global) return 1;
+  if (clips.cls_is_global()) return 1;
   int64_t real = 0;
   for (int64_t s = 0; s < clips.sequences; ++s) real += holds_a_frame(clips, clip, s);
   return std::max<int64_t>(real, 1);
@@ -99,7 +99,7 @@ inline float* cls_grad(const AttentionBackward& p, const Sequence& sequence, int
 // Of row i; the forward pass keeps a split row's log-sum-exp in two parts, and forward_cls joins them.
 inline int64_t lse_index(const Clips& clips, const Sequence& sequence, int64_t head, int64_t i) {
   const int64_t first = (sequence.clip * clips.heads + head) * clips.rows();
-  if (sequence.is_cls(i)) return first + (clips.cls_is_global ? 0 : sequence.index);
+  if (sequence.is_cls(i)) return first + (clips.cls_is_global() ? 0 : sequence.index);
   return first + clips.cls_rows() + sequence.tokens[i] - clips.has_cls;
 }
 
@@ -111,7 +111,7 @@ inline void keep_lse(const AttentionForward& p, const Sequence& sequence, int64_
     p.cls_largest[at] = largest;
     p.cls_sums[at] = sum;
   }
-  if (!(sequence.is_cls(i) && clips.cls_is_global)) p.lse[lse_index(clips, sequence, head, i)] = lse;
+  if (!(sequence.is_cls(i) && clips.cls_is_global())) p.lse[lse_index(clips, sequence, head, i)] = lse;
 }
 
 // ---- Results
@@ -201,6 +201,6 @@ inline Split split_of(const AttentionBackward& p, const Sequence& sequence, int6
   return {p.cls_shares[sequence.clip * clips.heads + head], sum.sum()};
 }
 
-}  // namespace attention
+}  // namespace divided_attention
 }  // namespace MMK_VARIANT
 }  // namespace mmkernels

@@ -10,7 +10,7 @@
 
 namespace mmkernels {
 inline namespace MMK_VARIANT {
-namespace attention {
+namespace divided_attention {
 
 // How many lanes a head takes: the least of 4, 8 and 16 that holds `rows`; 0 if a vector does not.
 inline int64_t slots_of(int64_t rows) {
@@ -344,6 +344,6 @@ inline void short_backward(const AttentionBackward& p, int64_t begin, int64_t en
   }
 }
 
-}  // namespace attention
+}  // namespace divided_attention
 }  // namespace MMK_VARIANT
 }  // namespace mmkernels

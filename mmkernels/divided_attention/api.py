@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmkernels import _backends
 from mmkernels.divided_attention import ops, reference
-from mmkernels.divided_attention.layout import AXES, CLS_MODES, TOKEN_ORDERS, Layout
+from mmkernels.divided_attention.layout import AXES, CLS_MODES, TOKEN_ORDERS, Layout, layout_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LARGEST_HEAD = 256  # of the compiled kernels
@@ -213,21 +213,21 @@ def _check(
             raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
         if count < 1:
             raise ValueError(f"{name}: expected at least 1, got {count}")
-    if qkv.shape[2] == 0 or qkv.shape[2] % (3 * num_heads):
+    B, L, width = qkv.shape
+    if width == 0 or width % (3 * num_heads):
         raise ValueError(
-            f"qkv: expected a last dimension of 3 * num_heads * D = {3 * num_heads} D, got {qkv.shape[2]} "
+            f"qkv: expected a last dimension of 3 * num_heads * D = {3 * num_heads} D, got {width} "
             f"for num_heads={num_heads}"
         )
-    has_cls = int(cls_mode != "none")
-    patches = qkv.shape[1] - has_cls
+    patches = L - (cls_mode != "none")
     if patches < 1 or patches % num_frames:
-        what = f"{qkv.shape[1]} tokens" + (", the class token among them," if has_cls else "")
+        what = f"{L} tokens" + (", the class token among them," if patches < L else "")
         raise ValueError(
             f"num_frames: {what} are not a whole number of patches for each of {num_frames} frames; "
             "pass the frames of this clip, or cls_mode='none' if there is no class token"
         )
     if scale is None:
-        scale = (qkv.shape[2] // (3 * num_heads)) ** -0.5
+        scale = (width // (3 * num_heads)) ** -0.5
     elif not isinstance(scale, (int, float)):
         raise TypeError(f"scale: expected a float, got {type(scale).__name__}")
     if frame_mask is not None:
@@ -235,10 +235,8 @@ def _check(
             raise TypeError(f"frame_mask: expected a bool tensor, got {type(frame_mask).__name__}")
         if frame_mask.dtype != torch.bool:
             raise TypeError(f"frame_mask: expected bool, True for a real frame, got {frame_mask.dtype}")
-        if frame_mask.shape != (qkv.shape[0], num_frames):
-            raise ValueError(
-                f"frame_mask: expected shape [B, T] = ({qkv.shape[0]}, {num_frames}), got {tuple(frame_mask.shape)}"
-            )
+        if frame_mask.shape != (B, num_frames):
+            raise ValueError(f"frame_mask: expected shape [B, T] = ({B}, {num_frames}), got {tuple(frame_mask.shape)}")
         if frame_mask.device != qkv.device:
             raise ValueError(f"frame_mask: expected device {qkv.device} as of qkv, got {frame_mask.device}")
-    return ops.layout_of(qkv.shape[1], num_frames, axis, cls_mode, token_order), float(scale)
+    return layout_of(L, num_frames, axis, cls_mode, token_order), float(scale)

@@ -1,6 +1,7 @@
 """The registered ops, one pair a backend, their fake kernels and FLOPs, and the autograd.Function around them."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,14 +9,15 @@ from torch import Tensor
 
 from mmkernels._autograd import refuse_second_derivatives
 from mmkernels._library import register
-from mmkernels.divided_attention.layout import Layout, layout_of
+from mmkernels.divided_attention.layout import Layout
 
-_LAYOUT = "int num_frames, int num_heads, str axis, str cls_mode, str token_order, float scale, float dropout_p"
+# `layout`: the numbers of a Layout, in their order.
+_OPTIONS = "SymInt[] layout, int num_heads, float scale, float dropout_p"
 # out [B, L, C] in the dtype of qkv; lse [B, H, rows] float32: the class token's rows, then the patches in token order
-_FORWARD = f"(Tensor qkv, Tensor? frame_mask, Tensor? seed, {_LAYOUT}) -> (Tensor out, Tensor lse)"
+_FORWARD = f"(Tensor qkv, Tensor? frame_mask, Tensor? seed, {_OPTIONS}) -> (Tensor out, Tensor lse)"
 _BACKWARD = (
     "(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, Tensor? frame_mask, Tensor? seed,"
-    f" {_LAYOUT}) -> Tensor grad_qkv"
+    f" {_OPTIONS}) -> Tensor grad_qkv"
 )
 
 
@@ -23,42 +25,36 @@ def _forward_fake(
     qkv: Tensor,
     frame_mask: Tensor | None,
     seed: Tensor | None,
-    num_frames: int,
+    layout: Sequence[int],
     num_heads: int,
-    axis: str,
-    cls_mode: str,
-    token_order: str,
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     B, L, width = qkv.shape
-    rows = layout_of(L, num_frames, axis, cls_mode, token_order).num_rows
-    return qkv.new_empty(B, L, width // 3), qkv.new_empty(B, num_heads, rows, dtype=torch.float32)
+    return qkv.new_empty(B, L, width // 3), qkv.new_empty(B, num_heads, Layout(*layout).num_rows, dtype=torch.float32)
 
 
 def _backward_fake(grad_out: Tensor, qkv: Tensor, *_: Any) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
 
-register("divided_attention_{}_forward", _FORWARD, _forward_fake, __package__)
-register("divided_attention_{}_backward", _BACKWARD, _backward_fake, __package__)
+_forward = register("divided_attention_{}_forward", _FORWARD, _forward_fake, __package__)
+_backward = register("divided_attention_{}_backward", _BACKWARD, _backward_fake, __package__)
 
 
-def _pair_flops(qkv_shape: torch.Size, num_frames: int, axis: str, cls_mode: str, token_order: str) -> int:
+def _pair_flops(qkv_shape: torch.Size, layout: Sequence[int]) -> int:
     """FLOPs of one product over all query-key pairs: a multiplication and an addition for each feature."""
-    B, L, width = qkv_shape
-    return 2 * B * (width // 3) * layout_of(L, num_frames, axis, cls_mode, token_order).pairs
+    return 2 * qkv_shape[0] * (qkv_shape[2] // 3) * Layout(*layout).pairs
 
 
-def _forward_flops(qkv: Any, _mask: Any, _seed: Any, num_frames: int, _heads: int, *layout: Any, **_: Any) -> int:
-    return 2 * _pair_flops(qkv, num_frames, *layout[:3])  # scores, and values
+def _forward_flops(qkv: Any, _mask: Any, _seed: Any, layout: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * _pair_flops(qkv, layout)  # scores, and values
 
 
 def _backward_flops(
-    _grad: Any, qkv: Any, _out: Any, _lse: Any, _mask: Any, _seed: Any, num_frames: int, _heads: int, *layout: Any,
-    **_: Any,
-) -> int:  # fmt: skip
-    return 5 * _pair_flops(qkv, num_frames, *layout[:3])  # scores again, and the gradients of p, v, q, k
+    _grad: Any, qkv: Any, _out: Any, _lse: Any, _mask: Any, _seed: Any, layout: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return 5 * _pair_flops(qkv, layout)  # scores again, and the gradients of p, v, q, k
 
 
 # It says so where Triton is missing, which is no news to those who count no FLOPs.
@@ -75,24 +71,30 @@ for _backend in ("cpu", "triton"):
 class _DividedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, frame_mask: Tensor | None, seed: Tensor | None, backend: str, *layout: Any
+        ctx: Any,
+        qkv: Tensor,
+        frame_mask: Tensor | None,
+        seed: Tensor | None,
+        backend: str,
+        layout: Layout,
+        num_heads: int,
+        scale: float,
+        dropout_p: float,
     ) -> tuple[Tensor, Tensor]:
-        forward = getattr(torch.ops.mmkernels, f"divided_attention_{backend}_forward")
-        out, lse = forward(qkv, frame_mask, seed, *layout)
+        out, lse = _forward[backend](qkv, frame_mask, seed, layout, num_heads, scale, dropout_p)
         ctx.save_for_backward(qkv, out, lse, frame_mask, seed)
-        ctx.backend, ctx.layout = backend, layout
+        ctx.backend, ctx.options = backend, (layout, num_heads, scale, dropout_p)
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         qkv, out, lse, frame_mask, seed = ctx.saved_tensors
-        backward = getattr(torch.ops.mmkernels, f"divided_attention_{ctx.backend}_backward")
         with torch.no_grad():
-            grad_qkv = backward(grad_out, qkv, out, lse, frame_mask, seed, *ctx.layout)
+            grad_qkv = _backward[ctx.backend](grad_out, qkv, out, lse, frame_mask, seed, *ctx.options)
         if torch.is_grad_enabled():  # create_graph=True
             (grad_qkv,) = refuse_second_derivatives("divided_attention", (grad_qkv,), grad_out, qkv)
-        return grad_qkv, None, None, None, *(None for _ in ctx.layout)
+        return grad_qkv, *[None] * 7
 
 
 def divided_attention(
@@ -106,5 +108,4 @@ def divided_attention(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, L, C] and log-sum-exps [B, H, rows] on the backend named; the output is differentiable."""
-    arguments = (layout.num_frames, num_heads, layout.axis, layout.cls_mode, layout.token_order, scale, dropout_p)
-    return _DividedAttention.apply(qkv, frame_mask, seed, backend, *arguments)
+    return _DividedAttention.apply(qkv, frame_mask, seed, backend, layout, num_heads, scale, dropout_p)

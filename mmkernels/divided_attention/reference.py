@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mmkernels.divided_attention.layout import Layout
+from mmkernels.divided_attention.layout import APART, GLOBAL, Layout
 
 _MASK32 = 0xFFFFFFFF
 
@@ -45,7 +45,7 @@ def divided_attention(
         return probabilities @ v[:, :, keys], lse
 
     keys, absent_keys = patches, absent_patches
-    if layout.cls_is_key:
+    if layout.cls != APART:
         keys = torch.cat([torch.zeros_like(patches[:, :1]), patches], 1)
         absent_keys = torch.cat([torch.zeros_like(absent_patches[:, :, :1]), absent_patches], 2)
     values, lse = attend(patches, keys, absent_keys, sequences)
@@ -55,8 +55,8 @@ def divided_attention(
     out = values.new_zeros(B, num_heads, L, values.shape[-1])
     out = out.index_copy(2, patches.flatten(), values.flatten(2, 3))
     rows = lse.new_zeros(B, num_heads, L).index_copy(2, patches.flatten(), lse.flatten(2, 3))[:, :, layout.has_cls :]
-    if layout.cls_rows:
-        if layout.cls_is_global:
+    if layout.cls != APART:
+        if layout.cls == GLOBAL:
             values, lse = attend(tokens[None, :1], tokens[None], absent_tokens[:, None], sequences[:1])
             values = values[:, :, 0]
         else:
@@ -99,11 +99,11 @@ def attention_maps(
         return scores.masked_fill(hidden & ~nothing, float("-inf")).softmax(-1).masked_fill(nothing, 0.0)
 
     same = sequence_of[tokens, None] == sequence_of  # [Q, L]
-    visible = (same | (is_cls & layout.cls_is_key)) & present[:, None]  # [B, Q, L]
+    visible = (same | (is_cls & (layout.cls != APART))) & present[:, None]  # [B, Q, L]
     maps = softmax((visible & present[:, tokens, None] & ~is_cls[tokens, None])[:, None])
-    if layout.cls_rows == 0 or not bool(is_cls[tokens].any()):
+    if layout.cls == APART or not bool(is_cls[tokens].any()):
         return maps
-    if layout.cls_is_global:
+    if layout.cls == GLOBAL:
         own = softmax(present[:, None, None])
     else:
         own, count = torch.zeros_like(maps), torch.zeros(B, 1, 1, 1, dtype=dtype, device=qkv.device)
@@ -118,15 +118,12 @@ def attention_maps(
 
 def sequences_of(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
     """The token index and the frame of every patch, by sequence: two of [sequences, length]."""
-    N, T = layout.num_positions, layout.num_frames
-    n, t = torch.meshgrid(torch.arange(N, device=device), torch.arange(T, device=device), indexing="ij")
-    tokens = layout.has_cls + (n * T + t if layout.token_order == "nt" else t * N + n)
-    if layout.axis == "space":
-        return tokens.T, t.T
-    if layout.axis == "joint":
-        order = tokens.flatten().argsort()
-        return tokens.flatten()[order][None], t.flatten()[order][None]
-    return tokens, t
+    sequences = torch.arange(layout.num_sequences, device=device) * layout.sequence_step
+    patches = torch.arange(layout.length, device=device) * layout.patch_step
+    # Gathered rows lie in memory as their index does, which decides in what order a matrix product adds. The frames of
+    # a position are neighbours in the index, whatever the sequences.
+    index = sequences[:, None] + patches if layout.mixes_frames else (patches[:, None] + sequences).T
+    return layout.has_cls + index, index // layout.frame_step % layout.num_frames
 
 
 def keep_mask(

@@ -229,15 +229,29 @@ def test_absent_frames_are_never_read():
         qkv = case.inputs(torch.float32)
         expected = run(qkv, case, "cpu")
         absent = torch.zeros(case.batch, case.tokens, dtype=torch.bool)
-        layout = layout_of(case.tokens, case.frames, case.axis, case.cls_mode, case.token_order)
         for b, n, t in itertools.product(range(case.batch), range(case.positions), range(case.frames)):
-            absent[b, layout.token(n, t)] = not case.frame_mask()[b, t]
+            patch = n * case.frames + t if case.token_order == "nt" else t * case.positions + n
+            absent[b, (case.cls_mode != "none") + patch] = not case.frame_mask()[b, t]
         qkv[absent] = torch.nan
         for impl in ("cpu", "reference"):
             for actual, before in zip(run(qkv, case, impl), expected, strict=True):
                 assert torch.equal(actual, before) if impl == "cpu" else actual.isfinite().eq(before.isfinite()).all()
         assert expected[0][absent].eq(0).all()
         assert expected[2][absent].eq(0).all()
+
+
+@needs_library
+def test_numbers_of_another_layout_are_refused():
+    """The kernels read where the layout says: one that is not of these tokens would have them read past the end."""
+    qkv = torch.zeros(1, 13, 48)
+    forward = torch.ops.mmkernels.divided_attention_cpu_forward
+    layout = layout_of(13, 3, "space", "paper", "tn")
+    forward(qkv, None, None, layout, 2, 1.0, 0.0)
+    wrong = [layout[:-1], layout_of(16, 3, "space", "paper", "tn"), layout._replace(patch_step=2)]
+    wrong += [layout._replace(has_cls=0), layout._replace(cls=3), layout._replace(frame_step=0)]
+    for numbers in wrong:
+        with pytest.raises(ValueError, match="layout: "):
+            forward(qkv, None, None, numbers, 2, 1.0, 0.0)
 
 
 @needs_library

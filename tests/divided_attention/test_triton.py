@@ -11,7 +11,7 @@ import triton.language as tl
 
 import mmkernels
 from mmkernels.divided_attention import triton_kernels
-from mmkernels.divided_attention.layout import Layout
+from mmkernels.divided_attention.layout import layout_of
 from mmkernels.divided_attention.triton_kernels import configs, engine
 from tests.divided_attention import cases as cases
 from tests.divided_attention.cases import CASES, SEED, Case
@@ -217,9 +217,9 @@ def test_more_sequences_than_a_grid_has_rows():
     """One dimension of programs, the last of which is the last block of the last sequence of the last clip."""
     clips, heads = 3, 12
     for layout, block, last in (
-        (Layout(70_000, 8, "time", "none", "nt"), 16, (2, 11, 34_999, 0)),
-        (Layout(70_000, 8, "space", "paper", "nt"), 32, (2, 11, 7, 70_001 // 32)),
-        (Layout(33, 70_000, "space", "paper", "tn"), 32, (2, 11, 69_999, 1)),
+        (layout_of(8 * 70_000, 8, "time", "none", "nt"), 16, (2, 11, 34_999, 0)),
+        (layout_of(1 + 8 * 70_000, 8, "space", "paper", "nt"), 32, (2, 11, 7, 70_001 // 32)),
+        (layout_of(1 + 33 * 70_000, 70_000, "space", "paper", "tn"), 32, (2, 11, 69_999, 1)),
     ):
         config = configs.choose(torch.empty(0), 64, False)
         geometry, packed = triton_kernels.plan(layout, heads, 64, config)

@@ -15,6 +15,7 @@ a global class token; 12 B H rows backward for streamed sequences. A copy of qkv
 begin at multiples of 8 features or D is no multiple of 8.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ import triton
 from torch import Tensor
 
 from mmkernels._tiles.triton import LOG2E, on_device, round_up
-from mmkernels.divided_attention.layout import Layout, layout_of
+from mmkernels.divided_attention.layout import AVERAGED, GLOBAL, Layout
 from mmkernels.divided_attention.triton_kernels import engine
 from mmkernels.divided_attention.triton_kernels.backward import (
     cls_sums_kernel,
@@ -49,16 +50,16 @@ class Geometry(NamedTuple):
     num_sequences: int
     items: int
     pack: int
-    first_patch: int
+    has_cls: int
     cls: int
-    seq_step: int
-    row_step: int
+    sequence_step: int
+    patch_step: int
     frame_step: int
-    frames: int
+    num_frames: int
 
     @property
     def is_global(self) -> bool:
-        return self.cls == engine.GLOBAL.value
+        return self.cls == GLOBAL
 
     @property
     def groups(self) -> int:
@@ -78,11 +79,8 @@ def divided_attention_forward(
     qkv: Tensor,  # [B, L, 3 C]
     frame_mask: Tensor | None,  # [B, T]
     seed: Tensor | None,  # [1]
-    num_frames: int,
+    layout: Sequence[int],  # the numbers of a Layout
     num_heads: int,
-    axis: str,
-    cls_mode: str,
-    token_order: str,
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
@@ -90,11 +88,11 @@ def divided_attention_forward(
     B, L, width = qkv.shape
     C = width // 3
     D = C // num_heads
-    options = (frame_mask, seed, num_frames, num_heads, axis, cls_mode, token_order, scale, dropout_p)
+    options = (frame_mask, seed, layout, num_heads, scale, dropout_p)
     if D % _UNIT:
         out, lse = divided_attention_forward(_padded(qkv, D), *options)
         return _narrowed(out, D), lse
-    layout = layout_of(L, num_frames, axis, cls_mode, token_order)
+    layout = Layout(*layout)
     extras = _Extras(qkv, frame_mask, seed, layout, dropout_p)
     config = choose(qkv, D, extras.masked)
     geometry, packed = plan(layout, num_heads, D, config)
@@ -123,22 +121,19 @@ def divided_attention_backward(
     lse: Tensor,  # [B, H, rows]
     frame_mask: Tensor | None,  # [B, T]
     seed: Tensor | None,  # [1]
-    num_frames: int,
+    layout: Sequence[int],  # the numbers of a Layout
     num_heads: int,
-    axis: str,
-    cls_mode: str,
-    token_order: str,
     scale: float,
     dropout_p: float,
 ) -> Tensor:
     """grad_qkv [B, L, 3 C]."""
     B, L, width = qkv.shape
     D = width // 3 // num_heads
-    options = (frame_mask, seed, num_frames, num_heads, axis, cls_mode, token_order, scale, dropout_p)
+    options = (frame_mask, seed, layout, num_heads, scale, dropout_p)
     if D % _UNIT:
         grad_out, qkv, out = _padded(grad_out, D), _padded(qkv, D), _padded(out, D)
         return _narrowed(divided_attention_backward(grad_out, qkv, out, lse, *options), D)
-    layout = layout_of(L, num_frames, axis, cls_mode, token_order)
+    layout = Layout(*layout)
     extras = _Extras(qkv, frame_mask, seed, layout, dropout_p)
     config = choose(qkv, D, extras.masked)
     geometry, packed = plan(layout, num_heads, D, config)
@@ -202,33 +197,25 @@ class _Extras:
         if seed is None:
             seed = torch.zeros(1, dtype=torch.int64, device=qkv.device)
         self.frame_mask, self.seed = frame_mask.contiguous().view(torch.uint8), seed
-        # An averaged class token counts the sequences that hold a frame.
-        if layout.axis == "space":
-            real = frame_mask
-        elif layout.axis == "time":
-            real = frame_mask.any(1, keepdim=True).expand(B, S)
+        # An averaged class token counts the sequences that hold a frame; a global one attends to itself without any.
+        if layout.cls == GLOBAL:
+            real = torch.ones(B, S, dtype=torch.bool, device=qkv.device)
         else:
-            real = torch.ones_like(frame_mask[:, :1])
+            real = (frame_mask.any(1, keepdim=True) if layout.mixes_frames else frame_mask).expand(B, S)
         self.cls_weights = real.float() / real.sum(1, keepdim=True).clamp(min=1)
 
 
 def plan(layout: Layout, num_heads: int, head_size: int, config: Config) -> tuple[Geometry, bool]:
     """The geometry of a call, and whether its sequences are packed."""
-    N, T = layout.num_positions, layout.num_frames
-    position, frame = (T, 1) if layout.token_order == "nt" else (1, N)  # tokens to the next position, the next frame
-    seq_step, row_step = {"time": (position, frame), "space": (frame, position), "joint": (0, 1)}[layout.axis]
-    cls = 0
-    if layout.cls_rows:
-        # Along the joint axis the class token has one sequence, and the mean is over that alone.
-        spans = layout.cls_is_global and layout.axis != "joint"
-        cls = int((engine.GLOBAL if spans else engine.AVERAGED).value)
-    items = layout.length + layout.cls_is_key
+    # A global class token of one sequence has that sequence's row: nothing is merged.
+    is_averaged = layout.cls == GLOBAL and layout.num_sequences == 1
     block = config.packed_forward.block_m
-    packed = items <= block
-    pack = min(block // items, layout.num_sequences) if packed else 1
+    packed = layout.items <= block
+    pack = min(block // layout.items, layout.num_sequences) if packed else 1
     geometry = Geometry(
-        num_heads, head_size // _UNIT, layout.num_sequences, items, pack, layout.has_cls, cls,
-        seq_step, row_step, 1 if layout.token_order == "nt" else N, T,
+        num_heads, head_size // _UNIT, layout.num_sequences, layout.items, pack, layout.has_cls,
+        AVERAGED if is_averaged else layout.cls, layout.sequence_step, layout.patch_step, layout.frame_step,
+        layout.num_frames,
     )  # fmt: skip
     return geometry, packed
 

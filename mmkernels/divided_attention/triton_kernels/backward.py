@@ -46,7 +46,7 @@ def cls_norm(lse, clip, head, num_heads, num_sequences, items, cls, size):
 @triton.jit(do_not_specialize=RUNTIME)
 def cls_sums_kernel(
     qkv, lse, frame_mask, sums,
-    num_heads, units, num_sequences, items, pack, first_patch, cls, seq_step, row_step, frame_step, frames,
+    num_heads, units, num_sequences, items, pack, has_cls, cls, sequence_step, patch_step, frame_step, num_frames,
     stride_b, stride_t, scale2,
     MASKED: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
@@ -66,8 +66,8 @@ def cls_sums_kernel(
     for start in range(0, pack * items, BLOCK):
         index = start + tl.arange(0, BLOCK)
         sequence, item, inside = items_at(index, group, num_sequences, items, pack, True)
-        token, is_cls = tokens_at(sequence, item, first_patch, cls, seq_step, row_step)
-        present = present_at(frame_mask, clip, token, is_cls, inside, first_patch, frame_step, frames, MASKED)
+        token, is_cls = tokens_at(sequence, item, has_cls, cls, sequence_step, patch_step)
+        present = present_at(frame_mask, clip, token, is_cls, inside, has_cls, frame_step, num_frames, MASKED)
         present &= tl.where(is_cls, sequence, 0) == 0
         k = load_rows(queries + num_heads * D, token, stride_t, present, D, HEAD).to(tl.float32)
         s = tl.where(present, tl.sum(k * q[None, :], 1), float("-inf"))
@@ -78,7 +78,7 @@ def cls_sums_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def packed_backward_kernel(
     grad_out, qkv, out, lse, cls_sums, frame_mask, cls_weights, seed, grad_qkv, partials,
-    num_heads, units, num_sequences, items, pack, first_patch, cls, seq_step, row_step, frame_step, frames,
+    num_heads, units, num_sequences, items, pack, has_cls, cls, sequence_step, patch_step, frame_step, num_frames,
     stride_ob, stride_ot, stride_b, stride_t, scale2, scale, cls_weight, threshold, keep_scale,
     MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -94,8 +94,8 @@ def packed_backward_kernel(
     grads = grad_out + clip.to(tl.int64) * (stride_ob.to(tl.int64) * UNIT) + head * D
     index = tl.arange(0, BLOCK_M)
     sequence, item, inside = items_at(index, group, num_sequences, items, pack, True)
-    token, is_cls = tokens_at(sequence, item, first_patch, cls, seq_step, row_step)
-    present = present_at(frame_mask, clip, token, is_cls, inside, first_patch, frame_step, frames, MASKED)
+    token, is_cls = tokens_at(sequence, item, has_cls, cls, sequence_step, patch_step)
+    present = present_at(frame_mask, clip, token, is_cls, inside, has_cls, frame_step, num_frames, MASKED)
     weight = weights_at(cls_weights, cls_weight, clip, sequence, num_sequences, is_cls, present, cls, MASKED)
     size = magnitude(scale2)
     q = signed(load_rows(queries, token, stride_t, present, D, BLOCK_K), scale2)
@@ -110,7 +110,7 @@ def packed_backward_kernel(
     s = tl.where(seen, s, float("-inf"))
     m = tl.maximum(tl.max(s, 1), LOWEST)
     is_global = is_cls & (cls == GLOBAL)
-    L = first_patch + num_sequences * (items - tl.minimum(cls, 1))
+    L = has_cls + num_sequences * (items - tl.minimum(cls, 1))
     if cls == GLOBAL:
         m = tl.where(is_global, cls_norm(lse, clip, head, num_heads, num_sequences, items, cls, size), m)
     p = tl.exp2((s - m[:, None]) * size)
@@ -159,7 +159,7 @@ def packed_backward_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def grad_queries_kernel(
     grad_out, qkv, out, lse, cls_sums, frame_mask, cls_weights, seed, grad_qkv, partials, statistics,
-    num_heads, units, num_sequences, items, pack, first_patch, cls, seq_step, row_step, frame_step, frames,
+    num_heads, units, num_sequences, items, pack, has_cls, cls, sequence_step, patch_step, frame_step, num_frames,
     stride_ob, stride_ot, stride_b, stride_t, scale2, scale, cls_weight, threshold, keep_scale,
     MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -171,17 +171,17 @@ def grad_queries_kernel(
     clip, head, sequence, block = place(tl.program_id(0), num_heads, num_sequences, items, pack, BLOCK_M)
     D = units * UNIT
     C = num_heads * D
-    L = first_patch + num_sequences * (items - tl.minimum(cls, 1))
+    L = has_cls + num_sequences * (items - tl.minimum(cls, 1))
     queries = qkv + clip.to(tl.int64) * (stride_b.to(tl.int64) * UNIT) + head * D
     grads = grad_out + clip.to(tl.int64) * (stride_ob.to(tl.int64) * UNIT) + head * D
     item = block * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = item < items
-    token, is_cls = tokens_at(sequence, item, first_patch, cls, seq_step, row_step)
-    present = present_at(frame_mask, clip, token, is_cls, inside, first_patch, frame_step, frames, MASKED)
+    token, is_cls = tokens_at(sequence, item, has_cls, cls, sequence_step, patch_step)
+    present = present_at(frame_mask, clip, token, is_cls, inside, has_cls, frame_step, num_frames, MASKED)
     first = first_seen(sequence, is_cls, cls)
     weight = weights_at(cls_weights, cls_weight, clip, sequence + item * 0, num_sequences, is_cls, present, cls, MASKED)
     first_lse, cls_rows = first_row(clip, head, num_heads, num_sequences, items, cls)
-    row = row_at(sequence, token, is_cls, first_patch, cls, cls_rows)
+    row = row_at(sequence, token, is_cls, has_cls, cls, cls_rows)
     size = magnitude(scale2)
     # A row without an output has a log-sum-exp of -inf, but no probability.
     norm = tl.load(lse + first_lse + row, mask=weight != 0, other=float("inf")) * LOG2E / size
@@ -200,9 +200,9 @@ def grad_queries_kernel(
         cls_delta = 0.0
         for start in range(0, items, BLOCK_N):
             key_item = start + tl.arange(0, BLOCK_N)
-            key_token, key_is_cls = tokens_at(sequence, key_item, first_patch, cls, seq_step, row_step)
+            key_token, key_is_cls = tokens_at(sequence, key_item, has_cls, cls, sequence_step, patch_step)
             key_present = present_at(
-                frame_mask, clip, key_token, key_is_cls, key_item < items, first_patch, frame_step, frames, MASKED
+                frame_mask, clip, key_token, key_is_cls, key_item < items, has_cls, frame_step, num_frames, MASKED
             )
             k = load_rows(queries + C, key_token, stride_t, key_present, D, BLOCK_K).to(tl.float32)
             v = load_rows(queries + 2 * C, key_token, stride_t, key_present, D, BLOCK_K).to(tl.float32)
@@ -220,9 +220,9 @@ def grad_queries_kernel(
     dq = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for start in range(0, items, BLOCK_N):
         key_item = start + tl.arange(0, BLOCK_N)
-        key_token, key_is_cls = tokens_at(sequence, key_item, first_patch, cls, seq_step, row_step)
+        key_token, key_is_cls = tokens_at(sequence, key_item, has_cls, cls, sequence_step, patch_step)
         key_present = present_at(
-            frame_mask, clip, key_token, key_is_cls, key_item < items, first_patch, frame_step, frames, MASKED
+            frame_mask, clip, key_token, key_is_cls, key_item < items, has_cls, frame_step, num_frames, MASKED
         )
         k = load_rows(queries + C, key_token, stride_t, key_present, D, BLOCK_K)
         v = load_rows(queries + 2 * C, key_token, stride_t, key_present, D, BLOCK_K)
@@ -261,7 +261,7 @@ def grad_queries_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def grad_keys_kernel(
     grad_out, qkv, frame_mask, seed, statistics, grad_qkv, partials,
-    num_heads, units, num_sequences, items, pack, first_patch, cls, seq_step, row_step, frame_step, frames,
+    num_heads, units, num_sequences, items, pack, has_cls, cls, sequence_step, patch_step, frame_step, num_frames,
     stride_ob, stride_ot, stride_b, stride_t, scale2, scale, threshold, keep_scale,
     MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -269,13 +269,13 @@ def grad_keys_kernel(
     clip, head, sequence, block = place(tl.program_id(0), num_heads, num_sequences, items, pack, BLOCK_M)
     D = units * UNIT
     C = num_heads * D
-    L = first_patch + num_sequences * (items - tl.minimum(cls, 1))
+    L = has_cls + num_sequences * (items - tl.minimum(cls, 1))
     queries = qkv + clip.to(tl.int64) * (stride_b.to(tl.int64) * UNIT) + head * D
     grads = grad_out + clip.to(tl.int64) * (stride_ob.to(tl.int64) * UNIT) + head * D
     item = block * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = item < items
-    token, is_cls = tokens_at(sequence, item, first_patch, cls, seq_step, row_step)
-    present = present_at(frame_mask, clip, token, is_cls, inside, first_patch, frame_step, frames, MASKED)
+    token, is_cls = tokens_at(sequence, item, has_cls, cls, sequence_step, patch_step)
+    present = present_at(frame_mask, clip, token, is_cls, inside, has_cls, frame_step, num_frames, MASKED)
     size = magnitude(scale2)
     k = signed(load_rows(queries + C, token, stride_t, present, D, BLOCK_K), scale2)
     v = load_rows(queries + 2 * C, token, stride_t, present, D, BLOCK_K)
@@ -289,9 +289,9 @@ def grad_keys_kernel(
     for start in range(0, items, BLOCK_N):
         query_item = start + tl.arange(0, BLOCK_N)
         query_inside = query_item < items
-        query_token, query_is_cls = tokens_at(sequence, query_item, first_patch, cls, seq_step, row_step)
+        query_token, query_is_cls = tokens_at(sequence, query_item, has_cls, cls, sequence_step, patch_step)
         query_present = present_at(
-            frame_mask, clip, query_token, query_is_cls, query_inside, first_patch, frame_step, frames, MASKED
+            frame_mask, clip, query_token, query_is_cls, query_inside, has_cls, frame_step, num_frames, MASKED
         )
         norm = tl.load(of_sequence + query_item, mask=query_inside, other=float("inf"))
         factor = tl.load(of_sequence + plane + query_item, mask=query_inside, other=0.0)

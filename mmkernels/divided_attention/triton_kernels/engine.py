@@ -2,15 +2,11 @@
 
 A sequence is a run of *items*: the class token first, where it takes part, then the patches. A *group* is `pack`
 sequences end to end: several short ones, so that they fill a tile together, or one that is streamed. Every kernel takes
-the geometry of a call as plain numbers, so that one compiled form serves all axes, modes and orders:
+the geometry of a call as plain numbers, so that one compiled form serves all axes, modes and orders. Those of the
+layout are as in layout.py: num_sequences, has_cls, cls, sequence_step, patch_step, frame_step, num_frames. The others:
 
     num_heads, units    H, and D in units of 8 features: the compiler then knows that rows are whole vectors
-    num_sequences       S
     items, pack         of a sequence; sequences of a group
-    first_patch         1 if token 0 is a class token, whether or not it takes part
-    cls                 0: it takes no part; AVERAGED: it has an output in each sequence; GLOBAL: one over all tokens
-    seq_step, row_step  tokens from a patch to the same one of the next sequence, and to the next of its own sequence
-    frame_step, frames  a patch p = token - first_patch is of frame p // frame_step % frames
 """
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
@@ -19,13 +15,14 @@ import triton
 import triton.language as tl
 
 from mmkernels._tiles.triton import LN2, LOWEST
+from mmkernels.divided_attention import layout
 
-AVERAGED = tl.constexpr(1)
-GLOBAL = tl.constexpr(2)
+AVERAGED = tl.constexpr(layout.AVERAGED)
+GLOBAL = tl.constexpr(layout.GLOBAL)
 # Numbers that do not choose another compiled form when they happen to be 1 or a multiple of 16.
 GEOMETRY = (
-    "num_heads", "units", "num_sequences", "items", "pack", "first_patch", "cls",
-    "seq_step", "row_step", "frame_step", "frames",
+    "num_heads", "units", "num_sequences", "items", "pack", "has_cls", "cls",
+    "sequence_step", "patch_step", "frame_step", "num_frames",
 )  # fmt: skip
 RUNTIME = (*GEOMETRY, "stride_b", "stride_t", "stride_ob", "stride_ot", "cls_weight", "threshold", "keep_scale")
 UNIT = tl.constexpr(8)
@@ -55,19 +52,19 @@ def items_at(index, group, num_sequences, items, pack, PACKED: tl.constexpr):
 
 
 @triton.jit
-def tokens_at(sequence, item, first_patch, cls, seq_step, row_step):
+def tokens_at(sequence, item, has_cls, cls, sequence_step, patch_step):
     """The token of an item, and whether it is the class token."""
     own = tl.minimum(cls, 1)
     is_cls = item < own
-    return tl.where(is_cls, 0, first_patch + sequence * seq_step + (item - own) * row_step), is_cls
+    return tl.where(is_cls, 0, has_cls + sequence * sequence_step + (item - own) * patch_step), is_cls
 
 
 @triton.jit
-def present_at(frame_mask, clip, token, is_cls, inside, first_patch, frame_step, frames, MASKED: tl.constexpr):
+def present_at(frame_mask, clip, token, is_cls, inside, has_cls, frame_step, num_frames, MASKED: tl.constexpr):
     """Whether there is an item and its frame is real."""
     if MASKED:
-        frame = (token - first_patch) // frame_step % frames
-        real = tl.load(frame_mask + clip.to(tl.int64) * frames + frame, mask=inside & (is_cls == 0), other=1)
+        frame = (token - has_cls) // frame_step % num_frames
+        real = tl.load(frame_mask + clip.to(tl.int64) * num_frames + frame, mask=inside & (is_cls == 0), other=1)
         inside &= real != 0
     return inside
 
@@ -150,9 +147,9 @@ def first_row(clip, head, num_heads, num_sequences, items, cls):
 
 
 @triton.jit
-def row_at(sequence, token, is_cls, first_patch, cls, cls_rows):
+def row_at(sequence, token, is_cls, has_cls, cls, cls_rows):
     """The row of a query among the log-sum-exps of its head."""
-    return tl.where(is_cls, tl.where(cls == AVERAGED, sequence, 0), cls_rows + token - first_patch)
+    return tl.where(is_cls, tl.where(cls == AVERAGED, sequence, 0), cls_rows + token - has_cls)
 
 
 @triton.jit(do_not_specialize=["parts", "num_heads", "units", "num_tokens", "rows", "weighted"])

@@ -31,7 +31,7 @@ from mmkernels.divided_attention.triton_kernels.engine import (
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_kernel(
     qkv, frame_mask, cls_weights, seed, out, lse, partials, partial_tops, partial_sums,
-    num_heads, units, num_sequences, items, pack, first_patch, cls, seq_step, row_step, frame_step, frames,
+    num_heads, units, num_sequences, items, pack, has_cls, cls, sequence_step, patch_step, frame_step, num_frames,
     stride_b, stride_t, scale2, cls_weight, threshold, keep_scale,
     PACKED: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -48,8 +48,8 @@ def forward_kernel(
     queries = qkv + clip.to(tl.int64) * (stride_b.to(tl.int64) * UNIT) + head * D
     index = block * BLOCK_M + tl.arange(0, BLOCK_M)
     sequence, item, inside = items_at(index, group, num_sequences, items, pack, PACKED)
-    token, is_cls = tokens_at(sequence, item, first_patch, cls, seq_step, row_step)
-    present = present_at(frame_mask, clip, token, is_cls, inside, first_patch, frame_step, frames, MASKED)
+    token, is_cls = tokens_at(sequence, item, has_cls, cls, sequence_step, patch_step)
+    present = present_at(frame_mask, clip, token, is_cls, inside, has_cls, frame_step, num_frames, MASKED)
     first = first_seen(sequence, is_cls, cls)
     # Products are subtracted before they are scaled: near the maximum that rounds nothing.
     size = magnitude(scale2)
@@ -64,9 +64,9 @@ def forward_kernel(
     for start in range(0, end, BLOCK_N):
         key_index = start + tl.arange(0, BLOCK_N)
         key_sequence, key_item, key_inside = items_at(key_index, group, num_sequences, items, pack, PACKED)
-        key_token, key_is_cls = tokens_at(key_sequence, key_item, first_patch, cls, seq_step, row_step)
+        key_token, key_is_cls = tokens_at(key_sequence, key_item, has_cls, cls, sequence_step, patch_step)
         key_present = present_at(
-            frame_mask, clip, key_token, key_is_cls, key_inside, first_patch, frame_step, frames, MASKED
+            frame_mask, clip, key_token, key_is_cls, key_inside, has_cls, frame_step, num_frames, MASKED
         )
         k = load_rows(queries + C, key_token, stride_t, key_present, D, BLOCK_K)
         v = load_rows(queries + 2 * C, key_token, stride_t, key_present, D, BLOCK_K)
@@ -98,11 +98,11 @@ def forward_kernel(
     acc = tl.where(absent[:, None], 0.0, acc)
     lse2 = tl.where(absent, float("-inf"), lse2)
 
-    L = first_patch + num_sequences * (items - tl.minimum(cls, 1))
+    L = has_cls + num_sequences * (items - tl.minimum(cls, 1))
     head_out = out + clip.to(tl.int64) * L * C + head * D
     store_rows(head_out, token, C, inside & (is_cls == 0), D, acc, BLOCK_K)
     first_lse, cls_rows = first_row(clip, head, num_heads, num_sequences, items, cls)
-    row = row_at(sequence, token, is_cls, first_patch, cls, cls_rows)
+    row = row_at(sequence, token, is_cls, has_cls, cls, cls_rows)
     tl.store(lse + first_lse + row, lse2 * LN2, mask=inside & (is_global == 0))
     if (cls != 0) & (block == 0):
         chosen = inside & is_cls
