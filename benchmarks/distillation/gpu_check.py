@@ -6,14 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.distillation.peers import distillation_losses
-from benchmarks.harness.gpu_runs import (
-    PAIR_SIZES,
-    QUICK_PAIR_SIZES,
-    Contest,
-    PairSize,
-    pair_leaves,
-    share_of_products,
-)
+from benchmarks.harness.gpu_runs import PAIR_SIZES, QUICK_PAIR_SIZES, Contest, PairSize, pair_leaves, share_of_products
 from mmkernels.testing import features
 from tests.distillation import cases
 

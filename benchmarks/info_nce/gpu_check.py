@@ -5,14 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from benchmarks.harness.gpu_runs import (
-    PAIR_SIZES,
-    QUICK_PAIR_SIZES,
-    Contest,
-    PairSize,
-    pair_leaves,
-    share_of_products,
-)
+from benchmarks.harness.gpu_runs import PAIR_SIZES, QUICK_PAIR_SIZES, Contest, PairSize, pair_leaves, share_of_products
 from benchmarks.info_nce.peers import contrastive_losses
 from tests.info_nce import cases
 
