@@ -44,6 +44,15 @@ def block_of_tiles(
 
 
 @triton.jit
+def partials_of_block(row_partials, col_partials, group, split, N, M, num_groups, num_splits):
+    """Where a block's part of row_partials [.., num_splits, N] and col_partials [.., num_groups, M] begins, and how far
+    apart the planes of each lie."""
+    row_plane = tl.cast(num_splits, tl.int64) * N
+    col_plane = tl.cast(num_groups, tl.int64) * M
+    return row_partials + split.to(tl.int64) * N, row_plane, col_partials + group.to(tl.int64) * M, col_plane
+
+
+@triton.jit
 def similarities(
     x, y, rows, cols, num_x, num_y, D, stride_x, stride_y,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,

@@ -24,6 +24,7 @@ from mmkernels._tiles.engine import (
     LEAST_SUM,
     block_of_tiles,
     halves,
+    partials_of_block,
     similarities,
     softmax_grads,
     store_in_strip,
@@ -146,10 +147,9 @@ def distillation_forward_kernel(
     )
     scale2 = tl.load(scale) * LOG2E
     teacher_scale2 = tl.load(teacher_scale) * LOG2E
-    row_plane = tl.cast(num_splits, tl.int64) * N
-    col_plane = tl.cast(num_groups, tl.int64) * M
-    row_out = row_partials + split.to(tl.int64) * N
-    col_out = col_partials + group.to(tl.int64) * M
+    row_out, row_plane, col_out, col_plane = partials_of_block(
+        row_partials, col_partials, group, split, N, M, num_groups, num_splits
+    )
 
     for row_start in tl.range(first_row, end_row, BLOCK_M, disable_licm=True):
         rows = row_start + tl.arange(0, BLOCK_M)
