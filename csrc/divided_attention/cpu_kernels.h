@@ -29,7 +29,7 @@ struct Clips {
   }
   bool cls_takes_part() const { return cls != ClassToken::kApart; }
   bool cls_is_global() const { return cls == ClassToken::kGlobal; }
-  int64_t most_rows() const { return length + cls_takes_part(); }  // of a sequence
+  int64_t most_rows() const { return length + cls_takes_part(); }  // that a sequence has
   int64_t cls_rows() const { return cls == ClassToken::kAveraged ? sequences : cls_is_global(); }
   int64_t rows() const { return cls_rows() + sequences * length; }  // of log-sum-exps
 };

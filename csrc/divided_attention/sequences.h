@@ -82,7 +82,8 @@ inline char* grad_row(const AttentionBackward& p, int64_t clip, int64_t token, i
   return static_cast<char*>(p.grad_qkv) + at * bytes_of(p.forward.dtype);
 }
 
-// Of what a sequence gives to the class token: cls_out, cls_largest and cls_sums are lists of it.
+// Where a sequence's part of the class token lies in cls_largest and cls_sums; cls_out and cls_grads hold rows in the
+// same order.
 inline int64_t cls_index(const Clips& clips, const Sequence& sequence, int64_t head) {
   return (sequence.clip * clips.heads + head) * clips.sequences + sequence.index;
 }
@@ -96,7 +97,8 @@ inline float* cls_grad(const AttentionBackward& p, const Sequence& sequence, int
   return p.cls_grads + (cls_index(clips, sequence, head) * 3 + part) * clips.head_size;
 }
 
-// Of row i; the forward pass keeps a split row's log-sum-exp in two parts, and forward_cls joins them.
+// Where the log-sum-exp of row i lies. The forward pass keeps that of a split row in two parts, which forward_cls
+// joins.
 inline int64_t lse_index(const Clips& clips, const Sequence& sequence, int64_t head, int64_t i) {
   const int64_t first = (sequence.clip * clips.heads + head) * clips.rows();
   if (sequence.is_cls(i)) return first + (clips.cls_is_global() ? 0 : sequence.index);
