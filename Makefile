@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-# A worker for each core, of some 2 GB each. pytest-benchmark, which times nothing here, would warn of them.
+# pytest-xdist runs a worker on each core, of some 2 GB. pytest-benchmark times nothing here and would warn of them.
 PYTEST := $(PY) -m pytest -n logical --maxprocesses 8 --dist worksteal -p no:benchmark
 SOURCES := $(wildcard csrc/*/*.h csrc/*/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 FORMATTED := $(SOURCES) $(wildcard tests/*.h tests/*/*.cpp)

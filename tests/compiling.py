@@ -16,7 +16,7 @@ __all__ = ["check", "each_form", "gpu_bounds", "registry"]
 
 
 def each_form(forms: Iterable[Case], is_plain: Callable[[Case], bool]) -> pytest.MarkDecorator:
-    """A test of its own for each form. What users run most is plain, and fast; the rest is slow."""
+    """Makes a test for each form. Those that users run most are plain, and fast; the rest is slow."""
     marks = {True: (), False: pytest.mark.slow}
     cases = [pytest.param(form, id=form.name, marks=marks[is_plain(form)]) for form in forms]
     assert cases
@@ -24,5 +24,5 @@ def each_form(forms: Iterable[Case], is_plain: Callable[[Case], bool]) -> pytest
 
 
 def check(form: Case) -> None:
-    """No spill, no excess of shared memory, the matrix units in use, no TF32 that nobody asked for."""
+    """The form neither spills nor takes too much shared memory; it uses the matrix units, and TF32 only if asked to."""
     assert gpu_bounds.faults(form, gpu_bounds.compile_case(form)) == []

@@ -182,7 +182,7 @@ def check_nan(call: Call) -> None:
 
 
 def bytes_beyond_results(call: Call, leaves: list[Tensor], others: list[Tensor]) -> int:
-    """What torch holds at most at one time in a forward and backward pass, beside its inputs, outputs and gradients."""
+    """Bytes that torch holds at most at one time in a forward and backward pass, beside outputs and gradients."""
     own = learning(leaves)
     outputs: list[Tensor] = []
 
@@ -197,7 +197,7 @@ def bytes_beyond_results(call: Call, leaves: list[Tensor], others: list[Tensor])
 
 
 def check_memory(memory: Memory, dtype: torch.dtype, scratch: int) -> None:
-    """No more than the inputs, or than the scratch of many threads, either of which is less than the matrix."""
+    """The op holds no more than its inputs, or than the scratch of many threads; either is less than the matrix."""
     leaves, others = memory.call.make(dtype, memory.size)
     first, second = leaves[:2]
     allowed = max(first.nbytes + second.nbytes, scratch)

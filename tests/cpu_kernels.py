@@ -12,7 +12,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_library = pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason="no compiled library")
 
 
-# A softmax of these logits is extreme: queries and keys.
+# The logits of these queries and keys are extreme.
 EXTREMES = [
     pytest.param(torch.ones(65, 8), torch.ones(65, 8), id="all logits equal"),
     pytest.param(1e4 * torch.eye(40), torch.eye(40), id="logits of 1e4 on the diagonal"),
@@ -35,7 +35,7 @@ def strided_pairs(wide: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def each_case(cases: Iterable) -> Callable:
-    """A test of its own for each case in each dtype, where there is a library."""
+    """Makes a test for each case in each dtype; it runs where there is a library."""
 
     def mark(test: Callable) -> Callable:
         by_case = pytest.mark.parametrize("case", cases, ids=str)(test)

@@ -53,8 +53,8 @@ def _refuse_overflow(self, lhs, rhs, operation) -> None:
 
 
 def _patch_interpreter() -> None:
-    """For this process: dot products in the order of k; and what the interpreter does at every operation, it does once
-    or in a few calls of numpy, which saves most of its time."""
+    """In this process dot products add in the order of k. What the interpreter does anew at every operation, which is
+    most of its time, it does once, or in a few calls of numpy."""
     interpreter.InterpreterBuilder.create_dot = _create_dot
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
