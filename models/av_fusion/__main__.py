@@ -8,6 +8,7 @@ python -m models.av_fusion compare --out runs/av-fusion-compare
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from models.av_fusion.compare import compare_runs
@@ -24,12 +26,13 @@ from models.av_fusion.evaluate import evaluate_run
 from models.av_fusion.model import FUSIONS, PRESETS, Fusion, PresetName
 from models.av_fusion.train import RATES, load_fusion, train_run
 from models.common.cli import announce, bad_log, run_app
-from models.common.console import console
+from models.common.console import console, say
 from models.common.options import MODEL_SIZE, Checkpoint, EvalOptions, Only, RunOptions, Without, options
 from models.common.training import TrainConfig
 from models.data.audio import read_audio
 from models.data.pair_files import read_picture
 from models.data.pairs import Noise
+from models.data.sets import found_from_anywhere
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Train, evaluate and compare audio-visual fusions.")
 
@@ -57,7 +60,7 @@ def train(
     """Train a model; run the same command again to resume."""
     train_run(
         replace(PRESETS[preset], fusion=fusion),
-        replace(data, noise=noise, seed=schedule.seed),
+        replace(data, source=found_from_anywhere(data.source, "digits", "synthetic"), noise=noise, seed=schedule.seed),
         replace(schedule, lr=RATES[fusion] if lr is None else lr),
         run.out,
         smoothing=smoothing,
@@ -65,7 +68,7 @@ def train(
         resume=run.resume == "auto",
         cpu=run.cpu,
     )
-    console.print(f"trained; next: python -m models.av_fusion eval {run.out}", highlight=False)
+    say(f"trained; next: python -m models.av_fusion eval {shlex.quote(str(run.out))}")
 
 
 @app.command(name="eval")
@@ -116,11 +119,11 @@ def predict(
     seen = pixels[None] / 127.5 - 1, log_mel(config)(wave[None]), present
     with torch.no_grad():
         best = model(*seen)[0].softmax(-1).topk(min(top, len(classes)))
-    table = Table(title=", ".join(path.name for path in (image, audio) if path is not None))
+    table = Table(title=escape(", ".join(path.name for path in (image, audio) if path is not None)))
     table.add_column("probability", justify="right")
     table.add_column("class")
     for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-        table.add_row(f"{probability:.3f}", classes[index])
+        table.add_row(f"{probability:.3f}", escape(classes[index]))
     console.print(table)
     if config.fusion == "attention":
         on_image, on_audio, on_self = model.weights(*seen)[0].tolist()
@@ -151,7 +154,7 @@ def compare(
     """
     compare_runs(
         PRESETS[preset],
-        replace(data, noise=noise),
+        replace(data, source=found_from_anywhere(data.source, "digits", "synthetic"), noise=noise),
         schedule,
         out,
         rates=RATES if lr is None else dict.fromkeys(FUSIONS, lr),

@@ -19,7 +19,7 @@ from models.av_fusion.evaluate import SWEEPS, DrawnSet, draw_examples, draw_swee
 from models.av_fusion.model import FUSIONS, MODALITIES, AVFusion, Fusion, FusionConfig, count_parameters
 from models.av_fusion.train import load_fusion, train_run
 from models.common.cli import announce
-from models.common.console import console
+from models.common.console import console, say
 from models.common.runs import announce_files
 from models.common.training import TrainConfig, pick_precision
 from models.data.pairs import PairBatch
@@ -169,4 +169,4 @@ def print_comparison(report: Mapping[str, Any], console: Console) -> None:
     for table in sweep_tables({fusion: entries[fusion] for fusion in FUSIONS}):
         console.print(table)
     for note in report["notes"]:
-        console.print(f"[dim]{note}", highlight=False, soft_wrap=True)
+        say(note, "dim")

@@ -17,7 +17,7 @@ from torch import Tensor
 from models.av_fusion import plots
 from models.av_fusion.data import log_mel
 from models.av_fusion.model import MODALITIES, AVFusion, FusionConfig, count_parameters
-from models.common.console import console
+from models.common.console import console, say
 from models.common.metrics import accuracy
 from models.common.plots import confusion, curves
 from models.common.runs import announce_files, read_history
@@ -169,7 +169,7 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         for table in sweep_tables({fusion: [entry]}):
             console.print(table)
     for note in report["notes"]:
-        console.print(f"[dim]{note}", highlight=False, soft_wrap=True)
+        say(note, "dim")
 
 
 def _figures(entry: Mapping[str, Any]) -> tuple[str, str]:

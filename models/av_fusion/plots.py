@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from models.common.plots import INK, RIGHT, WRONG
+from models.common.plots import INK, RIGHT, WRONG, save_figure
 
 
 def sweeps(
@@ -42,7 +42,7 @@ def sweeps(
         grid[0].set_ylabel(ylabel)
         handles, names = grid[0].get_legend_handles_labels()
         figure.legend(handles, names, frameon=False, loc="outside upper center", ncols=len(names))
-        figure.savefig(path, dpi=130)
+        save_figure(figure, path, dpi=130)
 
 
 def fused(
@@ -61,7 +61,7 @@ def fused(
         grid[0, i].imshow(picture if picture.shape[2] == 3 else picture[..., 0], cmap="gray", vmin=0, vmax=1)
         mark, colour = ("✓", RIGHT) if said == right else ("✗", WRONG)
         title = f"{mark} {said}" if said == right else f"{mark} {said}\n({right})"
-        grid[0, i].set_title(title, color=colour, fontsize=10, parse_math=False)
+        grid[0, i].set_title(title, color=colour, fontsize=10)
         grid[1, i].imshow(spectrogram.numpy(), origin="lower", aspect="auto", cmap="magma")
         for axes in grid[:2, i]:
             axes.set(xticks=[], yticks=[])
@@ -73,4 +73,4 @@ def fused(
     grid[1, 0].set_ylabel("sound, log-mel")
     if bars:
         grid[2, 0].set_ylabel("attention")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)

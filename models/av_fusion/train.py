@@ -14,7 +14,7 @@ from models.av_fusion.data import PairDataConfig, load_data, log_mel
 from models.av_fusion.model import MODALITIES, AVFusion, Fusion, FusionConfig, count_parameters
 from models.common.cli import announce
 from models.common.console import console
-from models.common.runs import clear_run, load_run
+from models.common.runs import load_run
 from models.common.training import Task, TrainConfig, Trainer
 from models.data.pairs import PairBatch, PairPlan, PairSplits
 from models.data.sets import BadDataLog
@@ -83,14 +83,13 @@ def train_run(
         seed=data.seed,
         drawn=drawn,
     )
-    if not resume:
-        clear_run(out)
     trainer = Trainer(
         model,
         FusionTask(plan, smoothing),
         train,
         out,
         model_config={
+            "name": "av_fusion",
             "av_fusion": asdict(config),
             "data": asdict(data),
             "smoothing": smoothing,
@@ -98,8 +97,7 @@ def train_run(
         },
         cpu=cpu,
     )
-    if resume:
-        trainer.resume()
+    trainer.begin(resume)
     console.print(
         f"{config.fusion} fusion, {count_parameters(model) / 1e3:.1f} k parameters, {len(splits.train)} images of "
         f"{config.classes} classes, {plan.steps_per_epoch} steps an epoch, {trainer.device}, "
@@ -114,7 +112,8 @@ def load_fusion(path: Path) -> tuple[AVFusion, PairDataConfig, list[str]]:
 
     The weights are the averaged ones, where there are any.
     """
-    weights, described = load_run(path, f"python -m models.av_fusion train --out {path}")
-    model = AVFusion(FusionConfig.from_dict(described["av_fusion"]))
-    model.load_state_dict(weights)
-    return model.eval(), PairDataConfig.from_dict(described["data"]), described["classes"]
+    run = load_run(path, "av_fusion")
+    with run.fitting():
+        model = AVFusion(FusionConfig.from_dict(run.described["av_fusion"]))
+        model.load_state_dict(run.weights)
+        return model.eval(), PairDataConfig.from_dict(run.described["data"]), run.described["classes"]

@@ -7,6 +7,7 @@ python -m models.captioning caption picture.png --run runs/captioning
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -20,11 +21,11 @@ from models.captioning.evaluate import evaluate_run
 from models.captioning.model import PRESETS, PresetName
 from models.captioning.train import LossName, load_captioner, train_run
 from models.captioning.write import draw_looks, write_captions
-from models.common.cli import announce, bad_log, run_app, warn
-from models.common.console import console
+from models.common.cli import announce, bad_log, run_app
+from models.common.console import say, warn
 from models.common.options import MODEL_SIZE, Checkpoint, EvalOptions, RunOptions, Without, options
 from models.common.training import TrainConfig
-from models.data.sets import read_image
+from models.data.sets import found_from_anywhere, read_image
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Train and evaluate a captioner; caption images.")
 
@@ -56,7 +57,7 @@ def train(
     source = data.settle(config.image_size, schedule.seed, warn)
     train_run(
         config,
-        replace(source, images=str(images) if images is not None else None),
+        replace(source, images=found_from_anywhere(str(images)) if images is not None else None),
         schedule,
         run.out,
         loss=loss,
@@ -68,7 +69,7 @@ def train(
         resume=run.resume == "auto",
         cpu=run.cpu,
     )
-    console.print(f"trained; next: python -m models.captioning eval {run.out}", highlight=False)
+    say(f"trained; next: python -m models.captioning eval {shlex.quote(str(run.out))}")
 
 
 @app.command(name="eval")
@@ -102,10 +103,10 @@ def caption_command(
     model, vocabulary, _ = load_captioner(run)
     pixels = read_image(image, model.config.image_size)
     written = write_captions(model, vocabulary, pixels.unsqueeze(0), beams=beams, length_penalty=length_penalty)[0]
-    console.print(written.text, highlight=False, markup=False, soft_wrap=True)
+    say(written.text)
     if out is not None:
         draw_looks(model, vocabulary, [pixels], [written], out)
-        console.print(f"written: {out}", highlight=False, soft_wrap=True)
+        say(f"written: {out}")
 
 
 def main(arguments: Iterable[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from models.captioning import plots
 from models.captioning.model import Captioner
 from models.captioning.scores import caption_scores, cider_of_each
 from models.captioning.write import Written, draw_looks, references, write_captions
-from models.common.console import console
+from models.common.console import console, say
 from models.common.metrics import PixelBaseline
 from models.common.plots import curves
 from models.common.runs import announce_files, read_history
@@ -94,7 +94,7 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
                 )
     console.print(table)
     for note in report["notes"]:
-        console.print(f"[dim]{note}")
+        say(note, "dim")
 
 
 def evaluate_run(

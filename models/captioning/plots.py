@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from models.common.plots import INK, RIGHT, WRONG, framed, on_white
+from models.common.plots import INK, RIGHT, WRONG, framed, on_white, save_figure
 
 
 def word_attention(rows: Sequence[tuple[Tensor, Sequence[str], Tensor]], path: Path) -> None:
@@ -29,7 +29,7 @@ def word_attention(rows: Sequence[tuple[Tensor, Sequence[str], Tensor]], path: P
             axes.set_title(word, fontsize=9)
         for axes in axes_row:
             axes.axis("off")
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def captions(cells: Mapping[str, Sequence[tuple[Tensor, str, str, float]]], path: Path) -> None:
@@ -47,8 +47,8 @@ def captions(cells: Mapping[str, Sequence[tuple[Tensor, str, str, float]]], path
             framed(picture, image, None)
             words.axis("off")
             colour = RIGHT if text == right else WRONG
-            words.text(0, 0.8, textwrap.fill(text, 50), color=colour, fontsize=10, va="center", parse_math=False)
+            words.text(0, 0.8, textwrap.fill(text, 50), color=colour, fontsize=10, va="center")
             shown = textwrap.fill(f"right: {right}", 56)
-            words.text(0, 0.35, shown, color=INK, fontsize=9, va="center", parse_math=False)
+            words.text(0, 0.35, shown, color=INK, fontsize=9, va="center")
             words.text(0, 0.02, f"CIDEr {score:.2f}", color="#777777", fontsize=8, va="center")
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)

@@ -20,7 +20,7 @@ from models.captioning.scores import caption_scores
 from models.captioning.write import references, write_captions
 from models.common.cli import announce
 from models.common.console import console
-from models.common.runs import clear_run, load_run
+from models.common.runs import load_run
 from models.common.training import EarlyStopping, Task, TrainConfig, Trainer
 from models.data import BatchPlan, ImageTextSet, Splits, Vocabulary
 from models.data.config import batch_plan
@@ -134,14 +134,13 @@ def train_run(
     vocabulary = build_vocabulary(splits.train, data.min_count)
     model = Captioner(config, len(vocabulary)).to(memory_format=torch.channels_last)
     plan = batch_plan(splits, data, vocabulary, config.image_size)
-    if not resume:
-        clear_run(out)
     trainer = Trainer(
         model,
         CaptionTask(plan, train.steps * train.accumulate, loss, sampling, smoothing),
         train,
         out,
         model_config={
+            "name": "captioning",
             "captioner": asdict(config),
             "data": asdict(data),
             "vocabulary": {"tokens": vocabulary.tokens, "max_length": vocabulary.max_length},
@@ -151,8 +150,7 @@ def train_run(
         },
         cpu=cpu,
     )
-    if resume:
-        trainer.resume()
+    trainer.begin(resume)
     assert splits.validation is not None
     stopping = EarlyStopping(validation_score(model, vocabulary, splits.validation), evaluate_every, patience)
     stopping.start(trainer)
@@ -168,8 +166,9 @@ def train_run(
 
 def load_captioner(path: Path) -> tuple[Captioner, Vocabulary, CaptionData]:
     """The best model of a run folder, or that of a checkpoint file, with its vocabulary, ready to write."""
-    weights, described = load_run(path, f"python -m models.captioning train --out {path}")
-    vocabulary = Vocabulary(described["vocabulary"]["tokens"], described["vocabulary"]["max_length"])
-    model = Captioner(CaptionerConfig.from_dict(described["captioner"]), len(vocabulary))
-    model.load_state_dict(weights)
-    return model.eval(), vocabulary, CaptionData.from_dict(described["data"])
+    run = load_run(path, "captioning")
+    with run.fitting():
+        vocabulary = Vocabulary(run.described["vocabulary"]["tokens"], run.described["vocabulary"]["max_length"])
+        model = Captioner(CaptionerConfig.from_dict(run.described["captioner"]), len(vocabulary))
+        model.load_state_dict(run.weights)
+        return model.eval(), vocabulary, CaptionData.from_dict(run.described["data"])

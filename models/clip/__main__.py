@@ -8,6 +8,7 @@ python -m models.clip export runs/clip clip.pt2
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from models.clip.demo import run_demo
@@ -22,8 +24,8 @@ from models.clip.evaluate import clip_encoder, evaluate_run
 from models.clip.export import export_model
 from models.clip.model import PRESETS, PresetName
 from models.clip.train import LossName, load_clip, train_run
-from models.common.cli import announce, bad_log, run_app, warn
-from models.common.console import console
+from models.common.cli import announce, bad_log, run_app
+from models.common.console import console, say, warn
 from models.common.options import MODEL_SIZE, Checkpoint, EvalOptions, Only, RunOptions, options
 from models.common.plots import contact_sheet
 from models.common.training import TrainConfig
@@ -62,7 +64,7 @@ def train(
         compile_model=compile_model,
         cpu=run.cpu,
     )
-    console.print(f"trained; next: python -m models.clip eval {run.out}", highlight=False)
+    say(f"trained; next: python -m models.clip eval {shlex.quote(str(run.out))}")
 
 
 def other_data(run: DataConfig, source: str) -> DataConfig:
@@ -106,16 +108,16 @@ def retrieve(
     else:
         scores = encoder.images(gallery.images) @ encoder.texts([text])[0]
     best = scores.topk(min(top, len(gallery)))
-    table = Table(title=f"{text or image} in {len(gallery)} of {name}")
+    table = Table(title=escape(f"{text or image} in {len(gallery)} of {name}"))
     table.add_column("cosine", justify="right")
     table.add_column("caption of the image" if text else "caption")
     names = gallery.names()
     for score, row in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-        table.add_row(f"{score:.3f}", names[row])
+        table.add_row(f"{score:.3f}", escape(names[row]))
     console.print(table)
     if out is not None and text:
         contact_sheet([(text, gallery.select(best.indices), best.values)], out)
-        console.print(f"written: {out}", highlight=False)
+        say(f"written: {out}")
 
 
 @app.command()
@@ -125,7 +127,7 @@ def export(checkpoint: Checkpoint, path: Annotated[Path, typer.Argument(help="Wh
     error = export_model(model, path)
     if error > 1e-4:
         raise RuntimeError(f"{path}: the exported program differs from eager by {error:.1e}; it should not be used")
-    console.print(f"written: {path}; largest difference from eager {error:.1e}", highlight=False, soft_wrap=True)
+    say(f"written: {path}; largest difference from eager {error:.1e}")
 
 
 @app.command()

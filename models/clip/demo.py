@@ -15,7 +15,7 @@ from rich.table import Table
 from models.clip.evaluate import evaluate_run
 from models.clip.model import CLIP, PRESETS, PresetName
 from models.clip.train import ClipTask, LossName, train_run
-from models.common.console import console
+from models.common.console import console, say
 from models.common.training import TrainConfig, Trainer
 from models.data import Batch
 from models.data.config import DataConfig
@@ -145,9 +145,7 @@ def run_demo(out: Path, budget: float, data: str) -> None:
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     headline(report)
     total = (time.perf_counter() - began) / 60
-    console.print(
-        f"{trainer.step} steps, {spent / 60:.1f} minutes of training, {total:.1f} minutes in all; pictures in {out}"
-    )
+    say(f"{trainer.step} steps, {spent / 60:.1f} minutes of training, {total:.1f} minutes in all; pictures in {out}")
 
 
 def headline(report: dict[str, object]) -> None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from models.clip.model import CLIP, trim_padding
-from models.common.console import console
+from models.common.console import console, say
 from models.common.gallery import (
     Baselines,
     Encoder,
@@ -86,7 +86,7 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
                 table.add_row(name, f"{value['classes']} {label_set}", *(f"{value[k]:.3f}" for k in numbers))
         console.print(table)
     for note in report["notes"]:
-        console.print(f"[dim]{note}")
+        say(note, "dim")
 
 
 def evaluate_run(

@@ -15,7 +15,7 @@ import mmkernels
 from models.clip.model import CLIP, PRESETS, ClipConfig, PresetName, trim_padding
 from models.common.cli import announce
 from models.common.console import console
-from models.common.runs import clear_run, load_run
+from models.common.runs import load_run
 from models.common.training import Task, TrainConfig, Trainer
 from models.data import Batch, BatchPlan, Splits, Tokenizer
 from models.data.config import DataConfig, batch_plan, load_data
@@ -94,10 +94,11 @@ class ClipTask(Task):
 
 def load_clip(path: Path) -> tuple[CLIP, DataConfig]:
     """The model of a run folder or a checkpoint file, with averaged weights where there are any, ready to evaluate."""
-    weights, described = load_run(path, f"python -m models.clip train --out {path}")
-    model = CLIP(ClipConfig.from_dict(described["clip"]))
-    model.load_state_dict(weights)
-    return model.eval(), DataConfig.from_dict(described["data"])
+    run = load_run(path, "clip")
+    with run.fitting():
+        model = CLIP(ClipConfig.from_dict(run.described["clip"]))
+        model.load_state_dict(run.weights)
+        return model.eval(), DataConfig.from_dict(run.described["data"])
 
 
 def train_run(
@@ -125,19 +126,16 @@ def train_run(
     tokenizer = Tokenizer(config.text.context_length, config.text.vocab_size)
     plan = batch_plan(splits, data, tokenizer, config.vision.image_size)
     task = ClipTask(plan, loss, image_weight, scale_lr)
-    if not resume:
-        clear_run(out)
     trainer = Trainer(
         model,
         task,
         train,
         out,
-        model_config={"clip": asdict(config), "data": asdict(data), "preset": preset, "loss": loss},
+        model_config={"name": "clip", "clip": asdict(config), "data": asdict(data), "preset": preset, "loss": loss},
         compile_model=compile_model,
         cpu=cpu,
     )
-    if resume:
-        trainer.resume()
+    trainer.begin(resume)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     console.print(
         f"{preset}: {parameters:.1f} M parameters, {len(splits.train)} images of {len(plan.rows)} captions, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -26,8 +28,9 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping
     The old file stays until every byte of the new one is on the disk.
     """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    state = json.dumps(metadata)
     # Bytes first, then plain writes: a memory-mapped file on a full disk would end the process by a signal.
-    data = save(whole, {"state": json.dumps(metadata)})
+    data = save(whole, {"state": state, "sha256": _digest(whole, state)})
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,6 +55,22 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping
         raise CheckpointError(f"could not save {path} ({reason}); {kept}. Free some space and resume.") from error
 
 
+def _digest(tensors: Mapping[str, Tensor], state: str) -> str:
+    """A checksum of all that a checkpoint holds: a disk or a copy may change a byte that no format notices."""
+    found = hashlib.sha256(state.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def all_finite(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the weights of a checkpoint, averaged ones included, hold neither NaN nor infinity."""
+    weights = (value for name, value in tensors.items() if name.startswith(("model/", "average/")))
+    return all(bool(value.isfinite().all()) for value in weights)
+
+
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors and the metadata of a checkpoint; a damaged file is named in a :class:`CheckpointError`."""
     try:
@@ -64,7 +83,13 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"checkpoint {path} is truncated or damaged ({error})") from error
     if "state" not in metadata:
         raise CheckpointError(f"{path} is a safetensors file, but no checkpoint of this project (no 'state' in it)")
-    return tensors, json.loads(metadata["state"])
+    try:
+        described = json.loads(metadata["state"])
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"checkpoint {path} is damaged (its description: {error})") from error
+    if "sha256" in metadata and metadata["sha256"] != _digest(tensors, metadata["state"]):
+        raise CheckpointError(f"checkpoint {path} is damaged: its checksum is another, so some byte of it has changed")
+    return tensors, described
 
 
 def step_path(folder: Path, step: int) -> Path:
@@ -87,7 +112,10 @@ def load_newest(
     failures = []
     for path in checkpoints(folder):
         try:
-            return *load_checkpoint(path), path
+            tensors, metadata = load_checkpoint(path)
+            if not all_finite(tensors):
+                raise CheckpointError(f"checkpoint {path} holds weights that are not finite")
+            return tensors, metadata, path
         except CheckpointError as error:
             failures.append(str(error))
             warn(f"{error}; trying the one before it")
@@ -95,6 +123,12 @@ def load_newest(
         listed = "; ".join(failures)
         raise CheckpointError(f"no good checkpoint in {folder}: {listed}. Start anew with --resume never.")
     return None
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what killed runs had begun to write; no other run may be at work in the folder."""
+    for path in folder.glob(".*.safetensors.*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def prune(folder: Path, keep: int) -> None:

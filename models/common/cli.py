@@ -7,13 +7,9 @@ from collections.abc import Iterable, Sequence
 import typer
 
 from models.common.checkpoint import CheckpointError
-from models.common.console import console
+from models.common.console import console, say, warn
+from models.common.training import StoppedError
 from models.data.sets import BadDataError, BadDataLog, BadDataPolicy
-
-
-def warn(message: str) -> None:
-    """Print a warning."""
-    console.print(f"[yellow]{message}", highlight=False)
 
 
 def bad_log(policy: BadDataPolicy) -> BadDataLog:
@@ -24,7 +20,7 @@ def bad_log(policy: BadDataPolicy) -> BadDataLog:
 def announce(notes: Sequence[str], bad: BadDataLog) -> None:
     """Say what was read, what was held out, and what was skipped."""
     for note in notes:
-        console.print(f"[dim]{note}", highlight=False, soft_wrap=True)
+        say(note, "dim")
     if len(bad):
         warn(bad.summary())
 
@@ -35,14 +31,19 @@ def run_app(app: typer.Typer, arguments: Iterable[str] | None = None) -> int:
         app(args=list(arguments) if arguments is not None else None)
     except SystemExit as stop:  # typer's own end, after help and after options that it cannot read
         return int(stop.code or 0)
+    except StoppedError as stopped:
+        warn(f"{stopped}; run the same command again to resume")
+        return stopped.code
     except (
         BadDataError,
         CheckpointError,
-        FileNotFoundError,
-        ModuleNotFoundError,
-        ValueError,
         FloatingPointError,
+        ModuleNotFoundError,
+        NotImplementedError,
+        OSError,
+        ValueError,
     ) as error:
-        console.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        console.print("[red]error:[/] ", end="")
+        say(str(error))
         return 1
     return 0

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -14,6 +15,7 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
+from matplotlib.text import Text
 from torch import Tensor
 
 from models.data.sets import ImageTextSet
@@ -21,6 +23,14 @@ from models.data.sets import ImageTextSet
 # Labels in Chinese and Japanese characters take whichever of these fonts is there.
 _CJK_FONTS = ("Noto Sans CJK JP", "IPAexGothic", "Hiragino Sans", "Yu Gothic", "WenQuanYi Zen Hei")
 RIGHT, WRONG, INK = "#1a7f37", "#c4442b", "#333333"
+
+
+def save_figure(figure: Figure, path: Path, dpi: int = 110, **options: Any) -> None:
+    """Write a picture, in a folder that is made where it is not there; a $ in its texts begins no formula."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=dpi, **options)
 
 
 def drawable(names: Sequence[str]) -> list[str]:
@@ -83,7 +93,7 @@ def curves(
             left.axhline(chance, color=INK, linewidth=0.8, linestyle="--", label="chance")
         left.set_ylim(0, None)
         left.legend(frameon=False)
-        figure.savefig(path, dpi=130)
+        save_figure(figure, path, dpi=130)
 
 
 def similarity(images: Tensor, texts: Tensor, data: ImageTextSet, path: Path) -> None:
@@ -107,7 +117,7 @@ def similarity(images: Tensor, texts: Tensor, data: ImageTextSet, path: Path) ->
     axes.set_yticks(range(n), [textwrap.shorten(name, 34, placeholder="…") for name in data.names()], fontsize=8)
     axes.set_xlabel("each image's best caption: green where it is the right one, red where it is not")
     figure.colorbar(shown, ax=axes, shrink=0.6, label="cosine")
-    figure.savefig(path, dpi=120, bbox_inches="tight")  # the layout engine forgets the labels beside inset axes
+    save_figure(figure, path, dpi=120, bbox_inches="tight")  # the layout engine forgets the labels beside inset axes
 
 
 def retrievals(
@@ -157,7 +167,7 @@ def retrievals(
                 va="center",
                 weight="bold" if found == query else "normal",
             )
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def contact_sheet(found: Sequence[tuple[str, ImageTextSet, Tensor]], path: Path, *, columns: int = 8) -> None:
@@ -168,7 +178,7 @@ def contact_sheet(found: Sequence[tuple[str, ImageTextSet, Tensor]], path: Path,
         figure = Figure(figsize=(1.7 * columns, 2.15 * sum(rows) + 0.35 * len(found)), layout="constrained")
         panels = np.atleast_1d(np.asarray(figure.subfigures(len(found), 1, height_ratios=rows)))
         for panel, count, (query, data, scores) in zip(panels.tolist(), rows, found, strict=True):
-            panel.suptitle(drawable([query])[0], fontsize=13, parse_math=False)
+            panel.suptitle(drawable([query])[0], fontsize=13)
             grid = panel.subplots(count, columns, squeeze=False).flatten().tolist()
             for axes in grid[len(data) :]:
                 axes.axis("off")
@@ -177,8 +187,8 @@ def contact_sheet(found: Sequence[tuple[str, ImageTextSet, Tensor]], path: Path,
                 framed(axes, image, None)
                 axes.set_title(f"{score:.3f}", fontsize=8, color="#777777")
                 text = textwrap.fill(textwrap.shorten(name, 40, placeholder="…"), 20)
-                axes.set_xlabel(text, fontsize=8, parse_math=False)
-        figure.savefig(path, dpi=110)
+                axes.set_xlabel(text, fontsize=8)
+        save_figure(figure, path, dpi=110)
 
 
 def confusion(predicted: Tensor, truth: Tensor, classes: Sequence[str], path: Path) -> None:
@@ -195,4 +205,4 @@ def confusion(predicted: Tensor, truth: Tensor, classes: Sequence[str], path: Pa
         axes.set_yticks(range(n), labels, fontsize=8)
         axes.set(xlabel="predicted", ylabel="true")
         figure.colorbar(shown, ax=axes, shrink=0.6, label="share of the true class")
-        figure.savefig(path, dpi=120)
+        save_figure(figure, path, dpi=120)

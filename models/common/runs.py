@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
-from models.common.checkpoint import CheckpointError, load_checkpoint, load_newest
-from models.common.console import console
+from models.common.checkpoint import CheckpointError, all_finite, load_checkpoint, load_newest, remove_temporaries
+from models.common.console import say, warn
 
 BEST = "best.safetensors"  # the weights that did best in validation, where a run has any
 
@@ -33,30 +38,70 @@ def clear_run(run_dir: Path) -> None:
     logs = [run_dir / "history.jsonl", run_dir / "validation.jsonl"]
     for old in [*run_dir.glob("step-*.safetensors"), run_dir / BEST, *logs]:
         old.unlink(missing_ok=True)
+    remove_temporaries(run_dir)
     shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
 
 
-def load_run(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights (the averaged ones, where there are any) and configuration of a run folder or a checkpoint file.
+@contextmanager
+def only_run(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from training in a run folder; a :class:`CheckpointError` where one does already."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(run_dir / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise CheckpointError(f"another process trains in {run_dir}: wait for it, or choose another --out") from None
 
-    A folder gives the weights that did best in validation, or else the newest. ``remedy`` is the command that makes a
-    checkpoint; the error names it if the folder has none.
+
+@dataclass(frozen=True)
+class Run:
+    """What a checkpoint holds of a model: weights (the averaged ones, where there are any) and description."""
+
+    path: Path
+    weights: dict[str, Tensor]
+    described: dict[str, Any]
+
+    @contextmanager
+    def fitting(self) -> Iterator[None]:
+        """Names the file where the description lacks something, or the weights are those of another model."""
+        try:
+            yield
+        except KeyError as error:
+            raise CheckpointError(f"{self.path} lacks {error} in its description: it is damaged or edited") from error
+        except (TypeError, ValueError, RuntimeError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise CheckpointError(f"{self.path} does not fit this model: {' '.join(lines[:3])}") from error
+
+
+def load_run(path: Path, model: str) -> Run:
+    """The run of ``model`` ("clip") in a run folder or a checkpoint file.
+
+    A folder gives the weights that did best in validation, or else the newest.
     """
     if (path / BEST).is_file():
-        tensors, metadata = load_checkpoint(path / BEST)
+        path = path / BEST
+        tensors, metadata = load_checkpoint(path)
     elif path.is_dir():
-        found = load_newest(path, lambda message: console.print(f"[yellow]{message}"))
+        found = load_newest(path, warn)
         if found is None:
-            raise CheckpointError(f"{path} holds no checkpoint; train first: {remedy}")
-        tensors, metadata, _ = found
+            command = f"python -m models.{model} train --out {shlex.quote(str(path))}"
+            raise CheckpointError(f"{path} holds no checkpoint; train first: {command}")
+        tensors, metadata, path = found
     else:
         tensors, metadata = load_checkpoint(path)
+    if not all_finite(tensors):
+        raise CheckpointError(f"checkpoint {path} holds weights that are not finite; train again with a lower --lr")
+    described = metadata.get("model")
+    if not isinstance(described, dict):
+        raise CheckpointError(f"checkpoint {path} does not say which model it holds")
+    if described.get("name", model) != model:
+        raise CheckpointError(f"{path} is a checkpoint of models.{described['name']}, not of models.{model}")
     prefix = "average/" if any(name.startswith("average/") for name in tensors) else "model/"
     weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    return weights, metadata["model"]
+    return Run(path, weights, described)
 
 
 def announce_files(folder: Path, *names: str) -> None:
     """Say which of the files a report consists of were written."""
     written = ", ".join(str(folder / name) for name in names if (folder / name).exists())
-    console.print(f"written: {written}", highlight=False, soft_wrap=True)
+    say(f"written: {written}")

@@ -13,10 +13,12 @@ import json
 import math
 import os
 import random
+import signal
 import sys
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -28,9 +30,17 @@ from accelerate.utils import GradientAccumulationPlugin
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from models.common.checkpoint import CheckpointError, load_newest, prune, save_checkpoint, step_path
-from models.common.console import console
-from models.common.runs import BEST, read_history
+from models.common.checkpoint import (
+    CheckpointError,
+    all_finite,
+    load_newest,
+    prune,
+    remove_temporaries,
+    save_checkpoint,
+    step_path,
+)
+from models.common.console import console, say, warn
+from models.common.runs import BEST, clear_run, only_run, read_history
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
 
@@ -174,6 +184,53 @@ def _restore_rng(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))  # noqa: NPY002
 
 
+class StoppedError(Exception):
+    """Ctrl-C or a request to end stopped a run, after it had saved; ``code`` is what a shell expects then."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@contextlib.contextmanager
+def _signals_noted() -> Iterator[list[int]]:
+    """Within this context Ctrl-C and SIGTERM are noted in the list; a second one acts as always."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted  # signals are the main thread's
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _: object) -> None:
+        noted.append(number)
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def differences(here: Mapping[str, Any], there: Mapping[str, Any], above: str = "") -> list[str]:
+    """Where two descriptions differ, by the name of the field: "data.batch_size is 64, was 32"."""
+    found = []
+    for key in sorted(here.keys() | there.keys()):
+        one, other = here.get(key), there.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += differences(one, other, f"{above}{key}.")
+        elif one != other:
+            found.append(f"{above}{key} is {_short(one)}, was {_short(other)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 class Trainer:
     """Trains one model in one run folder: checkpoints, ``history.jsonl`` and TensorBoard logs lie there."""
 
@@ -187,12 +244,10 @@ class Trainer:
         model_config: dict[str, Any] | None = None,
         compile_model: bool = False,
         cpu: bool = False,
-        warn: Callable[[str], None] | None = None,
     ) -> None:
         config = replace(config, precision=pick_precision(config.precision))
         self.task, self.config, self.run_dir = task, config, run_dir
         self.model_config = model_config or {}
-        self.warn = warn or (lambda message: console.print(f"[yellow]{message}"))
         run_dir.mkdir(parents=True, exist_ok=True)
         keep_freed_memory()
         self.accelerator = Accelerator(
@@ -241,6 +296,11 @@ class Trainer:
         inner = self.optimizer.optimizer
         for parameter, state in inner.state.items():
             tensors |= {f"optimizer/{key}/{names[id(parameter)]}": value for key, value in state.items()}
+        if not all_finite(tensors):
+            raise FloatingPointError(
+                f"the weights are not finite after step {self.step}; nothing was saved. Resume with a lower --lr or "
+                "--precision no"
+            )
         metadata = {
             "step": self.step,
             "seconds": self.seconds,
@@ -255,20 +315,27 @@ class Trainer:
         prune(self.run_dir, self.config.keep)
         return path
 
+    def begin(self, resume: bool) -> None:
+        """Go on where the run folder's checkpoints end, or clear the folder and start anew."""
+        with only_run(self.run_dir):
+            if resume:
+                self.resume()
+            else:
+                clear_run(self.run_dir)
+
     def resume(self) -> bool:
         """Go on from the newest good checkpoint of the run folder; False if there is none yet."""
-        found = load_newest(self.run_dir, self.warn)
+        found = load_newest(self.run_dir, warn)
         if found is None:
             return False
         tensors, metadata, path = found
         here = json.loads(json.dumps(self.model_config))  # as JSON gives it back: tuples are lists there
-        changed = sorted(
-            key for key in here.keys() | metadata["model"].keys() if here.get(key) != metadata["model"].get(key)
-        )
-        if changed:
+        there = {"name": here.get("name")} | metadata["model"]  # runs of earlier versions have no name
+        if changed := differences(here, there):
+            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
             raise CheckpointError(
-                f"{path} was trained with another {' and '.join(changed)} configuration; choose another --out, "
-                "give the options of that run, or start anew with --resume never"
+                f"{path} was trained with another configuration ({'; '.join(changed[:5])}{more}); choose another "
+                "--out, give the options of that run, or start anew with --resume never"
             )
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}, "rng": {}}
         for key, value in tensors.items():
@@ -296,7 +363,7 @@ class Trainer:
         temporary = history.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in self.history), encoding="utf-8")
         os.replace(temporary, history)
-        console.print(f"resumed from {path} at step {self.step}")
+        say(f"resumed from {path} at step {self.step}")
         return True
 
     def progress(self) -> float:
@@ -324,19 +391,37 @@ class Trainer:
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
                     logs["grad_norm"] = float(norm) if norm is not None else float("nan")
+                    self._require_finite(logs)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         self.task.after_step(self.raw_model)
         if self.average is not None:
             self.average.update(self.raw_model)
-        if not math.isfinite(logs["loss"]):
-            raise FloatingPointError(
-                f"the loss became {logs['loss']} at step {self.step}; resume with a lower --lr or --precision no"
-            )
         return logs | {"lr": rate}
 
+    def _require_finite(self, logs: Mapping[str, float]) -> None:
+        """Stop before a step that would make the weights NaN; the scaler of fp16 leaves out such steps itself."""
+        scaled = self.accelerator.scaler is not None
+        for name, what in (("loss", "the loss"), ("grad_norm", "the norm of the gradient")):
+            if not math.isfinite(logs[name]) and not (scaled and name == "grad_norm"):
+                raise FloatingPointError(
+                    f"{what} became {logs[name]} at step {self.step}, and the step was not taken; resume with a lower "
+                    "--lr or --precision no"
+                )
+
     def fit(self, on_step: Callable[[Trainer], None] | None = None) -> None:
-        """Train until the steps or the minutes are over, saving as configured and once at the end."""
+        """Train until the steps or the minutes are over, saving as configured and once at the end.
+
+        Ctrl-C ends it after the step that is under way, with a checkpoint and a :class:`StoppedError`.
+        """
+        with only_run(self.run_dir), _signals_noted() as signals:
+            remove_temporaries(self.run_dir)
+            self._fit(on_step, signals)
+        if signals:
+            where = f"stopped at step {self.step} of {self.config.steps}; saved {step_path(self.run_dir, self.step)}"
+            raise StoppedError(where, 128 + signals[0])
+
+    def _fit(self, on_step: Callable[[Trainer], None] | None, signals: list[int]) -> None:
         self.accelerator.init_trackers("tensorboard")
         columns = (
             TextColumn("[progress.description]{task.description}"),
@@ -352,7 +437,7 @@ class Trainer:
         quiet = not console.is_terminal
         with history, Progress(*columns, console=console, disable=quiet) as bar:
             job = bar.add_task("training", total=self.config.steps, completed=self.step, note="")
-            while not self.stop and self.step < self.config.steps and self.progress() < 1:
+            while not (self.stop or signals) and self.step < self.config.steps and self.progress() < 1:
                 began = time.perf_counter()
                 row = {"step": float(self.step)} | self.train_step()
                 self.step += 1
@@ -374,7 +459,7 @@ class Trainer:
                 if self.step % self.config.checkpoint_every == 0:
                     history.flush()
                     self.save()
-        if self.step % self.config.checkpoint_every:
+        if self.step % self.config.checkpoint_every or not step_path(self.run_dir, self.step).exists():
             self.save()
         self.accelerator.end_training()
 

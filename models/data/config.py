@@ -14,7 +14,7 @@ from models.data.batches import BatchPlan
 from models.data.emoji.splits import EmojiConfig, load_emoji
 from models.data.emoji.styles import NPM_STYLES, all_train_styles
 from models.data.folder import load_folder
-from models.data.sets import BadDataLog, Splits
+from models.data.sets import BadDataLog, Splits, found_from_anywhere
 from models.data.synthetic import load_synthetic
 
 Config = TypeVar("Config", bound="DataConfig")
@@ -55,6 +55,7 @@ class DataConfig:
         styles = pick_styles(self.styles, self.validation_style, warn) if self.source == "emoji" else ()
         return replace(
             self,
+            source=found_from_anywhere(self.source, "emoji", "synthetic"),
             styles=styles,
             validation_style=self.validation_style or None,
             stored_size=image_size,

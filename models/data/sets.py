@@ -151,6 +151,11 @@ class Splits:
         return sets | self.tests
 
 
+def found_from_anywhere(source: str, *named: str) -> str:
+    """Data as a run keeps it: a path that exists as an absolute one, the name of a built-in source as it is."""
+    return str(Path(source).resolve()) if source not in named and Path(source).exists() else source
+
+
 def hash_share(name: str) -> float:
     """A number in 0..1 from the hash of a name: a split by it does not change when other names come or go."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64

@@ -8,6 +8,7 @@ python -m models.retrieval compare --out runs/compare
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
-from models.common.cli import announce, bad_log, run_app, warn
-from models.common.console import console
+from models.common.cli import announce, bad_log, run_app
+from models.common.console import console, say, warn
 from models.common.options import MODEL_SIZE, Checkpoint, EvalOptions, Only, RunOptions, options, split_commas
 from models.common.plots import contact_sheet
 from models.common.training import TrainConfig
@@ -67,7 +69,7 @@ def train(
         resume=run.resume == "auto",
         cpu=run.cpu,
     )
-    console.print(f"trained; next: python -m models.retrieval eval {run.out}", highlight=False)
+    say(f"trained; next: python -m models.retrieval eval {shlex.quote(str(run.out))}")
 
 
 def other_data(run: RetrievalData, source: str, languages: str = "") -> RetrievalData:
@@ -115,16 +117,15 @@ def search(
     sheet = []
     for query, own, picked in zip(queries, scores, rows, strict=True):
         part = gallery.select(picked)
-        table = Table(title=f"{query} in {len(gallery)} of {name}")
+        table = Table(title=escape(f"{query} in {len(gallery)} of {name}"))
         table.add_column("cosine", justify="right")
         table.add_column("caption of the image")
         for score, caption in zip(own.tolist(), part.names(), strict=True):
-            table.add_row(f"{score:.3f}", caption)
+            table.add_row(f"{score:.3f}", escape(caption))
         console.print(table)
         sheet.append((query, part, own))
-    out.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(sheet, out)
-    console.print(f"written: {out}", highlight=False, soft_wrap=True)
+    say(f"written: {out}")
 
 
 @app.command()

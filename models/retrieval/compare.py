@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from models.common.cli import announce, bad_log
-from models.common.console import console
+from models.common.console import console, say
 from models.common.gallery import WAYS, recalls
+from models.common.plots import save_figure
 from models.common.runs import read_history
 from models.common.training import TrainConfig
 from models.retrieval.data import RetrievalData
@@ -85,7 +86,7 @@ def compare_losses(
         scores_over_steps(
             {row["loss"]: row["scores"] for row in rows}, "R@1 on the validation set", out / "compare.png"
         )
-    console.print(f"written: {out / 'compare.json'}", highlight=False, soft_wrap=True)
+    say(f"written: {out / 'compare.json'}")
 
 
 def print_comparison(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
@@ -120,4 +121,4 @@ def scores_over_steps(runs: Mapping[str, Sequence[Mapping[str, float]]], label: 
         axes.set(xlabel="step", ylabel=label)
         axes.set_ylim(0, None)
         axes.legend(frameon=False)
-        figure.savefig(path, dpi=130)
+        save_figure(figure, path, dpi=130)

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 import mmkernels
-from models.common.console import console
+from models.common.console import console, say
 from models.common.gallery import (
     WAYS,
     Baselines,
@@ -157,7 +157,7 @@ def evaluate_run(encoder: Encoder, splits: Splits, out: Path, *, validation: boo
     print_languages(report, console)
     print_search(report, console)
     for note in report["notes"]:
-        console.print(f"[dim]{note}")
+        say(note, "dim")
     draw_gallery(encoder, next(iter(sets.values())), splits.gallery_limit, out)
     if history := read_history(out):
         curves(history, out / "curves.png", loss="loss", second=("r1", "R@1 in the batch", "Training batches"))

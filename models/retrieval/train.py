@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import mmkernels
 from models.common.cli import announce
 from models.common.console import console
-from models.common.runs import clear_run, load_run
+from models.common.runs import load_run
 from models.common.training import EarlyStopping, Task, TrainConfig, Trainer
 from models.data import Batch, BatchPlan, ImageTextSet, Splits, Subwords
 from models.data.config import batch_plan
@@ -147,14 +147,13 @@ def train_run(
     tokens = learn_tokens(splits.train, config)
     model = Retriever(config, len(tokens), loss.name).to(memory_format=torch.channels_last)
     plan = batch_plan(splits, data, tokens, config.image_size, texts=data.texts)
-    if not resume:
-        clear_run(out)
     trainer = Trainer(
         model,
         RetrievalTask(plan, loss, train.accumulate),
         train,
         out,
         model_config={
+            "name": "retrieval",
             "retriever": asdict(config),
             "data": asdict(data),
             "tokens": tokens.state,
@@ -162,8 +161,7 @@ def train_run(
         },
         cpu=cpu,
     )
-    if resume:
-        trainer.resume()
+    trainer.begin(resume)
     stopping = None
     if splits.validation is not None:
         score = validation_score(model, tokens, splits.validation, splits.gallery_limit)
@@ -182,9 +180,10 @@ def train_run(
 
 def load_retriever(path: Path) -> tuple[Retriever, Subwords, RetrievalData]:
     """The model of a run folder or a checkpoint file with its tokens, ready to evaluate; the best weights, if any."""
-    weights, described = load_run(path, f"python -m models.retrieval train --out {path}")
-    config = RetrieverConfig.from_dict(described["retriever"])
-    tokens = Subwords(described["tokens"], config.max_tokens)
-    model = Retriever(config, len(tokens), described["loss"]["name"])
-    model.load_state_dict(weights)
-    return model.eval(), tokens, RetrievalData.from_dict(described["data"])
+    run = load_run(path, "retrieval")
+    with run.fitting():
+        config = RetrieverConfig.from_dict(run.described["retriever"])
+        tokens = Subwords(run.described["tokens"], config.max_tokens)
+        model = Retriever(config, len(tokens), run.described["loss"]["name"])
+        model.load_state_dict(run.weights)
+        return model.eval(), tokens, RetrievalData.from_dict(run.described["data"])

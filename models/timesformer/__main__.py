@@ -9,6 +9,7 @@ python -m models.timesformer ablation --data digits
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
-from models.common.cli import announce, bad_log, run_app, warn
-from models.common.console import console
+from models.common.cli import announce, bad_log, run_app
+from models.common.console import console, say, warn
 from models.common.options import MODEL_SIZE, Checkpoint, EvalOptions, Only, RunOptions, Without, options
 from models.common.training import TrainConfig
+from models.data.sets import found_from_anywhere
 from models.data.video_files import clips_of_file
 from models.timesformer.ablation import compare_attention
 from models.timesformer.cost import cost_table
@@ -49,7 +52,8 @@ def settle(data: VideoDataConfig, model: TimesformerConfig, augment: float | Non
     The torus of the digits has no edge to move over.
     """
     strength = (0.0 if data.source == "digits" else 1.0) if augment is None else augment
-    return replace(data, size=model.image_size, num_frames=model.num_frames, augment=strength, seed=seed)
+    source = found_from_anywhere(data.source, "digits", "kanji")
+    return replace(data, source=source, size=model.image_size, num_frames=model.num_frames, augment=strength, seed=seed)
 
 
 @app.command()
@@ -83,7 +87,7 @@ def train(
         compile_model=compile_model,
         cpu=run.cpu,
     )
-    console.print(f"trained; next: python -m models.timesformer eval {run.out}", highlight=False)
+    say(f"trained; next: python -m models.timesformer eval {shlex.quote(str(run.out))}")
 
 
 @app.command(name="eval")
@@ -121,15 +125,15 @@ def predict(
         raise FileNotFoundError(f"there is no video {video}")
     taken = clips_of_file(video, run.num_frames, run.size, clips, sampling=run.sampling, stride=run.stride)
     best = predict_views(model, taken, Views(clips, crops)).topk(min(top, len(classes)))
-    table = Table(title=f"{video.name}: {clips} clip(s) x {crops} crop(s)")
+    table = Table(title=escape(f"{video.name}: {clips} clip(s) x {crops} crop(s)"))
     table.add_column("probability", justify="right")
     table.add_column("class")
     for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-        table.add_row(f"{probability:.3f}", classes[index])
+        table.add_row(f"{probability:.3f}", escape(classes[index]))
     console.print(table)
     if out is not None:
         draw_attention(model, taken[0], classes, out)
-        console.print(f"written: {out}", highlight=False)
+        say(f"written: {out}")
 
 
 @app.command()

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from models.common import plots
-from models.common.console import console
+from models.common.console import console, say
 from models.common.runs import announce_files, read_history
 from models.data.batches import generator_of
 from models.data.digits import velocities
@@ -247,7 +247,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         table.add_section()
     console.print(table)
     for note in report["notes"]:
-        console.print(f"[dim]{note}", highlight=False, soft_wrap=True)
+        say(note, "dim")
 
 
 def evaluate_run(

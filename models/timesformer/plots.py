@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from models.common.plots import drawable, wide_fonts
+from models.common.plots import drawable, save_figure, wide_fonts
 
 
 def draw_rollout(clip: Tensor, shares: Tensor, title: str, path: Path) -> None:
@@ -29,4 +29,4 @@ def draw_rollout(clip: Tensor, shares: Tensor, title: str, path: Path) -> None:
             grid[1, t].imshow(heat[t], cmap="inferno", alpha=0.65, vmin=0, vmax=float(heat.max()))
             for axes in grid[:, t]:
                 axes.set(xticks=[], yticks=[])
-        figure.savefig(path, dpi=110)
+        save_figure(figure, path, dpi=110)

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.common.cli import announce, warn
-from models.common.console import console
-from models.common.runs import clear_run, load_run
+from models.common.cli import announce
+from models.common.console import console, warn
+from models.common.runs import load_run
 from models.common.training import Task, TrainConfig, Trainer
 from models.data.sets import BadDataLog
 from models.data.video import ClipAugment, ClipBatch, ClipPlan, VideoSplits
@@ -61,14 +61,13 @@ def train_run(
     plan = ClipPlan(
         splits.train, ClipAugment(config.image_size, data.augment), batch_size=data.batch_size, seed=data.seed
     )
-    if not resume:
-        clear_run(out)
     trainer = Trainer(
         model,
         VideoTask(plan, smoothing),
         train,
         out,
         model_config={
+            "name": "timesformer",
             "timesformer": asdict(config),
             "data": asdict(data),
             "smoothing": smoothing,
@@ -77,8 +76,7 @@ def train_run(
         compile_model=compile_model,
         cpu=cpu,
     )
-    if resume:
-        trainer.resume()
+    trainer.begin(resume)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     console.print(
         f"{config.attention} attention, {parameters:.1f} M parameters, {len(splits.train)} videos of {config.classes} "
@@ -95,7 +93,8 @@ def load_timesformer(path: Path) -> tuple[TimeSformer, VideoDataConfig, list[str
 
     The weights are the averaged ones, where there are any.
     """
-    weights, described = load_run(path, f"python -m models.timesformer train --out {path}")
-    model = TimeSformer(TimesformerConfig.from_dict(described["timesformer"]))
-    model.load_state_dict(weights)
-    return model.eval(), VideoDataConfig(**described["data"]), described["classes"]
+    run = load_run(path, "timesformer")
+    with run.fitting():
+        model = TimeSformer(TimesformerConfig.from_dict(run.described["timesformer"]))
+        model.load_state_dict(run.weights)
+        return model.eval(), VideoDataConfig(**run.described["data"]), run.described["classes"]

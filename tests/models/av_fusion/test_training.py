@@ -77,7 +77,9 @@ def test_stopped_run_goes_on_with_the_same_losses(tmp_path: Path) -> None:
     assert a is not None
     assert b is not None
     assert all(torch.equal(value, b[0][name]) for name, value in a[0].items())
-    with pytest.raises(CheckpointError, match="trained with another av_fusion configuration"):
+    with pytest.raises(
+        CheckpointError, match=r"another configuration \(av_fusion.fusion is \"late\", was \"attention\"\)"
+    ):
         train_run(replace(NANO, fusion="late"), DATA, CONFIG, tmp_path / "whole", cpu=True)
 
 
