@@ -10,6 +10,18 @@ from mmkernels.info_nce import info_nce
 from mmkernels.siglip import siglip
 
 
+def _refuse_overrides(subclass: Any, base: str, methods: tuple[str, ...]) -> None:
+    """Refuse a subclass whose override would have no effect, because only open_clip's own forward calls the method."""
+    if subclass.forward.__module__ != __name__:
+        return  # a forward of its own may call what it wants
+    for name in methods:
+        if hasattr(subclass, name):
+            raise TypeError(
+                f"{subclass.__name__}.{name}: {base} of mmkernels never calls {name}, so the override would have no "
+                "effect; derive from open_clip's class, or write a forward (mmkernels.info_nce takes targets)"
+            )
+
+
 class ClipLoss(nn.Module):
     """CLIP's symmetric loss in constant memory per row.
 
@@ -23,7 +35,12 @@ class ClipLoss(nn.Module):
 
     Raises:
         NotImplementedError: world_size > 1 or use_horovod.
+        TypeError: a subclass overrides get_ground_truth or get_logits, which are never called here.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _refuse_overrides(cls, "ClipLoss", ("get_ground_truth", "get_logits", "dist_loss"))
 
     def __init__(
         self,
@@ -114,7 +131,12 @@ class SigLipLoss(nn.Module):
     Raises:
         NotImplementedError: world_size > 1.
         ValueError: a `dist_impl` that open_clip does not have.
+        TypeError: a subclass overrides get_ground_truth, get_logits or _loss, which are never called here.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _refuse_overrides(cls, "SigLipLoss", ("get_ground_truth", "get_logits", "_loss"))
 
     def __init__(
         self,

@@ -171,6 +171,37 @@ def _rows(value: Any, index: Tensor | slice, rows: int) -> Any:
     return value
 
 
+def _has_rows(name: str, value: Any, rows: int) -> bool:
+    """Whether :func:`_rows` finds the rows of an argument: its tensors have them first, and a cache is still empty.
+
+    It does not in the patches of several images in one tensor, in positions of [3, rows, L], or in the features of
+    images, one tuple for each row.
+    """
+    if isinstance(value, Tensor):
+        return value.ndim == 0 or (value.shape[0] == rows and not (name == "position_ids" and value.ndim == 3))
+    if hasattr(value, "layers"):  # a cache; one of recurrent layers has no length to ask for
+        return not any(isinstance(held, Tensor) for layer in value.layers for held in vars(layer).values())
+    if hasattr(value, "get_seq_length"):
+        return value.get_seq_length() == 0
+    if isinstance(value, dict):
+        return name != "mm_encoder_outputs" and all(_has_rows(part, value[part], rows) for part in value)
+    return not isinstance(value, (tuple, list)) or all(part is None for part in value)
+
+
+# Options of `generate` that change the search itself, with the value that asks for nothing.
+_OTHER_SEARCHES = {
+    "num_beam_groups": (None, 1),
+    "diversity_penalty": (None, 0.0),
+    "constraints": (None,),
+    "force_words_ids": (None,),
+    "penalty_alpha": (None, 0.0),
+    "dola_layers": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "assistant_early_exit": (None,),
+    "prefill_chunk_size": (None,),
+}
+
+
 def beam_search(
     model: Any,
     input_ids: Tensor,
@@ -186,24 +217,33 @@ def beam_search(
         model.generate(**inputs, num_beams=5)
         model.generate(**inputs, num_beams=5, custom_generate=beam_search)      # the same hypotheses
 
-    It serves decoder-only and encoder-decoder models whose cache can be reordered, such as VisionEncoderDecoderModel.
-    The prompt runs once per item, not once per beam. All options of `generate` that act through logits processors work,
-    and so do `early_stopping`, `length_penalty`, `num_return_sequences`, several EOS ids and `return_dict_in_generate`:
-    its `sequences`, `sequences_scores` and `beam_indices` are filled, asked for or not; its `scores`, the [B K, V] of
-    every step that `output_scores` asks for, are never kept. A `pad_token_id` of 0 is honoured, which transformers 5.23
-    takes for none. Items with NaN logits are named in a warning.
+    It serves decoder-only, encoder-decoder and vision-language models whose cache can be reordered, Mamba's too. The
+    prompt runs once per item, not once per beam, unless images stand in it or it comes with a cache. All options of
+    `generate` that act through logits processors work, and so do `early_stopping`, `length_penalty`,
+    `num_return_sequences`, several EOS ids and `return_dict_in_generate`: its `sequences`, `sequences_scores` and
+    `beam_indices` are filled, asked for or not; its `scores`, the [B K, V] of every step that `output_scores` asks for,
+    are never kept. A `pad_token_id` of 0 is honoured, which transformers 5.23 takes for none. Items with NaN logits are
+    named in a warning.
 
     Raises:
-        ValueError: sampling, a static cache, logits, attentions or hidden states of every step, or stopping criteria
-            other than length and EOS: each by name.
+        ValueError: sampling, groups, forced words, contrastive, assisted or DoLa decoding, a static cache, a cache that
+            cannot be reordered, logits, attentions or hidden states of every step, or stopping criteria other than
+            length and EOS: each by name.
     """
     from transformers.generation import stopping_criteria as stopping
-    from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateBeamEncoderDecoderOutput
+    from transformers.generation.utils import (
+        ALL_CACHE_NAMES,
+        GenerateBeamDecoderOnlyOutput,
+        GenerateBeamEncoderDecoderOutput,
+    )
 
     c = generation_config
     for name in ("do_sample", "output_attentions", "output_hidden_states", "output_logits"):
         if getattr(c, name):
             raise ValueError(f"{name}: expected False with custom_generate=beam_search, got {getattr(c, name)}")
+    for name, neutral in _OTHER_SEARCHES.items():
+        if getattr(c, name, None) not in neutral:
+            raise ValueError(f"{name}: not carried out by custom_generate=beam_search, got {getattr(c, name)}")
     for criterion in stopping_criteria:
         if not isinstance(criterion, (stopping.MaxLengthCriteria, stopping.EosTokenCriteria)):
             raise ValueError(f"stopping_criteria: expected those of length and EOS, got {type(criterion).__name__}")
@@ -216,15 +256,19 @@ def beam_search(
     B = rows // K
     first = slice(None, None, K)
     prompts = input_ids[first]
-    model_kwargs = {name: _rows(value, first, rows) for name, value in model_kwargs.items()}
+    # The prompt runs on one row per item where its arguments can be cut to that, else on one per beam.
+    one_per_item = all(_has_rows(name, value, rows) for name, value in model_kwargs.items())
+    if one_per_item:
+        model_kwargs = {name: _rows(value, first, rows) for name, value in model_kwargs.items()}
     is_decoder_only = not model.config.is_encoder_decoder
 
     def step(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         ids, kwargs = state
-        if kwargs is None:
+        is_prompt = kwargs is None
+        if is_prompt:
             kwargs = model_kwargs
-            outputs = model._prefill(prompts, c, kwargs, is_first_iteration=True)
-            ids = prompts
+            ids = prompts if one_per_item else input_ids
+            outputs = model._prefill(ids, c, kwargs, is_first_iteration=True)
         else:
             ids = torch.cat([ids, tokens[:, None]], 1)
             inputs = model.prepare_inputs_for_generation(
@@ -234,20 +278,27 @@ def beam_search(
         kwargs = model._update_model_kwargs_for_generation(
             outputs, kwargs, is_encoder_decoder=model.config.is_encoder_decoder
         )
-        return outputs.logits[:, -1], (ids, kwargs)
+        logits = outputs.logits[:, -1]
+        return logits[first] if is_prompt and not one_per_item else logits, (ids, kwargs)
 
     def reorder(state: Any, index: Tensor) -> Any:
         ids, kwargs = state
-        if len(ids) != len(index):  # from one row per item to one per beam
-            kwargs = {
-                name: value if name == "past_key_values" else _rows(value, index, B) for name, value in kwargs.items()
-            }
-        cache = kwargs.get("past_key_values")
-        if cache is not None:
-            if hasattr(model, "_reorder_cache"):
-                kwargs["past_key_values"] = model._reorder_cache(cache, index)
+        cached = next((name for name in ALL_CACHE_NAMES if kwargs.get(name) is not None), "")
+        if ids.shape[1] == prompt_length:  # after the prompt: `index` holds items
+            if one_per_item:
+                kwargs = {name: value if name == cached else _rows(value, index, B) for name, value in kwargs.items()}
             else:
-                cache.reorder_cache(index)
+                index = index * K
+        if cached:
+            if hasattr(model, "_reorder_cache"):
+                kwargs[cached] = model._reorder_cache(kwargs[cached], index)
+            elif hasattr(kwargs[cached], "reorder_cache"):
+                kwargs[cached].reorder_cache(index)
+            else:
+                raise ValueError(
+                    f"model: expected a cache that can be reordered, got {type(kwargs[cached]).__name__} of "
+                    f"{type(model).__name__}; pass use_cache=False"
+                )
         return ids[index], kwargs
 
     def process(history: Tensor, log_probs: Tensor) -> Tensor:
@@ -262,7 +313,8 @@ def beam_search(
         (None, None),
         batch_size=B,
         num_beams=K,
-        bos_token_id=prompts[:, -1],
+        # The token before the first step, which `step` does not read; with inputs_embeds there is none.
+        bos_token_id=prompts[:, -1] if prompt_length else prompts.new_zeros(B),
         eos_token_id=eos,
         pad_token_id=pad,
         max_length=c.max_length - prompt_length,

@@ -119,3 +119,19 @@ def test_nan_bias_shows():
 def test_shapes_are_checked(loss, others):
     with pytest.raises(ValueError, match="text_features: expected the shape of image_features"):
         loss(torch.zeros(4, 8), torch.zeros(5, 8), 1.0, *others)
+
+
+@pytest.mark.parametrize(
+    ("base", "method"),
+    [
+        (mmkernels.ClipLoss, "get_ground_truth"),
+        (mmkernels.ClipLoss, "get_logits"),
+        (mmkernels.DistillClipLoss, "dist_loss"),
+        (mmkernels.SigLipLoss, "_loss"),
+    ],
+)
+def test_an_override_without_effect_is_refused(base, method):
+    with pytest.raises(TypeError, match=rf"Own\.{method}: \w+ of mmkernels never calls {method}"):
+        type("Own", (base,), {method: lambda self: None})
+    own = type("Own", (base,), {"forward": lambda self: 1, method: lambda self: None})
+    assert type("Further", (own,), {method: lambda self: None})()() == 1

@@ -1,5 +1,7 @@
 """generate(custom_generate=beam_search) against Hugging Face's own beams."""
 
+import copy
+
 import pytest
 import torch
 
@@ -85,3 +87,128 @@ def test_what_it_cannot_do_is_refused_by_name():
                 **inputs, num_beams=2, max_new_tokens=3, custom_generate=beam_search, return_dict_in_generate=True,
                 **options,
             )  # fmt: skip
+
+
+def language_models():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, **SMALL}
+    return {
+        "Mamba": transformers.MambaConfig(state_size=4, **sizes),
+        "Mamba2": transformers.Mamba2Config(state_size=4, num_heads=4, head_dim=8, n_groups=1, chunk_size=8, **sizes),
+        "Llama": transformers.LlamaConfig(intermediate_size=32, num_attention_heads=2, **sizes),
+        "Rwkv": transformers.RwkvConfig(attention_hidden_size=16, intermediate_size=32, context_length=64, **sizes),
+    }
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "Mamba2", "Rwkv"])
+def test_states_of_recurrent_models_follow_their_beams(kind):
+    model = randomised(transformers.AutoModelForCausalLM.from_config(language_models()[kind]), 0.4)
+    options = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 8, "do_sample": False}
+    options["attention_mask"] = torch.ones_like(PROMPTS)
+    whole = model.generate(PROMPTS, use_cache=False, custom_generate=beam_search, **options)
+    if kind == "Rwkv":  # its state is a list of tensors that nothing can reorder
+        with pytest.raises(ValueError, match="expected a cache that can be reordered, got list of RwkvForCausalLM"):
+            model.generate(PROMPTS, custom_generate=beam_search, **options)
+    else:
+        assert torch.equal(model.generate(PROMPTS, custom_generate=beam_search, **options), whole)
+
+
+def test_features_in_place_of_a_prompt():
+    model = randomised(transformers.LlamaForCausalLM(language_models()["Llama"]))
+    options = {"inputs_embeds": torch.randn(2, 5, 16), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+    options |= {"num_beams": 3, "max_new_tokens": 6, "do_sample": False, "eos_token_id": 5, "pad_token_id": 3}
+    assert torch.equal(model.generate(custom_generate=beam_search, **options), model.generate(**options))
+
+
+@pytest.mark.parametrize("filled", [0, 2])
+def test_a_cache_that_comes_with_the_prompt(filled):
+    model = randomised(transformers.LlamaForCausalLM(language_models()["Llama"]))
+    options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 3}
+
+    def cache():
+        kept = transformers.DynamicCache(config=model.config)
+        if filled:
+            with torch.no_grad():
+                model(PROMPTS[:, :filled], past_key_values=kept, use_cache=True)
+            kept.batch_repeat_interleave(3)
+        return kept
+
+    ours = model.generate(PROMPTS, past_key_values=cache(), custom_generate=beam_search, **options)
+    assert torch.equal(ours, model.generate(PROMPTS, **options))
+
+
+def vision_language_models():
+    text = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    ids = {"vocab_size": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    clip = {**text, "image_size": 8, "patch_size": 4}
+    image, prompts = 19, PROMPTS[:2]
+    four = torch.cat([torch.full((2, 4), image), prompts], 1)  # an image is four tokens
+    qwen = torch.cat([torch.tensor([[17, image, image, image, image, 16]] * 2), prompts], 1)
+    mask = {"attention_mask": torch.ones_like(four)}
+    return {
+        "LLaVA": lambda: (
+            transformers.LlavaForConditionalGeneration(
+                transformers.LlavaConfig(
+                    vision_config=transformers.CLIPVisionConfig(**clip), image_token_id=image, vision_feature_layer=-1,
+                    text_config=transformers.LlamaConfig(**text, **ids),
+                )
+            ),
+            {"input_ids": four, "pixel_values": torch.randn(2, 3, 8, 8)},
+        ),
+        "Idefics3": lambda: (
+            transformers.Idefics3ForConditionalGeneration(
+                transformers.Idefics3Config(
+                    vision_config=clip, text_config=transformers.LlamaConfig(**text, **ids), image_token_id=image,
+                    scale_factor=1,
+                )
+            ),
+            {"input_ids": four, "pixel_values": torch.randn(2, 1, 3, 8, 8), **mask},
+        ),
+        "Qwen2-VL": lambda: (
+            transformers.Qwen2VLForConditionalGeneration(
+                transformers.Qwen2VLConfig(
+                    text_config={
+                        **text, **ids, "num_key_value_heads": 2,
+                        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+                    },
+                    vision_config={
+                        "depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2,
+                        "patch_size": 2, "spatial_merge_size": 1, "temporal_patch_size": 1,
+                    },
+                    image_token_id=image, video_token_id=18, vision_start_token_id=17, vision_end_token_id=16,
+                )
+            ),
+            {
+                "input_ids": qwen, "attention_mask": torch.ones_like(qwen), "pixel_values": torch.randn(8, 12),
+                "image_grid_thw": torch.tensor([[1, 2, 2]] * 2), "mm_token_type_ids": (qwen == image).int(),
+            },
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["LLaVA", "Idefics3", "Qwen2-VL"])
+def test_beams_of_vision_language_models(kind):
+    torch.manual_seed(0)
+    model, inputs = vision_language_models()[kind]()
+    model = randomised(model)
+    options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 6, "do_sample": False}
+    options |= {"return_dict_in_generate": True, "output_scores": True}
+    theirs = model.generate(**copy.deepcopy(inputs), **options)
+    ours = model.generate(**copy.deepcopy(inputs), **options, custom_generate=beam_search)
+    torch.testing.assert_close(ours.sequences_scores, theirs.sequences_scores, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours.beam_indices, theirs.beam_indices)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("num_beam_groups", {"num_beam_groups": 2, "diversity_penalty": 1.0}),
+        ("force_words_ids", {"force_words_ids": [[5]]}),
+        ("penalty_alpha", {"penalty_alpha": 0.6, "top_k": 4}),
+        ("dola_layers", {"dola_layers": "low"}),
+        ("prompt_lookup_num_tokens", {"prompt_lookup_num_tokens": 2}),
+    ],
+)
+def test_other_searches_are_refused_by_name(name, options):
+    model, inputs = models()["decoder-only"]
+    with pytest.raises(ValueError, match=f"{name}: not carried out"):
+        model.generate(**inputs, num_beams=4, max_new_tokens=3, custom_generate=beam_search, **options)
