@@ -109,6 +109,8 @@ def refuses(op: str, impl: str, device_type: str, dtype: torch.dtype, limit: str
 def choose(op: str, impl: str, device_type: str, dtype: torch.dtype, limit: str | None = None) -> str:
     """The implementation of `op` to run. "auto" takes the best that can; any other name runs or raises."""
     names = IMPLEMENTATIONS[op]
+    if torch._C._are_functorch_transforms_active():
+        limit = "torch.func can transform plain torch operations alone"
     if impl == "auto":
         return _choose_auto(op, device_type, dtype, limit)
     if impl not in names:
@@ -130,4 +132,8 @@ def _choose_auto(op: str, device_type: str, dtype: torch.dtype, limit: str | Non
     names = [n for n in IMPLEMENTATIONS[op] if not (n == "triton" and triton_interprets())]
     chosen = next(name for name in names if refuses(op, name, device_type, dtype, limit) is None)
     logger.debug("%s on %s, %s: %s", op, device_type, dtype, chosen)
+    compiled = {"cpu": "cpu", "cuda": "triton"}.get(device_type)
+    if chosen == "reference" and compiled is not None and dtype in _COMPILED_DTYPES:
+        reason = refuses(op, compiled, device_type, dtype, limit)
+        logger.warning("%s on %s runs as the eager reference, for %s cannot: %s", op, device_type, compiled, reason)
     return chosen

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import mmkernels
 from mmkernels import _backends
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +68,31 @@ def test_unknown_instruction_set_is_refused():
         "import torch, mmkernels as m; m.info_nce(torch.ones(2, 2), torch.ones(2, 2), 1.)", MMKERNELS_CPU="z80"
     )
     assert "MMKERNELS_CPU: expected avx512bf16, avx512, avx2 or portable, got z80" in result.stderr
+
+
+def test_a_fall_to_the_reference_is_said_once():
+    code = (
+        "import torch, mmkernels, mmkernels._backends as b\n"
+        "b._load_library = lambda: 'the compiled library is missing'\n"
+        "x = torch.ones(2, 2)\n"
+        "mmkernels.info_nce(x, x, 1.0); mmkernels.info_nce(x, x, 1.0)\n"
+        "mmkernels.info_nce(x.double(), x.double(), 1.0)\n"  # no compiled kernel takes it: nothing to say
+    )
+    lines = [line for line in python(code).stderr.splitlines() if "eager reference" in line]
+    assert lines == [
+        "info_nce on cpu runs as the eager reference, for cpu cannot: the compiled library is missing",
+    ]
+
+
+@pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason="no compiled library")
+def test_functional_transforms_take_the_reference():
+    queries, keys = torch.randn(2, 5, 8)
+    expected = torch.func.grad(lambda x: mmkernels.siglip(x, keys, 3.0, -1.0, impl="reference"))(queries)
+    assert torch.equal(torch.func.grad(lambda x: mmkernels.siglip(x, keys, 3.0, -1.0))(queries), expected)
+    with pytest.raises(
+        RuntimeError, match=r"mmkernels.siglip: impl='cpu' cannot run .*\n  triton: .*\n  cpu: torch.func"
+    ):
+        torch.func.grad(lambda x: mmkernels.siglip(x, keys, 3.0, -1.0, impl="cpu"))(queries)
 
 
 @pytest.fixture

@@ -70,7 +70,17 @@ def _patched_class(layer_class: Any) -> type:
             return layer_class.forward(self, hidden_states, output_attentions)
         return (_layer_forward(self, hidden_states),)
 
-    return type(layer_class.__name__, (layer_class,), {"forward": forward, "_mmkernels_original": layer_class})
+    def reduce(self: Any) -> tuple[Any, ...]:  # pickle finds no class by its name that was made at run time
+        return _empty_layer, (layer_class,), self.__dict__
+
+    members = {"forward": forward, "__reduce__": reduce, "_mmkernels_original": layer_class}
+    return type(layer_class.__name__, (layer_class,), members)
+
+
+def _empty_layer(layer_class: Any) -> Any:
+    """A patched layer that holds nothing yet: what pickle fills."""
+    patched: Any = _patched_class(layer_class)
+    return patched.__new__(patched)
 
 
 def _check_frames(embeddings: Any, arguments: tuple[Any, ...], config: Any) -> None:

@@ -1,6 +1,7 @@
 """patch_timesformer against the real transformers model: outputs, gradients, drop-path, undoing, and refusals."""
 
 import copy
+import io
 import subprocess
 import sys
 
@@ -120,6 +121,18 @@ def test_undo_restores_the_very_layers():
     assert [type(module) for module in model.modules()] == before
     assert not model.embeddings._forward_pre_hooks
     assert torch.equal(model(videos()).last_hidden_state, expected)
+
+
+def test_a_patched_model_is_copied_saved_and_loaded():
+    model, file = hugging_face(), io.BytesIO()
+    patch_timesformer(model)
+    torch.save(model, file)
+    file.seek(0)
+    with torch.no_grad():
+        expected = model(videos()).logits
+        for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+            assert torch.equal(other(videos()).logits, expected)
+            assert type(other.timesformer.encoder.layer[0]) is type(model.timesformer.encoder.layer[0])
 
 
 def test_attentions_come_from_the_original_layers():
