@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import mmkernels
+from mmkernels.beam_search import api
+from mmkernels.beam_search import search as loop
 from mmkernels.testing import features
 
 transformers = pytest.importorskip("transformers")
@@ -497,9 +499,6 @@ def test_what_the_callers_functions_return_is_checked(error, message, step, proc
 
 def test_a_step_checks_no_argument_of_the_public_call_again(monkeypatch):
     """The loop calls the registered op itself, on the implementation that the first logits chose."""
-    from mmkernels.beam_search import api
-    from mmkernels.beam_search import search as loop
-
     asked, choose = [], loop._backends.choose
     monkeypatch.setattr(loop._backends, "choose", lambda *arguments: asked.append(arguments) or choose(*arguments))
     monkeypatch.setattr(api, "beam_search_step", None)

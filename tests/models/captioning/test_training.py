@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from models.captioning import train as captioning
 from models.captioning.__main__ import main
 from models.captioning.data import CaptionData
 from models.captioning.model import PRESETS
@@ -19,6 +20,8 @@ from models.captioning.write import references, write_captions
 from models.common.checkpoint import checkpoints, load_checkpoint
 from models.common.runs import BEST, read_history
 from models.common.training import EarlyStopping, TrainConfig, Trainer
+from models.data.sets import BadDataLog
+from models.data.synthetic import load_synthetic
 from tests.models.stopping import stop_before
 
 TRAIN = "--data synthetic --preset nano --batch-size 48 --variant-divisor 1 --augment 0.2 --cpu --precision no"
@@ -35,8 +38,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_training_learns_what_it_never_saw(run: Path) -> None:
     model, vocabulary, data = load_captioner(run)
-    from models.data.sets import BadDataLog
-
     splits = data.load(BadDataLog())
     assert splits.validation is not None
     texts = [w.text for w in write_captions(model, vocabulary, splits.validation.images, beams=3)]
@@ -77,8 +78,6 @@ def test_eval_writes_report_and_pictures(run: Path, capsys: pytest.CaptureFixtur
 
 
 def test_caption_an_image(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from models.data.synthetic import load_synthetic
-
     image = load_synthetic(32).train.images[0]
     drawn = Image.fromarray(image.permute(1, 2, 0).numpy(), "RGBA")
     # On white: the transparent border of a drawing would be cut, and with it the place.
@@ -128,8 +127,6 @@ def test_stopped_run_goes_on_with_the_same_losses_scores_and_weights(tmp_path: P
 
 
 def test_early_stopping_keeps_the_best_and_stays_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import models.captioning.train as module
-
     scores = iter([1.0, 3.0, 2.0, 3.0, 0.5, 9.0])
     seen: list[dict[str, torch.Tensor]] = []
 
@@ -137,7 +134,7 @@ def test_early_stopping_keeps_the_best_and_stays_stopped(tmp_path: Path, monkeyp
         seen.append(weights)
         return next(scores)
 
-    monkeypatch.setattr(module, "validation_score", lambda *_: score)
+    monkeypatch.setattr(captioning, "validation_score", lambda *_: score)
     data = CaptionData(source="synthetic", stored_size=32, batch_size=32, variant_divisor=1)
     config = TrainConfig(steps=100, checkpoint_every=1000)
 

@@ -16,9 +16,10 @@ from PIL import Image
 
 from models.common.options import split_commas
 from models.data import BadDataError, BatchPlan, Splits, Tokenizer
-from models.data.augment import Augment, prepare
+from models.data.augment import MEAN, STD, Augment, prepare
 from models.data.captions import sample_caption
 from models.data.config import pick_styles
+from models.data.emoji import styles as emoji_styles
 from models.data.emoji.catalogue import catalogue, code_of, family_of
 from models.data.emoji.splits import EmojiConfig, load_emoji, near_copies, unseen_families
 from models.data.emoji.styles import DEMO_STYLES, Drawing, load_style
@@ -112,14 +113,12 @@ def test_near_copies_are_found() -> None:
 
 
 def test_corrupt_drawing_is_named_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import models.data.emoji.styles as module
-
     art = tmp_path / "art" / "assets" / "72x72"
     art.mkdir(parents=True)
     Image.new("RGBA", (72, 72), (255, 0, 0, 255)).save(art / "1f600.png")
     (art / "1f601.png").write_bytes((art / "1f600.png").read_bytes()[:60])
     (art / "1f602.png").write_bytes(b"no picture")
-    monkeypatch.setattr(module, "_package_dir", lambda *_: tmp_path / "art")
+    monkeypatch.setattr(emoji_styles, "_package_dir", lambda *_: tmp_path / "art")
     messages: list[str] = []
     bad = BadDataLog(warn=messages.append)
     drawings = load_style("twemoji", 16, tmp_path / "cache", bad)
@@ -134,12 +133,10 @@ def test_corrupt_drawing_is_named_and_counted(tmp_path: Path, monkeypatch: pytes
 
 
 def test_damaged_cache_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import models.data.emoji.styles as module
-
     art = tmp_path / "art" / "assets" / "72x72"
     art.mkdir(parents=True)
     Image.new("RGBA", (72, 72), (255, 0, 0, 255)).save(art / "1f600.png")
-    monkeypatch.setattr(module, "_package_dir", lambda *_: tmp_path / "art")
+    monkeypatch.setattr(emoji_styles, "_package_dir", lambda *_: tmp_path / "art")
     first = load_style("twemoji", 16, tmp_path / "cache", BadDataLog())
     cached = next((tmp_path / "cache").iterdir())
     cached.write_bytes(cached.read_bytes()[:-5])
@@ -215,8 +212,6 @@ def test_augmentation_of_strength_0_is_evaluation() -> None:
 
 
 def test_prepare_lays_transparent_pixels_on_white() -> None:
-    from models.data.augment import MEAN, STD
-
     images = torch.zeros(1, 4, 8, 8, dtype=torch.uint8)
     white = (1 - torch.tensor(MEAN)) / torch.tensor(STD)
     torch.testing.assert_close(prepare(images, 8)[0, :, 3, 3], white)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.common.gallery import Encoder, evaluate_galleries, pick_sets, retrieval
+from models.common.gallery import Baselines, Encoder, evaluate_galleries, pick_sets, retrieval
 from models.common.metrics import PixelBaseline, Retrieval, ranks_of_scores
 from models.data import Concept, ImageTextSet, Splits, Subwords
 from models.data.config import batch_plan
@@ -272,8 +272,6 @@ def test_searches_by_keywords_count_the_images_that_have_them_all() -> None:
 
 
 def test_pixel_baseline_of_a_set_is_beside_the_model(spoken: Splits, tokens: Subwords) -> None:
-    from models.common.gallery import Baselines
-
     data = spoken.tests["new style (dotted)"].gallery(limit=20)
     scores = Baselines(spoken.train).scores(data)
     train = spoken.train

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import mmkernels
 from mmkernels.divided_attention import ops
 from mmkernels.divided_attention.layout import layout_of
 from models.common.checkpoint import CheckpointError, load_newest
@@ -201,8 +202,6 @@ def test_flops_are_hugging_faces() -> None:
 def test_the_ops_formula_counts_what_the_reference_multiplies() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
-
-    import mmkernels
 
     for axis in ("time", "space", "joint"):
         counts = []
