@@ -8,9 +8,9 @@ python -m models.av_fusion compare --out runs/av-fusion-compare
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +27,17 @@ from models.av_fusion.model import FUSIONS, PRESETS, Fusion, PresetName
 from models.av_fusion.train import RATES, load_fusion, train_run
 from models.common.cli import announce, bad_log, run_app
 from models.common.console import console, say
-from models.common.options import MODEL_SIZE, Checkpoint, EvalOptions, Only, RunOptions, Without, options
+from models.common.options import (
+    MODEL_SIZE,
+    Checkpoint,
+    EvalOptions,
+    Only,
+    RunOptions,
+    Smoothing,
+    Top,
+    Without,
+    options,
+)
 from models.common.training import TrainConfig
 from models.data.audio import read_audio
 from models.data.pair_files import read_picture
@@ -37,7 +47,6 @@ from models.data.sets import found_from_anywhere
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Train, evaluate and compare audio-visual fusions.")
 
 RateOption = Annotated[float | None, typer.Option(min=0, help="Learning rate; default: the fusion's own.")]
-SmoothingOption = Annotated[float, typer.Option(min=0, max=1, help="Label smoothing.")]
 ExamplesOption = Annotated[int, typer.Option(min=1, help="Examples of a set, each with its own noise.")]
 SweepOption = Annotated[int, typer.Option(min=1, help="Examples at each level of the robustness curves.")]
 
@@ -55,7 +64,7 @@ def train(
     noise: Noise = NOISE,
     schedule: Annotated[TrainConfig, Without("lr")] = SCHEDULE,
     lr: RateOption = None,
-    smoothing: SmoothingOption = 0.0,
+    smoothing: Smoothing = 0.0,
 ) -> None:
     """Train a model; run the same command again to resume."""
     train_run(
@@ -97,7 +106,7 @@ def predict(
     checkpoint: Checkpoint,
     image: Annotated[Path | None, typer.Option(help="An image file.")] = None,
     audio: Annotated[Path | None, typer.Option(help="A sound file.")] = None,
-    top: Annotated[int, typer.Option(min=1)] = 5,
+    top: Top = 5,
 ) -> None:
     """The likeliest classes of an image, a sound, or both, and how much the model attends to each."""
     model, _, classes = load_fusion(checkpoint)
@@ -143,7 +152,7 @@ def compare(
     noise: Noise = NOISE,
     schedule: Annotated[TrainConfig, Only("steps", "warmup", "weight_decay", "ema", "precision")] = SCHEDULE,
     lr: RateOption = None,
-    smoothing: SmoothingOption = 0.0,
+    smoothing: Smoothing = 0.0,
     evaluation: Annotated[EvalOptions, Only("validation")] = EVALUATION,
     examples: ExamplesOption = 4000,
     sweep: SweepOption = 1000,
@@ -169,9 +178,7 @@ def compare(
     )
 
 
-def main(arguments: Iterable[str] | None = None) -> int:
-    """Run the command line; foreseeable errors end it with one clear line instead of a traceback."""
-    return run_app(app, arguments)
+main = functools.partial(run_app, app)
 
 
 if __name__ == "__main__":

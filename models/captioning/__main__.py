@@ -7,9 +7,9 @@ python -m models.captioning caption picture.png --run runs/captioning
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +23,18 @@ from models.captioning.train import LossName, load_captioner, train_run
 from models.captioning.write import draw_looks, write_captions
 from models.common.cli import announce, bad_log, run_app
 from models.common.console import say, warn
-from models.common.options import MODEL_SIZE, Checkpoint, EvalOptions, RunOptions, Without, options
+from models.common.options import (
+    LOSS,
+    MODEL_SIZE,
+    PATIENCE,
+    Checkpoint,
+    EvalOptions,
+    RunOptions,
+    Smoothing,
+    Trained,
+    Without,
+    options,
+)
 from models.common.training import TrainConfig
 from models.data.sets import found_from_anywhere, read_image
 
@@ -47,10 +58,10 @@ def train(
     sampling: Annotated[
         float, typer.Option(min=0, max=1, help="Share of words before that the model wrote itself, at the end.")
     ] = 0.25,
-    smoothing: Annotated[float, typer.Option(min=0, max=1, help="Label smoothing.")] = 0.1,
+    smoothing: Smoothing = 0.1,
     evaluate_every: Annotated[int, typer.Option(min=1, help="Steps between CIDEr on the validation set.")] = 200,
-    patience: Annotated[int, typer.Option(min=1, help="Stop after so many without a better one.")] = 5,
-    loss: Annotated[LossName, typer.Option(help="Implementation of the loss.")] = "fused",
+    patience: Annotated[int, PATIENCE] = 5,
+    loss: Annotated[LossName, LOSS] = "fused",
 ) -> None:
     """Train until CIDEr on the validation set gets no better; run the same command again to resume."""
     config = replace(PRESETS[preset], attention=attention)
@@ -94,7 +105,7 @@ def eval_command(
 @app.command(name="caption")
 def caption_command(
     image: Annotated[Path, typer.Argument(help="An image file.")],
-    run: Annotated[Path, typer.Option(help="A run folder or a checkpoint file.")] = Path("runs/captioning"),
+    run: Trained = Path("runs/captioning"),
     beams: Annotated[int, typer.Option(min=1, help="1: greedy.")] = 5,
     length_penalty: PenaltyOption = 1.0,
     out: Annotated[Path | None, typer.Option(help="Save a picture of where the model looks at each word.")] = None,
@@ -109,9 +120,7 @@ def caption_command(
         say(f"written: {out}")
 
 
-def main(arguments: Iterable[str] | None = None) -> int:
-    """Run the command line; foreseeable errors end it with one clear line instead of a traceback."""
-    return run_app(app, arguments)
+main = functools.partial(run_app, app)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ class CaptionData(DataConfig):
         default="emoji",
         metadata={"help": "'emoji', 'synthetic', a folder with captions, or COCO's JSON.", "name": "--data"},
     )
-    validation_style: str | None = field(default=None, metadata={"help": "Style to stop by and to choose on (emoji)."})
     views: int = 1
     keyword_share: float = 0.0
     augment: float = 0.5

@@ -8,9 +8,9 @@ python -m models.clip export runs/clip clip.pt2
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +26,7 @@ from models.clip.model import PRESETS, PresetName
 from models.clip.train import LossName, load_clip, train_run
 from models.common.cli import announce, bad_log, run_app
 from models.common.console import console, say, warn
-from models.common.options import MODEL_SIZE, Checkpoint, EvalOptions, Only, RunOptions, options
+from models.common.options import LOSS, MODEL_SIZE, Checkpoint, Compile, EvalOptions, Only, RunOptions, Top, options
 from models.common.plots import contact_sheet
 from models.common.training import TrainConfig
 from models.data.config import DataConfig, load_data
@@ -47,8 +47,8 @@ def train(
     schedule: TrainConfig = SCHEDULE,
     image_weight: Annotated[float, typer.Option(min=0, help="Weight of the loss between two views.")] = 0.0,
     scale_lr: Annotated[float, typer.Option(min=0, help="Learning rate of the temperature, as a multiple.")] = 1.0,
-    loss: Annotated[LossName, typer.Option(help="Implementation of the loss.")] = "fused",
-    compile_model: Annotated[bool, typer.Option("--compile", help="Run the model through torch.compile.")] = False,
+    loss: Annotated[LossName, LOSS] = "fused",
+    compile_model: Compile = False,
 ) -> None:
     """Train a model; run the same command again to resume."""
     train_run(
@@ -91,7 +91,7 @@ def retrieve(
     text: Annotated[str, typer.Option(help="Find images for this text.")] = "",
     image: Annotated[Path | None, typer.Option(help="Find captions for this image file.")] = None,
     evaluation: Annotated[EvalOptions, Only("data")] = EVALUATION,
-    top: Annotated[int, typer.Option(min=1)] = 5,
+    top: Top = 5,
     out: Annotated[Path | None, typer.Option(help="Save the images found as a picture.")] = None,
 ) -> None:
     """Search the first test set's images by a text, or its captions by an image."""
@@ -140,9 +140,7 @@ def demo(
     run_demo(out, budget, data)
 
 
-def main(arguments: Iterable[str] | None = None) -> int:
-    """Run the command line; foreseeable errors end it with one clear line instead of a traceback."""
-    return run_app(app, arguments)
+main = functools.partial(run_app, app)
 
 
 if __name__ == "__main__":

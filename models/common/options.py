@@ -29,7 +29,14 @@ from models.data.sets import BadDataPolicy
 
 ON_BAD_DATA = {"help": "Skip files that cannot be read, with a count, or stop."}
 MODEL_SIZE = typer.Option(help="Model size.")
-Checkpoint = Annotated[Path, typer.Argument(help="A run folder or a checkpoint file.")]
+LOSS = typer.Option(help="Implementation of the loss.")
+PATIENCE = typer.Option(min=1, help="Stop after so many evaluations without a better score.")
+_TRAINED = "A run folder or a checkpoint file."
+Checkpoint = Annotated[Path, typer.Argument(help=_TRAINED)]
+Trained = Annotated[Path, typer.Option(help=_TRAINED)]
+Smoothing = Annotated[float, typer.Option(min=0, max=1, help="Label smoothing.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Run the model through torch.compile.")]
+Top = Annotated[int, typer.Option(min=1, help="How many to show.")]
 
 
 @dataclass(frozen=True)
@@ -142,4 +149,4 @@ def _described(kind: type) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _option(metadata: Mapping[str, Any]) -> Any:
     names = (metadata["name"],) if "name" in metadata else ()
     limits = {key: metadata[key] for key in ("min", "max") if key in metadata}
-    return typer.Option(*names, help=metadata["help"] or None, **limits)
+    return typer.Option(*names, help=metadata["help"], **limits)

@@ -53,23 +53,23 @@ class TrainConfig:
     gone, where that is larger than the share of the steps. Leave it at None for a run that must repeat exactly.
     """
 
-    steps: int = field(default=1000, metadata={"help": "", "min": 1})
+    steps: int = field(default=1000, metadata={"help": "Optimiser steps.", "min": 1})
     minutes: float | None = field(
         default=None, metadata={"help": "End in this time, the decay of the rate fitted to it."}
     )
     accumulate: int = field(default=1, metadata={"help": "Batches of an optimiser step.", "min": 1})
-    lr: float = field(default=1e-3, metadata={"help": "", "min": 0})
+    lr: float = field(default=1e-3, metadata={"help": "Largest learning rate.", "min": 0})
     final_lr: float = 0.01  # the share of lr at the end
-    warmup: int = field(default=50, metadata={"help": "", "min": 0})
-    weight_decay: float = field(default=0.05, metadata={"help": "", "min": 0})
+    warmup: int = field(default=50, metadata={"help": "Steps in which the learning rate rises.", "min": 0})
+    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of the matrices.", "min": 0})
     beta2: float = 0.98
     clip: float = field(default=1.0, metadata={"help": "Largest norm of the gradient.", "min": 0})
     ema: float = field(default=0.0, metadata={"help": "Decay of the weight average; 0: none.", "min": 0, "max": 1})
     precision: Precision = field(default="no", metadata={"help": "Mixed precision."})
-    checkpoint_every: int = field(default=200, metadata={"help": "", "min": 1})
+    checkpoint_every: int = field(default=200, metadata={"help": "Steps between checkpoints.", "min": 1})
     keep: int = 2
     log_every: int = 10
-    seed: int = field(default=0, metadata={"help": ""})
+    seed: int = field(default=0, metadata={"help": "Seed of weights and batches."})
 
 
 def pick_precision(choice: Precision) -> Literal["no", "bf16", "fp16"]:

@@ -1,4 +1,4 @@
-"""Image-text data behind one interface: emoji drawings, a user's own folder, synthetic shapes."""
+"""The models' data: captioned images, video clips, images with sounds; the names below are of captioned images."""
 
 from models.data.batches import Batch, BatchPlan
 from models.data.captions import Subwords, Tokenizer, Vocabulary

@@ -33,7 +33,7 @@ class DataConfig:
         metadata={"help": "Styles to train on, with commas, or 'all' (emoji)."},
     )
     validation_style: str | None = field(
-        default=None, metadata={"help": "Style kept for choosing hyper-parameters (emoji)."}
+        default=None, metadata={"help": "Style kept out of training, to stop and to choose by (emoji)."}
     )
     stored_size: int = 48  # the side at which images are kept; augmentation samples from it
     batch_size: int = field(default=256, metadata={"help": "Captions in a batch.", "min": 2})

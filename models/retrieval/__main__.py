@@ -8,9 +8,9 @@ python -m models.retrieval compare --out runs/compare
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +21,17 @@ from rich.table import Table
 
 from models.common.cli import announce, bad_log, run_app
 from models.common.console import console, say, warn
-from models.common.options import MODEL_SIZE, Checkpoint, EvalOptions, Only, RunOptions, options, split_commas
+from models.common.options import (
+    MODEL_SIZE,
+    PATIENCE,
+    Checkpoint,
+    EvalOptions,
+    Only,
+    RunOptions,
+    Trained,
+    options,
+    split_commas,
+)
 from models.common.plots import contact_sheet
 from models.common.training import TrainConfig
 from models.retrieval.compare import compare_losses
@@ -53,7 +63,7 @@ def train(
     data: RetrievalData = DATA,
     schedule: TrainConfig = SCHEDULE,
     evaluate_every: EveryOption = 100,
-    patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many without a better one.")] = None,
+    patience: Annotated[int | None, PATIENCE] = None,
 ) -> None:
     """Train a model; run the same command again to resume."""
     config = replace(PRESETS[preset], text=text, centred=centred)
@@ -98,7 +108,7 @@ def eval_command(
 @options
 def search(
     queries: Annotated[list[str], typer.Argument(help="Texts in any of the languages that the run was trained on.")],
-    run: Annotated[Path, typer.Option(help="A run folder or a checkpoint file.")] = Path("runs/retrieval"),
+    run: Trained = Path("runs/retrieval"),
     evaluation: Annotated[EvalOptions, Only("data", "on_bad_data")] = EVALUATION,
     top: Annotated[int, typer.Option(min=1, help="Images for each query.")] = 8,
     variants: Annotated[bool, typer.Option("--variants", help="Search variants (skin tones), too.")] = False,
@@ -161,9 +171,7 @@ def compare(
     )
 
 
-def main(arguments: Iterable[str] | None = None) -> int:
-    """Run the command line; foreseeable errors end it with one clear line instead of a traceback."""
-    return run_app(app, arguments)
+main = functools.partial(run_app, app)
 
 
 if __name__ == "__main__":

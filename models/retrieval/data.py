@@ -15,9 +15,6 @@ from models.retrieval.model import RetrieverConfig
 class RetrievalData(DataConfig):
     """Which data a retrieval model trains on; the names of a concept in all languages are captions of it."""
 
-    validation_style: str | None = field(
-        default=None, metadata={"help": "Style kept to choose weights and settings on (emoji)."}
-    )
     languages: tuple[str, ...] = field(
         default=("en", "de", "fr", "es"),
         metadata={"help": "Languages of the names, with commas (emoji, synthetic)."},

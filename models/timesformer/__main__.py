@@ -9,9 +9,9 @@ python -m models.timesformer ablation --data digits
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +22,18 @@ from rich.table import Table
 
 from models.common.cli import announce, bad_log, run_app
 from models.common.console import console, say, warn
-from models.common.options import MODEL_SIZE, Checkpoint, EvalOptions, Only, RunOptions, Without, options
+from models.common.options import (
+    MODEL_SIZE,
+    Checkpoint,
+    Compile,
+    EvalOptions,
+    Only,
+    RunOptions,
+    Smoothing,
+    Top,
+    Without,
+    options,
+)
 from models.common.training import TrainConfig
 from models.data.sets import found_from_anywhere
 from models.data.video_files import clips_of_file
@@ -67,8 +78,8 @@ def train(
     data: VideoDataConfig = DATA,
     augment: AugmentOption = None,
     schedule: TrainConfig = SCHEDULE,
-    smoothing: Annotated[float, typer.Option(min=0, max=1, help="Label smoothing.")] = 0.0,
-    compile_model: Annotated[bool, typer.Option("--compile", help="Run the model through torch.compile.")] = False,
+    smoothing: Smoothing = 0.0,
+    compile_model: Compile = False,
 ) -> None:
     """Train a model; run the same command again to resume."""
     model = replace(PRESETS[preset], attention=attention)
@@ -116,7 +127,7 @@ def predict(
     video: Annotated[Path, typer.Argument(help="A video file.")],
     clips: ClipsOption = 3,
     crops: CropsOption = 3,
-    top: Annotated[int, typer.Option(min=1)] = 5,
+    top: Top = 5,
     out: Annotated[Path | None, typer.Option(help="Save the attention on the first clip as a picture.")] = None,
 ) -> None:
     """The likeliest classes of a video file, from the mean over clips and crops."""
@@ -170,9 +181,7 @@ def ablation(
     )
 
 
-def main(arguments: Iterable[str] | None = None) -> int:
-    """Run the command line; foreseeable errors end it with one clear line instead of a traceback."""
-    return run_app(app, arguments)
+main = functools.partial(run_app, app)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -63,6 +64,18 @@ def test_help_holds_the_descriptions_and_the_commands_defaults(
         assert words in printed
     assert "--no-sugar" not in printed
     assert "secret" not in printed
+
+
+@pytest.mark.parametrize("model", ["av_fusion", "captioning", "clip", "retrieval", "timesformer"])
+def test_every_option_of_a_model_says_what_it_is(model: str) -> None:
+    commands = typer.main.get_command(importlib.import_module(f"models.{model}.__main__").app)
+    silent = [
+        f"{name} {option.name}"
+        for name, command in commands.commands.items()  # type: ignore[attr-defined]
+        for option in command.params
+        if not option.help
+    ]
+    assert not silent
 
 
 def test_a_command_may_have_some_of_the_options(capsys: pytest.CaptureFixture[str]) -> None:
