@@ -1,7 +1,7 @@
 """Every op of the benchmarks, once, and what its folder holds.
 
-The commands (bench, report, gpu_check, gpu_bounds) ask here for an op's modules, which are imported when they are
-asked for: a CPU report needs no Triton, and a compile check needs no peer. An op's modules import the harness and
+The commands (bench, report, gpu_check, gpu_bounds) ask here for an op's modules. A module is imported when a command
+asks for it: a CPU report needs no Triton, and a compile check needs no peer. An op's modules import the harness and
 never a command.
 """
 
@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
+from benchmarks.harness.bench_cases import BenchCase
 from benchmarks.harness.gpu_forms import Argument, Case, Problem
 from benchmarks.harness.gpu_runs import Contest
 from benchmarks.harness.tables import Comparison, Headline, Row, Table
@@ -42,13 +43,16 @@ class Peers(Protocol):
 
 @runtime_checkable
 class Report(Protocol):
-    """report.py: time and memory on a CPU against the peers."""
+    """report.py: time and memory on a CPU against the peers, and the cases of pytest-benchmark."""
 
-    CELLS: Sequence[tuple[Any, ...]]  # the arguments of `measure`, a cell of the table each
+    CELLS: Sequence[tuple[Any, ...]]  # the arguments of `measure`, one tuple per cell of the table
     QUICK: Sequence[tuple[Any, ...]]  # a few small ones
-    measure: Callable[..., list[Row]]  # (*cell, seconds): a row for each peer
+    measure: Callable[..., list[Row]]  # (*cell, seconds): one row per call, ours and the peers'
     COMPARISON: Comparison  # which rows are of one cell, and who ran
     HEADLINES: Sequence[Headline]  # the op's rows in the README's table and picture
+
+    def bench_cases(self) -> list[BenchCase]:
+        """What bench times; inputs and models are made when a case runs."""
 
     def finish(self, results: list[Row]) -> None:
         """Add to the rows what is known once all are measured: shares of the limit."""

@@ -1,12 +1,16 @@
 """The report of beam_search: one step against eager PyTorch, a captioner's loop and GPT-2's against their peers."""
 
+import functools
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.beam_search.peers import beam_steps, captioner_loops, gpt2_loops
+from benchmarks.beam_search.peers import Step, beam_steps, captioner_loops, gpt2_loops
 from benchmarks.harness import figures
+from benchmarks.harness.bench_cases import DTYPES, BenchCase
 from benchmarks.harness.cpu_runs import timed
 from benchmarks.harness.tables import Comparison, Headline, Table, duration, multiple, name_of
 from benchmarks.harness.timing import bandwidth, median
@@ -46,13 +50,18 @@ HEADLINES = [
 QUICK = [("step", torch.float32, 16, 5, 9488, 1), ("captioner", torch.float32, 8, 5, 9488, 16)]
 
 
+def inputs(dtype: torch.dtype, B: int, K: int, V: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a step and the scores of its beams."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(B * K, V, generator=generator) * 3).to(dtype)
+    return logits, -torch.rand(B, K, generator=generator)
+
+
 def measure(what: str, dtype: torch.dtype, B: int, K: int, V: int, T: int, *, seconds: float) -> list[dict[str, Any]]:
     """Every candidate at one size: median seconds; for the step also its memory, and one read at the bandwidth."""
     cell: dict[str, Any] = {"what": what, "dtype": name_of(dtype), "B": B, "K": K, "V": V, "T": T}
     if what == "step":
-        generator = torch.Generator().manual_seed(0)
-        logits = (torch.randn(B * K, V, generator=generator) * 3).to(dtype)
-        scores = -torch.rand(B, K, generator=generator)
+        logits, scores = inputs(dtype, B, K, V)
         cell["read"] = logits.nbytes / bandwidth()
         calls: dict[str, Any] = {
             name: lambda step=step: step(logits, scores) for name, step in beam_steps(dtype, "cpu").items()
@@ -77,6 +86,31 @@ def finish(results: list[dict[str, Any]]) -> None:
         if (alone := cell.get("the model alone")) is not None:
             for row in cell.values():
                 row["over_model"] = row["seconds"] / alone["seconds"] - 1
+
+
+def bench_cases() -> list[BenchCase]:
+    """Steps of two vocabularies, and the loops; a model is made when its case runs."""
+
+    def make_step(step: Step, *size: Any) -> Callable[[], Any]:
+        return functools.partial(step, *inputs(*size))
+
+    found = [
+        BenchCase(f"step 16 x 5 x {v} {name_of(dtype)}", who, functools.partial(make_step, step, dtype, 16, 5, v), 20)
+        for v in (9488, 50257)
+        for dtype in DTYPES
+        for who, step in beam_steps(dtype).items()
+    ]
+    found += [
+        BenchCase("captioner 32 x 5 x 9488", who, lambda who=who: captioner_loops(32, 5, 9488, 16)[who])  # type: ignore[misc]
+        for who in ("mmkernels", "the model alone", "eager")
+    ]
+    packages = {"mmkernels": "transformers", "Hugging Face": "transformers", "CTranslate2": "ctranslate2"}
+    found += [
+        BenchCase("GPT-2 8 x 5 x 50257", who, lambda who=who: gpt2_loops(8, 5, 20, 64)[who])  # type: ignore[misc]
+        for who, package in packages.items()
+        if importlib.util.find_spec(package) is not None
+    ]
+    return found
 
 
 def size_of(row: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """The report of info_nce's soft targets, groups and a teacher: forward and backward against peers, time and memory."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.distillation.peers import distillation_losses, group_losses
 from benchmarks.harness import figures, pairs
+from benchmarks.harness.bench_cases import DTYPES, BenchCase, both_passes
 from benchmarks.harness.cpu_runs import measured
 from benchmarks.harness.tables import Comparison, Headline, Table, name_of, size
 from mmkernels._autograd import keeps_products
@@ -44,19 +46,25 @@ def products(targets: str, queries: Tensor, keys: Tensor) -> int:
     return made + 2 if keeps_products(made * len(queries) * len(keys), queries, keys) else 2 * made + 2
 
 
+def student(n: int, dtype: torch.dtype) -> list[Tensor]:
+    """Queries, keys and scale, with gradients."""
+    rows = [features(n, SIZE, dtype, seed=seed).requires_grad_() for seed in (1, 2)]
+    return [*rows, torch.tensor(20.0, requires_grad=True)]
+
+
+def teacher_of(n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    return features(n, SIZE, dtype, seed=3), features(n, SIZE, dtype, seed=4), torch.tensor(50.0)
+
+
 def measure(targets: str, dtype: torch.dtype, n: int, with_peers: bool, *, seconds: float) -> list[dict[str, Any]]:
     """Forward and backward of every loss at one size: median seconds, and bytes beyond inputs and gradients."""
-    leaves = [
-        features(n, SIZE, dtype, seed=1).requires_grad_(),
-        features(n, SIZE, dtype, seed=2).requires_grad_(),
-        torch.tensor(20.0, requires_grad=True),
-    ]
+    leaves = student(n, dtype)
     losses: dict[str, Callable[..., Tensor]]
     if targets == "groups":
         given: tuple[Tensor, ...] = (torch.randperm(n, generator=torch.Generator().manual_seed(0)) // GROUP,)
         losses = dict(group_losses("cpu"))
     else:
-        given = (features(n, SIZE, dtype, seed=3), features(n, SIZE, dtype, seed=4), torch.tensor(50.0))
+        given = teacher_of(n, dtype)
         losses = dict(distillation_losses("cpu"))
     if not with_peers:
         losses = {name: loss for name, loss in losses.items() if name.startswith("mmkernels")}
@@ -70,6 +78,18 @@ def measure(targets: str, dtype: torch.dtype, n: int, with_peers: bool, *, secon
 
 
 finish = pairs.finish
+
+
+def bench_cases() -> list[BenchCase]:
+    def make(loss: Callable[..., Tensor], n: int, dtype: torch.dtype) -> Callable[[], Any]:
+        return both_passes(loss, student(n, dtype), *teacher_of(n, dtype))
+
+    return [
+        BenchCase(f"{n} {name_of(dtype)}", who, functools.partial(make, loss, n, dtype))
+        for n in (512, 2048, 8192)
+        for dtype in DTYPES
+        for who, loss in distillation_losses().items()
+    ]
 
 
 def tables(results: list[dict[str, Any]]) -> dict[str, Table]:

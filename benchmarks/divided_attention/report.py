@@ -1,12 +1,15 @@
 """The report of divided_attention: TimeSformer's two steps, forward alone and with backward, against their peers."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.divided_attention.peers import attentions
+from benchmarks.divided_attention.peers import Attention, attentions
 from benchmarks.harness import figures
+from benchmarks.harness.bench_cases import BenchCase
 from benchmarks.harness.cpu_runs import best_peaks, measured
 from benchmarks.harness.tables import Comparison, Headline, Table, duration, memory_text, multiple, name_of, titled
 from benchmarks.harness.timing import bandwidth
@@ -36,6 +39,18 @@ HEADLINES = [
 QUICK = [cell for cell in CELLS if cell[2:] == (1, 8, 196)]
 
 
+def inputs(dtype: torch.dtype, clips: int, frames: int, positions: int) -> torch.Tensor:
+    """qkv as a projection gives it, with a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(clips, 1 + positions * frames, 3 * HEADS * HEAD, generator=generator)
+    return qkv.to(dtype).requires_grad_()
+
+
+def forward(attention: Attention, qkv: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return attention(qkv)
+
+
 def measure(
     axis: str, dtype: torch.dtype, clips: int, frames: int, positions: int, *, seconds: float
 ) -> list[dict[str, Any]]:
@@ -46,17 +61,12 @@ def measure(
     qkv) at the bandwidth of a large copy.
     """
     tokens, width = 1 + positions * frames, HEADS * HEAD
-    generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(clips, tokens, 3 * width, generator=generator).to(dtype).requires_grad_()
+    qkv = inputs(dtype, clips, frames, positions)
     calls = attentions(axis, frames, HEADS, "cpu")  # type: ignore[arg-type]
     grads = {name: torch.randn_like(call(qkv)).detach() for name, call in calls.items()}
 
-    def forward(call: Any) -> torch.Tensor:
-        with torch.no_grad():
-            return call(qkv)
-
     steps: dict[str, dict[str, Any]] = {
-        "forward": {name: lambda call=call: forward(call) for name, call in calls.items()},
+        "forward": {name: functools.partial(forward, call, qkv) for name, call in calls.items()},
         BOTH: {
             name: lambda call=call, name=name: torch.autograd.grad(call(qkv), qkv, grads[name])
             for name, call in calls.items()
@@ -92,6 +102,27 @@ def finish(results: list[dict[str, Any]]) -> None:
             compute, memory = row["flops"] / peaks[row["dtype"]], row["least_bytes"] / bandwidth_seen
             row["bound_by"] = "FLOPs" if compute >= memory else "bytes"
             row["share_of_floor"] = max(compute, memory) / row["seconds"]
+
+
+def bench_cases() -> list[BenchCase]:
+    def make(attention: Attention, what: str, *size: Any) -> Callable[[], Any]:
+        qkv = inputs(*size)
+        if what == "forward":
+            return functools.partial(forward, attention, qkv)
+        grad = torch.ones_like(forward(attention, qkv))
+        return lambda: torch.autograd.grad(attention(qkv), qkv, grad)
+
+    return [
+        BenchCase(
+            f"{axis} {clips} x {frames} x {positions} {name_of(dtype)} {what}",
+            who,
+            functools.partial(make, attention, what, dtype, clips, frames, positions),
+        )
+        for axis, dtype, clips, frames, positions in CELLS
+        if (frames, positions) == (8, 196)
+        for what in ("forward", BOTH)
+        for who, attention in attentions(axis, frames, HEADS).items()  # type: ignore[arg-type]
+    ]
 
 
 def size_of(row: dict[str, Any]) -> str:

@@ -12,9 +12,9 @@ class Gpu:
 
     chip: str
     target: GPUTarget
-    shared_limit: int  # bytes a block may take
-    shared_unit: int  # bytes of a multiprocessor
-    max_warps: int  # that a multiprocessor holds
+    shared_limit: int  # most bytes per block
+    shared_unit: int  # bytes per multiprocessor
+    max_warps: int  # most warps per multiprocessor
     peak: dict[str, float]  # FLOP/s by precision
     bandwidth: float  # bytes/s
     matrix: str  # instructions of the matrix units, as a regular expression

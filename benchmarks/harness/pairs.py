@@ -1,6 +1,6 @@
 """The reports of losses over all pairs of N queries and N keys: forward and backward against peers, time and memory."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import figures
+from benchmarks.harness.bench_cases import DTYPES, BenchCase, both_passes
 from benchmarks.harness.cpu_runs import add_limits, measured
 from benchmarks.harness.tables import Comparison, Table, name_of, size
 from mmkernels.testing import features
@@ -48,6 +49,19 @@ class PairsReport(NamedTuple):
         cell = {"dtype": name_of(dtype), "n": n, "products": self.products(*leaves[:2])}
         rows = measured(steps, "loss", dtype, seconds=seconds, least=least_rounds(n), given=gradients)
         return [cell | row for row in rows]
+
+    def bench_cases(self, sizes: Sequence[int] = (512, 2048, 8192)) -> list[BenchCase]:
+        """Both passes of every loss at every size."""
+        return [
+            BenchCase(
+                f"{n} {name_of(dtype)}",
+                who,
+                lambda loss=loss, n=n, dtype=dtype: both_passes(loss, self.leaves(n, dtype)),  # type: ignore[misc]
+            )
+            for n in sizes
+            for dtype in DTYPES
+            for who, loss in self.losses("auto").items()
+        ]
 
     def table(self, results: list[dict[str, Any]]) -> Table:
         return COMPARISON.table(results, ("N, dtype", size), self.peers, self.peers)

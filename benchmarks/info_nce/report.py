@@ -35,7 +35,7 @@ COMPARISON = pairs.COMPARISON
 SHOWN = {"dtype": "float32", "n": 8192}
 HEADLINES = [Headline("info_nce", "8192 pairs", {}, SHOWN, "open_clip ClipLoss", "info_nce.md")]
 
-measure, finish, draw = REPORT.measure, pairs.finish, REPORT.draw
+measure, finish, draw, bench_cases = REPORT.measure, pairs.finish, REPORT.draw, REPORT.bench_cases
 
 
 def tables(results: list[dict[str, Any]]) -> dict[str, Table]:

@@ -1,11 +1,14 @@
 """The report of linear_cross_entropy: forward and backward against its peers, time and memory."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.harness import figures
+from benchmarks.harness.bench_cases import DTYPES, BenchCase, both_passes
 from benchmarks.harness.cpu_runs import add_limits, measured
 from benchmarks.harness.tables import Comparison, Headline, Table, name_of
 from benchmarks.linear_cross_entropy.peers import classification_losses
@@ -49,6 +52,19 @@ def measure(dtype: torch.dtype, n: int, v: int, *, seconds: float) -> list[dict[
 def finish(results: list[dict[str, Any]]) -> None:
     """The limit of a row: the products of our schedule."""
     add_limits(results, lambda row: row["products"] * 2 * row["n"] * row["v"] * SIZE)
+
+
+def bench_cases() -> list[BenchCase]:
+    def make(loss: Callable[..., torch.Tensor], *cell: Any) -> Callable[[], Any]:
+        hidden, weight, targets = inputs(*cell)
+        return both_passes(loss, (hidden, weight), targets)
+
+    return [
+        BenchCase(f"{n} x {v} {name_of(dtype)}", who, functools.partial(make, loss, dtype, n, v), rounds=3)
+        for n, v in ((512, 9488), (2048, 50257), (8192, 50257))
+        for dtype in DTYPES
+        for who, loss in classification_losses().items()
+    ]
 
 
 def tables(results: list[dict[str, Any]]) -> dict[str, Table]:

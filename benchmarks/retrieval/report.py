@@ -1,11 +1,14 @@
 """The report of retrieval_ranks and retrieval_topk against their peers, time and memory."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.harness import figures
+from benchmarks.harness.bench_cases import DTYPES, BenchCase
 from benchmarks.harness.cpu_runs import add_limits, measured
 from benchmarks.harness.tables import Comparison, Headline, Table, duration, name_of
 from benchmarks.retrieval.peers import rankers, searches, torchmetrics_recalls
@@ -63,6 +66,26 @@ def measure(dtype: torch.dtype, n: int, m: int, k: int, *, seconds: float) -> li
 def finish(results: list[dict[str, Any]]) -> None:
     """The limit of a row: 2 N M D FLOP."""
     add_limits(results, lambda row: 2 * row["n"] * row["m"] * SIZE)
+
+
+def bench_cases() -> list[BenchCase]:
+    def ranks(rank: Callable[..., Any], dtype: torch.dtype, n: int) -> Callable[[], Any]:
+        return functools.partial(rank, *inputs(dtype, n, n))
+
+    def best(search: Callable[..., Any], n: int, k: int) -> Callable[[], Any]:
+        return functools.partial(search, *inputs(torch.float32, n, n)[:2], k)
+
+    found = []
+    for n in (2048, 8192):
+        for dtype in DTYPES:
+            for who, rank in rankers().items():
+                make = functools.partial(ranks, rank, dtype, n)
+                found.append(BenchCase(f"ranks of {n} {name_of(dtype)}", who, make, rounds=3))
+        for k in (1, 10, 100):
+            for who, search in searches().items():
+                make = functools.partial(best, search, n, k)
+                found.append(BenchCase(f"{k} of {n} float32", who, make, rounds=3))
+    return found
 
 
 def tables(results: list[dict[str, Any]]) -> dict[str, Table]:

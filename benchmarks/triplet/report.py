@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import figures, pairs
+from benchmarks.harness.bench_cases import BenchCase
 from benchmarks.harness.pairs import SIZE, PairsReport
 from benchmarks.harness.tables import Comparison, Headline, Table, size
 from benchmarks.triplet.peers import Loss, triplet_losses
@@ -62,6 +63,15 @@ def measure(dtype: torch.dtype, n: int, mining: str, with_peers: bool, *, second
 
 
 finish = pairs.finish
+
+
+def bench_cases() -> list[BenchCase]:
+    return [
+        case._replace(cell=f"{mining} {case.cell}")
+        for mining in REPORTS
+        for n in (512, 2048, 8192)
+        for case in report_of(mining, n).bench_cases((n,))
+    ]
 
 
 def of(mining: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
