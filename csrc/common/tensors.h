@@ -37,14 +37,14 @@ inline at::Tensor with_contiguous_rows(const at::Tensor& x) {
 
 // Checks rows of features of one size and dtype. The public functions have checked them, but not those who call the op
 // itself.
-inline void check_pairs(const at::Tensor& queries, const at::Tensor& keys) {
-  TORCH_CHECK_VALUE(queries.dim() == 2 && keys.dim() == 2 && queries.size(1) == keys.size(1),
-                    "queries, keys: expected [N, D] and [M, D], got ", queries.sizes(), " and ", keys.sizes());
+inline void check_pairs(const at::Tensor& queries, const at::Tensor& keys, const char* names = "queries, keys") {
+  TORCH_CHECK_VALUE(queries.dim() == 2 && keys.dim() == 2 && queries.size(1) == keys.size(1), names,
+                    ": expected [N, D] and [M, D], got ", queries.sizes(), " and ", keys.sizes());
   TORCH_CHECK_TYPE(queries.scalar_type() == keys.scalar_type() &&
                        (queries.scalar_type() == at::kFloat || queries.scalar_type() == at::kBFloat16 ||
                         queries.scalar_type() == at::kHalf),
-                   "queries, keys: expected one dtype of float32, bfloat16, float16, got ", queries.scalar_type(),
-                   " and ", keys.scalar_type());
+                   names, ": expected one dtype of float32, bfloat16, float16, got ", queries.scalar_type(), " and ",
+                   keys.scalar_type());
 }
 
 inline void check_scalar(const char* name, const at::Tensor& number) {

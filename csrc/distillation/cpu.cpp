@@ -4,7 +4,6 @@
 
 #include <array>
 #include <cmath>
-#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -21,17 +20,6 @@ namespace distillation {
 
 using at::Tensor;
 
-void check_inputs(const Tensor& queries, const Tensor& keys, const Tensor& scale, const char* of) {
-  TORCH_CHECK_VALUE(queries.dim() == 2 && keys.dim() == 2 && queries.size(1) == keys.size(1), of,
-                    ": expected queries [N, D] and keys [M, D], got ", queries.sizes(), " and ", keys.sizes());
-  TORCH_CHECK_TYPE(queries.scalar_type() == keys.scalar_type() &&
-                       (queries.scalar_type() == at::kFloat || queries.scalar_type() == at::kBFloat16 ||
-                        queries.scalar_type() == at::kHalf),
-                   of, ": expected one dtype of float32, bfloat16, float16, got ", queries.scalar_type(), " and ",
-                   keys.scalar_type());
-  TORCH_CHECK_TYPE(scale.scalar_type() == at::kFloat && scale.numel() == 1, of, ": expected a scale of one float32");
-}
-
 // Student and teacher as the kernels take them.
 struct Pair {
   Tensor queries, keys, teacher_queries, teacher_keys;
@@ -40,8 +28,10 @@ struct Pair {
 
   Pair(const Tensor& queries_in, const Tensor& keys_in, const Tensor& scale, const Tensor& teacher_queries_in,
        const Tensor& teacher_keys_in, const Tensor& teacher_scale, bool symmetric) {
-    check_inputs(queries_in, keys_in, scale, "student");
-    check_inputs(teacher_queries_in, teacher_keys_in, teacher_scale, "teacher");
+    check_pairs(queries_in, keys_in);
+    check_scalar("scale", scale);
+    check_pairs(teacher_queries_in, teacher_keys_in, "teacher_queries, teacher_keys");
+    check_scalar("teacher_scale", teacher_scale);
     n = queries_in.size(0), m = keys_in.size(0), size = queries_in.size(1);
     TORCH_CHECK_VALUE(teacher_queries_in.size(0) == n && teacher_keys_in.size(0) == m,
                       "teacher: expected as many queries and keys as the student has, ", n, " and ", m, ", got ",
@@ -174,23 +164,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_distilled, const 
   const DistillationKernels& kernels = distillation_kernels_here();
   const Tiling tiling = kernels.tiling(p.logits, p.teacher, true, at::get_num_threads());
   std::vector<double> scale_parts(tiling.panels, 0.);
-  Tensor low_keys;
-  if (output_mask[0]) p.grads.queries = grad_queries.mutable_data_ptr();
-  if (output_mask[1]) {
-    p.grads.keys = grad_keys.mutable_data_ptr();
-    if (keys.scalar_type() != at::kFloat) {
-      low_keys = at::empty({m, size}, keys.options().dtype(at::kShort));
-      p.grads.low_keys = reinterpret_cast<uint16_t*>(low_keys.mutable_data_ptr<int16_t>());
-    }
-  }
+  const Tensor low_keys = point_to(p.grads, output_mask[0], grad_queries, output_mask[1], grad_keys);
   if (output_mask[2]) p.grad_scale = scale_parts.data();
   run(kernels.backward, p, tiling, floats);
 
-  const Tensor grad_scale = at::empty(output_mask[2] ? at::IntArrayRef{} : at::IntArrayRef{0}, floats);
-  if (output_mask[2])
-    *grad_scale.mutable_data_ptr<float>() =
-        static_cast<float>(std::accumulate(scale_parts.begin(), scale_parts.end(), 0.));
-  return {grad_queries, grad_keys, grad_scale};
+  return {grad_queries, grad_keys, sum_of_panels(scale_parts, output_mask[2], floats)};
 }
 
 TORCH_LIBRARY_IMPL(mmkernels, CPU, library) {

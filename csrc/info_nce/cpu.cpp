@@ -221,24 +221,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_losses, const Ten
 
   const Tiling tiling = info_nce_kernels_here().tiling(p.logits, true, at::get_num_threads());
   std::vector<double> scale_parts(tiling.panels, 0.);
-  Tensor low_keys;
-  if (output_mask[0]) p.grads.queries = grad_queries.mutable_data_ptr();
-  if (output_mask[1]) {
-    p.grads.keys = grad_keys.mutable_data_ptr();
-    p.grads.keys_left_out = m - num_grad_keys;
-    if (keys.scalar_type() != at::kFloat) {
-      low_keys = at::empty({num_grad_keys, size}, keys.options().dtype(at::kShort));
-      p.grads.low_keys = reinterpret_cast<uint16_t*>(low_keys.mutable_data_ptr<int16_t>());
-    }
-  }
+  p.grads.keys_left_out = m - num_grad_keys;
+  const Tensor low_keys = point_to(p.grads, output_mask[0], grad_queries, output_mask[1], grad_keys);
   if (output_mask[2]) p.grad_scale = scale_parts.data();
   run(info_nce_kernels_here().info_nce_backward, p, tiling, floats);
 
-  const Tensor grad_scale = at::empty(output_mask[2] ? at::IntArrayRef{} : at::IntArrayRef{0}, floats);
-  if (output_mask[2])
-    *grad_scale.mutable_data_ptr<float>() =
-        static_cast<float>(std::accumulate(scale_parts.begin(), scale_parts.end(), 0.));
-  return {grad_queries, grad_keys, grad_scale};
+  return {grad_queries, grad_keys, sum_of_panels(scale_parts, output_mask[2], floats)};
 }
 
 std::string variant() {

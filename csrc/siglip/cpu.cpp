@@ -3,7 +3,6 @@
 #include <torch/library.h>
 
 #include <array>
-#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -66,7 +65,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gradients(const Tensor& weigh
   const Tensor losses = make(with_losses, {n}, floats);
   const Tensor grad_queries = make(output_mask[0], {n, size}, queries.options());
   const Tensor grad_keys = make(output_mask[1], {m, size}, keys.options());
-  const Tensor grad_scale = make(output_mask[2], {}, floats), grad_bias = make(output_mask[3], {}, floats);
 
   SigmoidPass p = pass_over(queries, keys, scale, bias);
   p.weights = weights.const_data_ptr<float>();
@@ -74,25 +72,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gradients(const Tensor& weigh
   const SigmoidKernels& kernels = sigmoid_kernels_here();
   const Tiling tiling = kernels.tiling(p.logits, true, at::get_num_threads());
   std::vector<double> scale_parts(tiling.panels), bias_parts(tiling.panels);
-  Tensor low_keys;
-  if (output_mask[0]) p.grads.queries = grad_queries.mutable_data_ptr();
-  if (output_mask[1]) {
-    p.grads.keys = grad_keys.mutable_data_ptr();
-    if (keys.scalar_type() != at::kFloat) {
-      low_keys = at::empty({m, size}, keys.options().dtype(at::kShort));
-      p.grads.low_keys = reinterpret_cast<uint16_t*>(low_keys.mutable_data_ptr<int16_t>());
-    }
-  }
+  const Tensor low_keys = point_to(p.grads, output_mask[0], grad_queries, output_mask[1], grad_keys);
   if (output_mask[2]) p.grad_scale = scale_parts.data();
   if (output_mask[3]) p.grad_bias = bias_parts.data();
   run(kernels.gradients, p, tiling, floats);
 
-  const auto sum_up = [](const Tensor& total, const std::vector<double>& parts) {
-    *total.mutable_data_ptr<float>() = static_cast<float>(std::accumulate(parts.begin(), parts.end(), 0.));
-  };
-  if (output_mask[2]) sum_up(grad_scale, scale_parts);
-  if (output_mask[3]) sum_up(grad_bias, bias_parts);
-  return {losses, grad_queries, grad_keys, grad_scale, grad_bias};
+  return {losses, grad_queries, grad_keys, sum_of_panels(scale_parts, output_mask[2], floats),
+          sum_of_panels(bias_parts, output_mask[3], floats)};
 }
 
 TORCH_LIBRARY_IMPL(mmkernels, CPU, library) {

@@ -29,15 +29,9 @@ using std::optional;
 constexpr int64_t kRowsOfThread = 64;
 
 void check_inputs(const Tensor& queries, const Tensor& keys) {
-  TORCH_CHECK_VALUE(queries.dim() == 2 && keys.dim() == 2 && queries.size(1) == keys.size(1) &&
-                        queries.size(0) <= keys.size(0) && keys.size(0) <= std::numeric_limits<int32_t>::max(),
-                    "queries, keys: expected [N, D] and [M, D] with N <= M < 2^31, got ", queries.sizes(), " and ",
-                    keys.sizes());
-  TORCH_CHECK_TYPE(queries.scalar_type() == keys.scalar_type() &&
-                       (queries.scalar_type() == at::kFloat || queries.scalar_type() == at::kBFloat16 ||
-                        queries.scalar_type() == at::kHalf),
-                   "queries, keys: expected one dtype of float32, bfloat16, float16, got ", queries.scalar_type(),
-                   " and ", keys.scalar_type());
+  check_pairs(queries, keys);
+  TORCH_CHECK_VALUE(queries.size(0) <= keys.size(0) && keys.size(0) <= std::numeric_limits<int32_t>::max(),
+                    "queries, keys: expected N <= M < 2^31, got ", queries.size(0), " and ", keys.size(0));
 }
 
 // Each direction counts for this share of a row's loss.
