@@ -38,14 +38,14 @@ def check_choice(name: str, value: object, known: Sequence[object]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
 
 
-def check_mask(name: str, mask: Tensor, shapes: Mapping[str, Sequence[int]], meaning: str) -> None:
+def check_mask(name: str, mask: Tensor, shapes: Mapping[str, tuple[int, ...]], meaning: str) -> None:
     """A bool tensor of one of the shapes, {"[B, T]": (2, 8)}; `meaning` says what True stands for."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name}: expected a bool tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(f"{name}: expected bool, {meaning}, got {mask.dtype}; use {name}.bool()")
-    if not any(mask.shape == shape for shape in shapes.values()):
-        expected = " or ".join(f"{dimensions} = {tuple(shape)}" for dimensions, shape in shapes.items())
+    if mask.shape not in shapes.values():
+        expected = " or ".join(f"{dimensions} = {shape}" for dimensions, shape in shapes.items())
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(mask.shape)}")
 
 
@@ -121,12 +121,17 @@ def check_number(name: str, number: Tensor | float, device: torch.device) -> Non
         raise TypeError(f"{name}: expected a float or a tensor of one element, got {type(number).__name__}")
 
 
-def check_indices(name: str, indices: Tensor, length: int) -> None:
-    """An int64 tensor [length]; each op checks the values itself."""
+def check_int64(name: str, indices: Tensor) -> None:
+    """An int64 tensor of any shape."""
     if not isinstance(indices, Tensor):
         raise TypeError(f"{name}: expected an int64 tensor, got {type(indices).__name__}")
     if indices.dtype != torch.int64:
         raise TypeError(f"{name}: expected int64, got {indices.dtype}; use {name}.long()")
+
+
+def check_indices(name: str, indices: Tensor, length: int) -> None:
+    """An int64 tensor [length]; each op checks the values itself."""
+    check_int64(name, indices)
     if indices.shape != (length,):
         raise ValueError(f"{name}: expected shape ({length},), got {tuple(indices.shape)}")
 
@@ -168,12 +173,19 @@ def check_weights(queries: Tensor, weights: Tensor | None) -> None:
     check_device("weights", weights, "queries", queries)
 
 
-def in_one_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Both cast to autocast's dtype where it is on and they are not float64; else unchanged, and they must agree."""
+def in_autocast_dtype(x: Tensor) -> Tensor:
+    """Cast to autocast's dtype where it is on and `x` is not float64; else unchanged."""
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        return x.to(dtype), other.to(dtype)
+        return x.to(torch.get_autocast_dtype(device_type))
+    return x
+
+
+def in_one_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Both cast to autocast's dtype where it is on and they are not float64; else unchanged, and they must agree."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = in_autocast_dtype(x)
+        return x, other.to(x.dtype)
     if x.dtype != other.dtype:
         raise TypeError(f"{other_name}: expected the dtype of {name}, {x.dtype}, got {other.dtype}; cast one of them")
     return x, other

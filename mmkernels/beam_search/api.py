@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from mmkernels import _backends
-from mmkernels._checks import check_above_zero, check_choice, check_count, check_device, check_mask, check_matrix
+from mmkernels._checks import (
+    check_above_zero,
+    check_choice,
+    check_count,
+    check_device,
+    check_indices,
+    check_int64,
+    check_mask,
+    check_matrix,
+)
 from mmkernels.beam_search import ops
 from mmkernels.beam_search.search import BeamSearchResult, Options, search
 from mmkernels.beam_search.specification import BeamCandidates
@@ -227,16 +236,11 @@ def beam_search(
     for name, tokens in (("prefix", prefix), ("prompt", prompt)):
         if tokens is None:
             continue
-        if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
-            raise TypeError(f"{name}: expected an int64 tensor, got {getattr(tokens, 'dtype', type(tokens).__name__)}")
+        check_int64(name, tokens)
         if tokens.ndim != 2 or tokens.shape[0] != batch_size:
             raise ValueError(f"{name}: expected shape [{batch_size}, P], got {tuple(tokens.shape)}")
     if isinstance(bos_token_id, Tensor):
-        if tuple(bos_token_id.shape) != (batch_size,) or bos_token_id.dtype != torch.int64:
-            raise ValueError(
-                f"bos_token_id: expected an int or int64 [{batch_size}], got {bos_token_id.dtype} of shape "
-                f"{tuple(bos_token_id.shape)}"
-            )
+        check_indices("bos_token_id", bos_token_id, batch_size)
     elif not isinstance(bos_token_id, int):
         raise TypeError(f"bos_token_id: expected an int or a tensor, got {type(bos_token_id).__name__}")
 

@@ -6,10 +6,19 @@ import torch
 from torch import Tensor
 
 from mmkernels import _backends
+from mmkernels._checks import (
+    check_choice,
+    check_count,
+    check_device,
+    check_features,
+    check_int64,
+    check_mask,
+    check_share,
+    in_autocast_dtype,
+)
 from mmkernels.divided_attention import ops, reference
 from mmkernels.divided_attention.layout import AXES, CLS_MODES, TOKEN_ORDERS, Layout, layout_of
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LARGEST_HEAD = 256  # of the compiled kernels
 
 Axis = Literal["time", "space", "joint"]
@@ -88,12 +97,9 @@ def divided_attention(
     Source: Bertasius et al. 2021, equations 5 to 9 (arXiv:2102.05095).
     """
     layout, scale = _check(qkv, num_frames, num_heads, axis, cls_mode, token_order, scale, frame_mask)
-    if not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"dropout_p: expected a float, got {type(dropout_p).__name__}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p: expected a value in [0, 1), got {dropout_p}")
+    check_share("dropout_p", dropout_p)
     seed = _seed(dropout_seed, qkv.device) if dropout_p > 0 else None
-    qkv = _autocast(qkv)
+    qkv = in_autocast_dtype(qkv)
     chosen = _backends.choose("divided_attention", impl, qkv.device.type, qkv.dtype, _limit(qkv, num_heads))
     if chosen == "reference":
         with torch.autocast(qkv.device.type, enabled=False):  # which would multiply in half precision
@@ -138,28 +144,18 @@ def divided_attention_maps(
         TypeError, ValueError: as :func:`divided_attention`; `tokens` out of range.
     """
     layout, scale = _check(qkv, num_frames, num_heads, axis, cls_mode, token_order, scale, frame_mask)
-    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
-        raise TypeError(
-            f"tokens: expected an int64 tensor, got {tokens.dtype if isinstance(tokens, Tensor) else type(tokens)}"
-        )
+    check_int64("tokens", tokens)
     if tokens.ndim != 1:
-        raise ValueError(f"tokens: expected shape [Q], got {tuple(tokens.shape)}")
-    if tokens.device != qkv.device:
-        raise ValueError(f"tokens: expected device {qkv.device} as of qkv, got {tokens.device}; move one of them")
+        raise ValueError(f"tokens: expected shape [Q], got {tuple(tokens.shape)}; use tokens.flatten()")
+    check_device("tokens", tokens, "qkv", qkv)
     if tokens.numel():
         low, high = (int(bound) for bound in tokens.aminmax())
         if low < 0 or high >= layout.num_tokens:
-            raise ValueError(f"tokens: expected indices of the {layout.num_tokens} tokens, got {low} to {high}")
-    qkv = _autocast(qkv)
+            last = layout.num_tokens - 1
+            raise ValueError(f"tokens: expected indices of the tokens, 0 to {last}, got {low} to {high}")
+    qkv = in_autocast_dtype(qkv)
     with torch.autocast(qkv.device.type, enabled=False):
         return reference.attention_maps(qkv, tokens, frame_mask, layout, num_heads, scale)
-
-
-def _autocast(qkv: Tensor) -> Tensor:
-    device_type = qkv.device.type
-    if torch.is_autocast_enabled(device_type) and qkv.dtype != torch.float64:
-        return qkv.to(torch.get_autocast_dtype(device_type))
-    return qkv
 
 
 def _limit(qkv: Tensor, num_heads: int) -> str | None:
@@ -195,24 +191,12 @@ def _check(
     frame_mask: Tensor | None,
 ) -> tuple[Layout, float]:
     """The layout and the scale of a call whose arguments fit together; raises otherwise."""
-    if not isinstance(qkv, Tensor):
-        raise TypeError(f"qkv: expected a tensor, got {type(qkv).__name__}")
-    if qkv.dtype not in _DTYPES:
-        raise TypeError(f"qkv: expected float32, bfloat16, float16 or float64, got {qkv.dtype}")
-    if qkv.ndim != 3:
-        raise ValueError(f"qkv: expected 3 dimensions [B, L, 3 C], got shape {tuple(qkv.shape)}")
-    for name, value, known in (
-        ("axis", axis, AXES),
-        ("cls_mode", cls_mode, CLS_MODES),
-        ("token_order", token_order, TOKEN_ORDERS),
-    ):
-        if value not in known:
-            raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
-    for name, count in (("num_frames", num_frames), ("num_heads", num_heads)):
-        if isinstance(count, bool) or not isinstance(count, (int, torch.SymInt)):
-            raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
-        if count < 1:
-            raise ValueError(f"{name}: expected at least 1, got {count}")
+    check_features("qkv", qkv, 3, "[B, L, 3 C]")
+    check_choice("axis", axis, AXES)
+    check_choice("cls_mode", cls_mode, CLS_MODES)
+    check_choice("token_order", token_order, TOKEN_ORDERS)
+    check_count("num_frames", num_frames, 1)
+    check_count("num_heads", num_heads, 1)
     B, L, width = qkv.shape
     if width == 0 or width % (3 * num_heads):
         raise ValueError(
@@ -231,12 +215,6 @@ def _check(
     elif not isinstance(scale, (int, float)):
         raise TypeError(f"scale: expected a float, got {type(scale).__name__}")
     if frame_mask is not None:
-        if not isinstance(frame_mask, Tensor):
-            raise TypeError(f"frame_mask: expected a bool tensor, got {type(frame_mask).__name__}")
-        if frame_mask.dtype != torch.bool:
-            raise TypeError(f"frame_mask: expected bool, True for a real frame, got {frame_mask.dtype}")
-        if frame_mask.shape != (B, num_frames):
-            raise ValueError(f"frame_mask: expected shape [B, T] = ({B}, {num_frames}), got {tuple(frame_mask.shape)}")
-        if frame_mask.device != qkv.device:
-            raise ValueError(f"frame_mask: expected device {qkv.device} as of qkv, got {frame_mask.device}")
+        check_mask("frame_mask", frame_mask, {"[B, T]": (B, num_frames)}, "True for a real frame")
+        check_device("frame_mask", frame_mask, "qkv", qkv)
     return layout_of(L, num_frames, axis, cls_mode, token_order), float(scale)

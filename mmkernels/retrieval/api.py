@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from mmkernels import _backends
-from mmkernels._checks import check_pairs, check_target_tensor, in_one_dtype
+from mmkernels._checks import check_count, check_pairs, check_target_tensor, in_one_dtype
 from mmkernels.retrieval import ops
 
 
@@ -90,10 +90,9 @@ def retrieval_topk(
     run to run. Under autocast the features are cast to its dtype; scores stay float32.
     """
     check_pairs(queries, keys)
-    if not isinstance(k, int):
-        raise TypeError(f"k: expected an int, got {type(k).__name__}")
-    if not 1 <= k <= keys.shape[0]:
-        raise ValueError(f"k: expected 1 to {keys.shape[0]}, the number of keys, got {k}")
+    check_count("k", k, 1)
+    if k > keys.shape[0]:
+        raise ValueError(f"k: expected at most {keys.shape[0]}, the number of keys, got {k}; use min(k, len(keys))")
     queries, keys = in_one_dtype("queries", queries.detach(), "keys", keys.detach())
     chosen = _backends.choose("retrieval_topk", impl, queries.device.type, queries.dtype)
     return ops.retrieval_topk(queries, keys, k, chosen)

@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from mmkernels import _backends
-from mmkernels._checks import check_matches, check_pairs, check_reduction, in_one_dtype
+from mmkernels._checks import check_choice, check_matches, check_pairs, check_reduction, in_one_dtype
 from mmkernels._reduction import reduced
 from mmkernels.triplet import ops, reference
 from mmkernels.triplet.options import Options
@@ -86,8 +86,7 @@ def _check(queries: Tensor, keys: Tensor, margin: float, mining: str, symmetric:
         raise TypeError(f"margin: expected a float, got {type(margin).__name__}; of a tensor take margin.item()")
     if not 0.0 <= margin < float("inf"):
         raise ValueError(f"margin: expected a finite value of at least 0, got {margin}")
-    if mining not in _MININGS:
-        raise ValueError(f"mining: expected one of {', '.join(map(repr, _MININGS))}, got {mining!r}")
+    check_choice("mining", mining, _MININGS)
     if not isinstance(symmetric, bool):
         raise TypeError(f"symmetric: expected a bool, got {type(symmetric).__name__}")
     check_reduction(reduction)

@@ -450,7 +450,7 @@ def test_an_empty_batch():
         (TypeError, "num_beams: expected an int", {"num_beams": 3.0}),
         (ValueError, "eos_token_id: expected tokens below V = 11", {"eos_token_id": 11}),
         (ValueError, "bad_words: expected sequences", {"bad_words": [[]]}),
-        (TypeError, "prefix: expected an int64", {"prefix": torch.zeros(4, 2)}),
+        (TypeError, "prefix: expected int64, got torch.float32", {"prefix": torch.zeros(4, 2)}),
         (ValueError, "prompt: expected shape", {"prompt": torch.zeros(2, 2, dtype=torch.int64)}),
         (ValueError, "eos_token_id: preset 'fairseq'", {"preset": "fairseq", "eos_token_id": ()}),
     ],

@@ -361,11 +361,11 @@ def test_maps_refuse_bad_tokens():
     qkv = case.inputs(torch.float32)
     for error, tokens, text in (
         (TypeError, [0], "tokens: expected an int64 tensor"),
-        (TypeError, torch.tensor([0.0]), "tokens: expected an int64 tensor, got torch.float32"),
+        (TypeError, torch.tensor([0.0]), r"tokens: expected int64, got torch.float32; use tokens.long\(\)"),
         (ValueError, torch.tensor(0), r"tokens: expected shape \[Q\]"),
         (ValueError, torch.zeros(1, dtype=torch.int64, device="meta"), "tokens: expected device cpu"),
-        (ValueError, torch.tensor([0, 13]), "tokens: expected indices of the 13 tokens, got 0 to 13"),
-        (ValueError, torch.tensor([-1]), "tokens: expected indices of the 13 tokens, got -1 to -1"),
+        (ValueError, torch.tensor([0, 13]), "tokens: expected indices of the tokens, 0 to 12, got 0 to 13"),
+        (ValueError, torch.tensor([-1]), "tokens: expected indices of the tokens, 0 to 12, got -1 to -1"),
     ):
         with pytest.raises(error, match=text):
             mmkernels.divided_attention_maps(qkv, tokens, **case.options)

@@ -44,9 +44,10 @@ def bad_ranks():
 def bad_topk():
     q, k = torch.zeros(4, 8), torch.zeros(6, 8)
     return bad_pairs(1) | {
-        "k: expected an int": (TypeError, (q, k, 2.0), {}),
-        "k: expected 1 to 6, the number of keys, got 0": (ValueError, (q, k, 0), {}),
-        "k: expected 1 to 6, the number of keys, got 7": (ValueError, (q, k, 7), {}),
+        "k: expected an int, got float": (TypeError, (q, k, 2.0), {}),
+        "k: expected an int, got bool": (TypeError, (q, k, True), {}),
+        "k: expected at least 1, got 0": (ValueError, (q, k, 0), {}),
+        "k: expected at most 6, the number of keys, got 7; use min": (ValueError, (q, k, 7), {}),
     }
 
 
