@@ -155,9 +155,9 @@ def divided_attention(path: Path) -> None:
         long.text(
             1.3,
             9.8,
-            "orange: 8 rows of scores in L1, made,\n"
-            "softmaxed and weighted; outlined: up to\n"
-            "64 rows, then O = P V, dV, dK and dQ from L2",
+            "orange: 8 rows of scores, which stay in L1\n"
+            "through the softmax; outlined: up to 64 rows,\n"
+            "then O = P V, dV, dK and dQ from L2",
             fontsize=TEXT,
             va="center",
         )
@@ -180,7 +180,7 @@ def beam_search(path: Path) -> None:
             (6.2, "1  read the row from memory: its largest, the largest of each block"),
             (7.1, "2  read it from the cache: the sum of e^(x - largest), exact, in any order"),
             (8.0, "3  look into the orange blocks alone: no other holds one of the C best"),
-            (8.9, "4  whoever reads the last row of an item merges its K lists"),
+            (8.9, "4  the thread that reads an item's last row merges the item's K lists"),
             (9.8, "5  ends become hypotheses, the K best others run on"),
         ):
             row.text(0.8, y, text, fontsize=TEXT, va="center")
@@ -212,40 +212,82 @@ def beam_search(path: Path) -> None:
 
 def architecture(path: Path) -> None:
     """One call of info_nce, floor by floor, and the data that each hands down."""
+    # Where it runs, the shade, the files with what each does, and what is handed to the next floor.
     floors = [
-        ("Python", "white", "mmkernels/info_nce/api.py", "checks, autocast, choice of implementation"),
-        ("", "white", "mmkernels/info_nce/ops.py", "autograd.Function: what backward needs"),
-        ("torch", PALE, "torch.ops.mmkernels", "info_nce_cpu_forward: the dispatcher finds it"),
-        ("C++ with torch", PALE, "csrc/info_nce/cpu.cpp", "allocates, picks the variant, starts threads"),
-        ("C++ alone,", LIGHT, "csrc/common/engine.cpp", "panels of queries, chunks of keys, tiles"),
+        (
+            "Python",
+            "white",
+            [
+                ("mmkernels/info_nce/api.py", "checks, autocast"),
+                ("mmkernels/_backends.py", "chooses the implementation: cpu"),
+            ],
+            "tensors",
+        ),
+        ("", "white", [("mmkernels/info_nce/ops.py", "autograd.Function: what backward needs")], "tensors, options"),
+        (
+            "torch",
+            PALE,
+            [
+                ("torch.ops.mmkernels", "the dispatcher finds the C++ function"),
+                ("mmkernels/_library.py", "registered its schema at import"),
+            ],
+            "tensors",
+        ),
+        (
+            "C++ with torch",
+            PALE,
+            [("csrc/info_nce/cpu.cpp", "allocates, picks the variant, starts threads")],
+            "pointers",
+        ),
+        (
+            "C++ alone,\nonce for each\ninstruction set",
+            LIGHT,
+            [("csrc/common/engine.cpp", "panels of queries, chunks of keys, tiles")],
+            "",
+        ),
+        (
+            "",
+            LIGHT,
+            [
+                ("csrc/common/tiles.h", "multiply: 8 keys x 32 queries of sums"),
+                ("csrc/info_nce/cpu_kernels.cpp", "epilogue: statistics, or gradients"),
+            ],
+            "",
+        ),
+        ("", LIGHT, [("csrc/common/simd/", "fma, exp, max: one instruction set's own")], ""),
     ]
-    handed = ("tensors", "tensors, options", "tensors", "pointers")
-    with drawing(path, "One call of info_nce on a CPU, from Python to the vector register", height=4.9) as (axes,):
-        bare(axes, 20, 8.1, "")
-        for y, (where, shade, file, does) in enumerate(floors):
-            axes.text(0.1, y + 0.45, where, va="center", fontsize=TEXT, fontweight="bold")
-            box(axes, 3.0, y + 0.1, 13.6, 0.7, facecolor=shade)
-            axes.text(3.2, y + 0.45, file, va="center", fontsize=TEXT, family="monospace")
-            axes.text(9.2, y + 0.45, does, va="center", fontsize=TEXT)
-        for y, data in enumerate(handed):
-            arrow(axes, (17.1, y + 0.5), (17.1, y + 1.4), OURS)
-            axes.text(17.4, y + 0.95, data, va="center", fontsize=TEXT, color=OURS)
-        axes.text(0.1, 5.75, "once for each\ninstruction set", va="center", fontsize=TEXT, fontweight="bold")
-        pair = (
-            (3.0, "csrc/common/tiles.h", "multiply: 8 keys x 32 queries of sums", "packed words"),
-            (10.0, "csrc/info_nce/cpu_kernels.cpp", "epilogue: statistics, or gradients", "a tile, 256 x 256"),
-        )
-        for x, file, does, data in pair:
-            arrow(axes, (x + 0.6, 4.82), (x + 0.6, 5.42), OURS)
-            axes.text(x + 0.9, 5.12, data, va="center", fontsize=TEXT, color=OURS)
-            box(axes, x, 5.45, 6.6, 1.05, facecolor=LIGHT)
-            axes.text(x + 0.2, 5.75, file, va="center", fontsize=TEXT, family="monospace")
-            axes.text(x + 0.2, 6.2, does, va="center", fontsize=TEXT)
-            arrow(axes, (x + 0.6, 6.52), (x + 0.6, 7.17), OURS)
-        axes.text(3.9, 6.85, "registers of 16 floats", va="center", fontsize=TEXT, color=OURS)
-        box(axes, 3.0, 7.2, 13.6, 0.7, facecolor=LIGHT)
-        axes.text(3.2, 7.55, "csrc/common/simd/", va="center", fontsize=TEXT, family="monospace")
-        axes.text(9.2, 7.55, "fma, exp, max: one instruction set's own", va="center", fontsize=TEXT)
+    # What the engine hands to both of its helpers, and these to the vectors: floor, place, words.
+    inner = [
+        (4, 3.6, "packed words"),
+        (4, 10.6, "a tile, 256 x 256"),
+        (5, 3.6, "registers of 16 floats"),
+        (5, 10.6, ""),
+    ]
+    with drawing(path, "One call of info_nce on a CPU, from Python to the vector register", height=5.0) as (axes,):
+        bare(axes, 20, 8.35, "")
+        tops, y = [], 0.1
+        for floor, (where, shade, files, _) in enumerate(floors):
+            height = 0.7 if len(files) == 1 else 1.05
+            tops.append((y, y + height))
+            axes.text(0.1, y + 0.13, where, va="top", fontsize=TEXT, fontweight="bold")
+            for x, (file, does) in zip((3.0, 10.0), files, strict=False):
+                alone = len(files) == 1
+                box(axes, x, y, 13.6 if alone else 6.6, height, facecolor=shade)
+                axes.text(x + 0.2, y + (0.35 if alone else 0.3), file, va="center", fontsize=TEXT, family="monospace")
+                axes.text(*((9.2, y + 0.35) if alone else (x + 0.2, y + 0.75)), does, va="center", fontsize=TEXT)
+            y += height + (0.6 if floor in (4, 5) else 0.25)
+        for floor, (_, _, _, handed) in enumerate(floors):
+            if handed:
+                start, end = (sum(tops[at]) / 2 for at in (floor, floor + 1))
+                arrow(axes, (17.1, start + 0.05), (17.1, end - 0.05), OURS)
+                axes.text(17.4, (start + end) / 2, handed, va="center", fontsize=TEXT, color=OURS)
+        asked, registered = tops[0][0] + 0.52, tops[2][0] + 0.52
+        arrow(axes, (9.55, asked), (10.05, asked), OURS)
+        arrow(axes, (10.05, registered), (9.55, registered), OURS)
+        for floor, x, words in inner:
+            start, end = tops[floor][1] + 0.03, tops[floor + 1][0] - 0.03
+            arrow(axes, (x, start), (x, end), OURS)
+            axes.text(x + 0.3, (start + end) / 2, words, va="center", fontsize=TEXT, color=OURS)
 
 
 DRAWINGS = {

@@ -110,7 +110,7 @@ def tables(results: list[dict[str, Any]]) -> dict[str, Table]:
 
 def draw(results: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
     """How many times ours the peers take against N, float32, a panel for each kind of target."""
-    title = f"D = {SIZE}, float32, time as a multiple of mmkernels'"
+    title = f"Distillation and groups, D = {SIZE}, float32, time as a multiple of mmkernels'"
     with figures.drawing(path, title, figures.on(machine), columns=2, sharey=True) as panels:
         for axes, targets in zip(panels, ("teacher", "groups"), strict=True):
             chosen = [row for row in results if row["dtype"] == "float32" and row["targets"] == targets]

@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from benchmarks.harness.tables import Comparison, Row, Standing, memory_text, multiple
@@ -14,16 +15,18 @@ from benchmarks.harness.tables import Comparison, Row, Standing, memory_text, mu
 STYLE = Path(__file__).with_suffix(".mplstyle")
 WIDTH = 9.0  # inches
 OURS = "#c2410c"
+PALE = "#f0b597"  # of OURS
 PEERS = "#8b8f97"
 INK = "#222222"
-SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+MARKERS = "osD^v"  # of the peers that a figure of dots tells apart
+ARCHITECTURES = ("x86_64", "aarch64", "arm64")  # what a file has in place of a CPU's name that was not known
 
 
 @contextlib.contextmanager
 def drawing(
     path: Path, title: str, note: str = "", *, rows: int = 1, columns: int = 1, height: float = 3.8, **options: Any
 ) -> Iterator[list[Axes]]:
-    """The panels of a figure, which is written when they are drawn; the note stands below them."""
+    """Hands out the panels of a figure and writes the figure once they are drawn; the note stands below the panels."""
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(
             rows, columns, figsize=(WIDTH, height), squeeze=False, layout="constrained", **options
@@ -38,7 +41,9 @@ def drawing(
 
 def on(machine: Mapping[str, Any]) -> str:
     """Where the numbers of a figure were measured."""
-    return f"Measured on {machine['threads']} threads of a CPU ({machine['processor']})."
+    name = machine["processor"]
+    cpu = f"an {name} CPU" if name in ARCHITECTURES else f"a CPU ({name})"
+    return f"Measured on {machine['threads']} threads of {cpu}."
 
 
 def color(who: str) -> str:
@@ -46,7 +51,7 @@ def color(who: str) -> str:
 
 
 def lines(axes: Axes, series: Mapping[str, Sequence[tuple[float, float]]], ticks: Sequence[float]) -> None:
-    """A line for each name, which stands at its end; x is logarithmic."""
+    """A line for each name, with the name at the line's end; x is logarithmic."""
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -135,15 +140,23 @@ def bars(axes: Axes, values: Mapping[str, float], text: Callable[[float], str]) 
 
 
 def spread(axes: Axes, comparison: Comparison, cells: Sequence[tuple[str, Mapping[str, Row]]], named: int = 1) -> None:
-    """A line for each cell: all peers as multiples of ours, the fastest dark; the `named` fastest at the right."""
+    """A line for each cell: all peers as multiples of ours, the fastest dark; the `named` fastest at the right.
+
+    Where a line has more peers than are named, each peer has a marker of its own, and a legend below tells them apart.
+    """
     axes.set_xscale("log")
     axes.axvline(1, color=OURS, linewidth=2.4)
+    names = dict.fromkeys(who for _, cell in cells for who in sorted(comparison.peers(cell)))
+    unnamed = any(len(comparison.peers(cell)) > named for _, cell in cells)
+    markers = dict(zip(names, MARKERS if unnamed else "o" * len(names), strict=False))
     for y, (_, cell) in enumerate(cells):
         peers = comparison.peers(cell)
         ratios = [comparison.ratio(cell, who) for who in peers]
         axes.plot([1, max(ratios)], [y, y], color="#dddddd", linewidth=1.2, zorder=1)
-        axes.plot(ratios, [y] * len(ratios), "o", color="#c3c6cb", zorder=2)
-        axes.plot(ratios[0], y, "o", color="#4b5563", markersize=6, zorder=3)
+        for who, ratio in zip(peers, ratios, strict=True):
+            fastest = who == peers[0]
+            color, size, above = ("#4b5563", 6.5, 3) if fastest else ("#a9adb5", 5, 2)
+            axes.plot(ratio, y, markers[who], color=color, markersize=size, zorder=above)
         said = ", ".join(f"{multiple(ratio)} {who}" for ratio, who in zip(ratios[:named], peers, strict=False))
         axes.text(1.03, y, said, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
     axes.set_yticks(range(len(cells)), [label for label, _ in cells])
@@ -154,6 +167,9 @@ def spread(axes: Axes, comparison: Comparison, cells: Sequence[tuple[str, Mappin
     ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20) if lowest <= tick <= highest]
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
+    if unnamed:
+        keys = [Line2D([], [], color=PEERS, marker=marker, linestyle="", label=who) for who, marker in markers.items()]
+        axes.legend(handles=keys, loc="upper left", bbox_to_anchor=(0, -0.09), ncols=2, frameon=False, fontsize=9)
 
 
 def front(standings: Sequence[Standing], machine: Mapping[str, Any], path: Path) -> None:
@@ -161,18 +177,18 @@ def front(standings: Sequence[Standing], machine: Mapping[str, Any], path: Path)
     shown = sorted(standings, key=lambda s: -s.faster)
     shares = [s.bytes[0] / s.bytes[1] for s in shown if s.bytes is not None]
     title = (
-        f"{multiple(shown[-1].faster)} to {multiple(shown[0].faster)} the speed of what you run now; "
-        f"{sum(share <= 0.01 for share in shares)} of {len(shares)} in a hundredth of its memory or less"
+        f"Up to {shown[0].faster:.3g} times faster than what you run now; "
+        f"{sum(share <= 0.01 for share in shares)} calls in a hundredth of its memory or less"
     )
     note = f"{on(machine)} All in float32."
     height, widths = 1.1 + 0.42 * len(shown), (1.25, 1)
     with drawing(path, title, note, columns=2, height=height, sharey=True, width_ratios=widths) as (left, right):
-        left.set(title="Times faster than what it replaces\nblack mark: than the fastest peer", xlim=(0, 22))
-        right.set(title="Memory beyond inputs, gradients\ngrey: what it replaces", xscale="log", xlim=(8e-3, 5e4))
+        left.set(title="Times faster than what it replaces\n(dark part: than the fastest peer)", xlim=(0, 26))
+        right.set(title="Memory beyond inputs and gradients\n(grey: what it replaces)", xscale="log", xlim=(1e-3, 5e4))
         for y, s in enumerate(shown):
-            left.barh(y, s.faster, color=OURS, height=0.56)
-            left.plot([s.faster_than_best] * 2, [y - 0.28, y + 0.28], color="black", linewidth=2.2)
-            said = f"{multiple(s.faster)}  {s.headline.replaces}"
+            left.barh(y, s.faster, color=PALE, height=0.56)
+            left.barh(y, s.faster_than_best, color=OURS, height=0.56)
+            said = f"{multiple(s.faster)}  {s.headline.replaced}"
             left.annotate(said, (s.faster, y), (6, 0), textcoords="offset points", va="center", fontsize=9)
             if s.bytes is not None:
                 _memory_of(right, y, *s.bytes)

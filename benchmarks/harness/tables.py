@@ -110,6 +110,12 @@ class Headline(NamedTuple):
     cell: Mapping[str, Any]  # and those of the cell that is shown
     replaces: str  # who of the cell is what the call replaces
     page: str  # in docs/
+    release: str = ""  # whose code that is, where its name does not say
+
+    @property
+    def replaced(self) -> str:
+        """The name of what the call replaces, for a reader who has not seen the op's page."""
+        return f"{self.replaces} ({self.release})" if self.release else self.replaces
 
 
 class Standing(NamedTuple):
@@ -152,7 +158,7 @@ def headline_table(standings: Sequence[Standing]) -> Table:
             [
                 f"[`{s.headline.call}`](docs/{s.headline.page})",
                 s.headline.size,
-                titled(s.headline.replaces),
+                titled(s.headline.replaced),
                 f"**{multiple(s.faster)}**",
                 f"{multiple(s.faster_than_best)} ({titled(s.best_peer)})",
                 f"{multiple(s.least)} to {multiple(s.most)}",

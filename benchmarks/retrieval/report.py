@@ -10,7 +10,7 @@ import torch
 from benchmarks.harness import figures
 from benchmarks.harness.bench_cases import DTYPES, BenchCase
 from benchmarks.harness.cpu_runs import add_limits, measured
-from benchmarks.harness.tables import Comparison, Headline, Table, duration, name_of
+from benchmarks.harness.tables import Comparison, Headline, Table, multiple, name_of
 from benchmarks.retrieval.peers import rankers, searches, torchmetrics_recalls
 from mmkernels.testing import features
 
@@ -30,7 +30,15 @@ CELLS = [
 COMPARISON = Comparison(("dtype", "n", "m", "k"), "name")
 SHOWN = {"dtype": "float32", "n": 8192, "m": 8192}
 HEADLINES = [
-    Headline("retrieval_ranks", "8192 x 8192", {"k": 0}, {**SHOWN, "k": 0}, "argsort", "retrieval.md"),
+    Headline(
+        "retrieval_ranks",
+        "8192 x 8192",
+        {"k": 0},
+        {**SHOWN, "k": 0},
+        "argsort",
+        "retrieval.md",
+        release="open_clip 3.3.0",
+    ),
     Headline("retrieval_topk", "10 of 8192 x 8192", {"k": 10}, {**SHOWN, "k": 10}, "torch.topk", "retrieval.md"),
 ]
 QUICK = [(torch.float32, 2048, 2048, 0), (torch.float32, 2048, 2048, 10)]
@@ -117,13 +125,15 @@ def tables(results: list[dict[str, Any]]) -> dict[str, Table]:
 
 
 def draw(results: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
-    """Seconds at 8192 x 8192, ranks and the 10 best, float32 and bfloat16, and the limit."""
-    title = f"8192 x 8192, D = {SIZE}, seconds (dotted: the product at the cores' best rate)"
+    """How many times ours the peers take at 8192 x 8192, ranks and the 10 best, float32 and bfloat16; the limit."""
+    title = f"Retrieval, 8192 x 8192, D = {SIZE}, time as a multiple of mmkernels'"
+    note = f"Dotted: the product alone, at the cores' best rate. {figures.on(machine)}"
     shown = [(k, dtype) for k in (0, 10) for dtype in ("float32", "bfloat16")]
-    with figures.drawing(path, title, figures.on(machine), rows=2, columns=2, height=4.6) as panels:
+    with figures.drawing(path, title, note, rows=2, columns=2, height=4.6) as panels:
         for axes, (k, dtype) in zip(panels, shown, strict=True):
             rows = [r for r in results if (r["k"], r["dtype"], r["n"], r["m"]) == (k, dtype, 8192, 8192)]
-            axes.set(title=f"{f'the {k} best keys' if k else 'ranks'}, {dtype}")
-            figures.bars(axes, {row["name"]: row["seconds"] for row in rows}, duration)
+            (cell,) = COMPARISON.cells(rows)
+            axes.set(title=f"{f'retrieval_topk, k = {k}' if k else 'retrieval_ranks'}, {dtype}")
+            figures.bars(axes, {who: COMPARISON.ratio(cell, who) for who in cell}, multiple)
             if (limit := rows[0].get("limit")) is not None:
-                axes.axvline(limit, color=figures.INK, linestyle=":", linewidth=1.2)
+                axes.axvline(limit / cell[COMPARISON.ours]["seconds"], color=figures.INK, linestyle=":", linewidth=1.2)

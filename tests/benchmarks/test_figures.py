@@ -29,6 +29,7 @@ def test_every_figure_is_drawn_without_asking_the_machine(tmp_path, monkeypatch)
 
 def test_a_figure_names_the_machine_of_its_numbers():
     assert figures.on({"processor": "EPYC 9B14", "threads": 7}) == "Measured on 7 threads of a CPU (EPYC 9B14)."
+    assert figures.on({"processor": "x86_64", "threads": 2}) == "Measured on 2 threads of an x86_64 CPU."
 
 
 def test_the_fastest_peer_is_no_call_of_ours_and_no_model_alone():
