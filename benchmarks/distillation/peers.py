@@ -1,4 +1,4 @@
-"""What users run today for soft targets: calls (queries, keys, scale, groups or the teacher's) -> loss."""
+"""What users run today for distillation: calls (queries, keys, scale, the teacher's) -> loss."""
 
 import functools
 from collections.abc import Callable
@@ -11,30 +11,6 @@ import mmkernels
 
 # The packages whose versions a report writes beside its numbers; torch is always there.
 PACKAGES = ("open-clip-torch",)
-
-
-def eager_groups(queries: Tensor, keys: Tensor, scale: Tensor, groups: Tensor) -> Tensor:
-    """Several positives as a matrix of targets."""
-    logits = scale * queries @ keys.T
-    targets = (groups[:, None] == groups).to(logits.dtype)
-    targets = targets / targets.sum(1, keepdim=True)
-    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
-
-
-def group_losses(impl: str = "auto") -> dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]]:
-    """The fused loss first, then its peers: calls (queries, keys, scale, groups of both) -> loss."""
-    return {
-        "mmkernels": lambda queries, keys, scale, groups: mmkernels.info_nce(
-            queries,
-            keys,
-            scale,
-            query_groups=groups,
-            key_groups=groups,
-            impl=impl,  # type: ignore[arg-type]
-        ),
-        "eager": eager_groups,
-        "torch.compile": torch.compile(eager_groups, dynamic=False),
-    }
 
 
 def eager_distillation(

@@ -33,6 +33,7 @@ class PairsReport(NamedTuple):
     losses: Callable[[str], dict[str, Callable[..., Tensor]]]  # of an implementation: ours first, then its peers
     numbers: tuple[float, ...]  # what the losses take beside the features: the scale and what follows
     peers: Mapping[str, str]  # {peer: head of its column}
+    given: Callable[[int, torch.dtype], tuple[Tensor, ...]] = lambda n, dtype: ()  # further arguments, no gradients
 
     def leaves(self, n: int, dtype: torch.dtype) -> list[Tensor]:
         rows = [features(n, SIZE, dtype, seed=seed).requires_grad_() for seed in (1, 2)]
@@ -42,10 +43,10 @@ class PairsReport(NamedTuple):
         """Forward and backward of every loss at one size: median seconds, and bytes beyond inputs and gradients."""
         losses = self.losses("cpu")
         if not with_peers:
-            losses = {"mmkernels": losses["mmkernels"]}
-        leaves = self.leaves(n, dtype)
+            losses = {name: loss for name, loss in losses.items() if name.startswith("mmkernels")}
+        leaves, given = self.leaves(n, dtype), self.given(n, dtype)
         gradients = sum(leaf.nbytes for leaf in leaves)
-        steps = {name: lambda loss=loss: torch.autograd.grad(loss(*leaves), leaves) for name, loss in losses.items()}
+        steps = {name: both_passes(loss, leaves, *given) for name, loss in losses.items()}
         cell = {"dtype": name_of(dtype), "n": n, "products": self.products(*leaves[:2])}
         rows = measured(steps, "loss", dtype, seconds=seconds, least=least_rounds(n), given=gradients)
         return [cell | row for row in rows]
@@ -56,7 +57,7 @@ class PairsReport(NamedTuple):
             BenchCase(
                 f"{n} {name_of(dtype)}",
                 who,
-                lambda loss=loss, n=n, dtype=dtype: both_passes(loss, self.leaves(n, dtype)),  # type: ignore[misc]
+                lambda loss=loss, n=n, dtype=dtype: both_passes(loss, self.leaves(n, dtype), *self.given(n, dtype)),  # type: ignore[misc]
             )
             for n in sizes
             for dtype in DTYPES
