@@ -95,6 +95,18 @@ def test_functional_transforms_take_the_reference():
         torch.func.grad(lambda x: mmkernels.siglip(x, keys, 3.0, -1.0, impl="cpu"))(queries)
 
 
+@pytest.mark.parametrize("disabled", [True, False])
+def test_import_leaves_torchs_logger_as_it_was(disabled):
+    code = (
+        "import logging\n"
+        "logger = logging.getLogger('torch.utils.flop_counter')\n"
+        f"logger.disabled = {disabled}\n"
+        "import mmkernels\n"
+        f"assert logger.disabled is {disabled}"
+    )
+    assert python(code).returncode == 0
+
+
 @pytest.fixture
 def source(tmp_path):
     """A copy of the sources, without what was built."""

@@ -25,7 +25,7 @@ class Config(NamedTuple):
         return self.grouped_grad_logits if groups and self.grouped_grad_logits is not None else self.grad_logits
 
 
-# The largest tiles tried that spill under neither Triton 3.8 nor 3.9. By precision: "half" is bf16 and fp16.
+# The largest tiles tried that spill under neither Triton 3.8 nor 3.9. The inner key "half" stands for bf16 and fp16.
 CONFIGS: dict[str, dict[str, Config]] = {
     # Shared memory stays below 99 KB: chips of compute capability 8.6, 8.9 and 12.0 have no more.
     "sm_80": {

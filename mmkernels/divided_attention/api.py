@@ -81,16 +81,16 @@ def divided_attention(
         impl: "auto" picks the best implementation that can run; a name runs that one or raises.
 
     Returns:
-        out: [B, L, C], the dtype of `qkv`. With return_lse also lse: [B, H, R], float32: the class token's rows (one a
-        sequence it is averaged over, one where it attends globally, none in time for "timesformer"), then one a patch
-        in the order of the tokens; -inf for absent frames. It is not differentiable.
+        out: [B, L, C], the dtype of `qkv`. With return_lse also lse: [B, H, R], float32: the class token's rows (one
+        per sequence it is averaged over, one where it attends globally, none in time for "timesformer"), then one per
+        patch in the order of the tokens; -inf for absent frames. It is not differentiable.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: wrong shapes, devices or values.
         RuntimeError: the `impl` asked for cannot run here; the text lists every implementation with its reason.
 
-    What is kept for the backward pass: qkv, out, and one float32 a row. Results are the same bits from run to run.
+    What is kept for the backward pass: qkv, out, and one float32 per row. Results are the same bits from run to run.
     The gradient is itself not differentiable (impl="reference" is). NaN in, NaN out. Under autocast qkv is cast to its
     dtype; scores and sums stay float32.
 

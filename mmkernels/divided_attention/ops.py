@@ -1,4 +1,4 @@
-"""The registered ops, one pair a backend, their fake kernels and FLOPs, and the autograd.Function around them."""
+"""The registered ops, one pair per backend, their fake kernels and FLOPs, and the autograd.Function around them."""
 
 import logging
 from collections.abc import Sequence
@@ -57,12 +57,13 @@ def _backward_flops(
     return 5 * _pair_flops(qkv, layout)  # scores again, and the gradients of p, v, q, k
 
 
-# It says so where Triton is missing, which is no news to those who count no FLOPs.
+# At its first import the counter warns where Triton is missing, and those who count no FLOPs need no such warning. Only
+# that import is silenced: the logger is left as its owner set it.
 _log = logging.getLogger("torch.utils.flop_counter")
-_log.disabled = True
+_was_disabled, _log.disabled = _log.disabled, True
 from torch.utils.flop_counter import register_flop_formula
 
-_log.disabled = False
+_log.disabled = _was_disabled
 for _backend in ("cpu", "triton"):
     register_flop_formula(getattr(torch.ops.mmkernels, f"divided_attention_{_backend}_forward"))(_forward_flops)
     register_flop_formula(getattr(torch.ops.mmkernels, f"divided_attention_{_backend}_backward"))(_backward_flops)

@@ -78,7 +78,7 @@ def evaluate_set(
 def print_report(report: Mapping[str, Any], console: Console) -> None:
     """Print the table of a report."""
     table = Table(title="Captions (CIDEr-D from 0 to 10; certified: no better caption was missed by stopping early)")
-    for column in ("set", "images", "", "BLEU-1", "BLEU-4", "CIDEr", "exact", "ms an image", "certified"):
+    for column in ("set", "images", "", "BLEU-1", "BLEU-4", "CIDEr", "exact", "ms per image", "certified"):
         table.add_column(column, justify="left" if column in ("set", "") else "right")
     for name, entry in report["sets"].items():
         for kind, found in entry.items():

@@ -261,7 +261,7 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def _strides(x: Tensor) -> tuple[int, int]:
-    """From clip to clip and from token to token, in units of 8 features."""
+    """The steps from clip to clip and from token to token, in units of 8 features."""
     return x.stride(0) // _UNIT, x.stride(1) // _UNIT
 
 

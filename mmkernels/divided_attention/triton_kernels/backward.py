@@ -191,7 +191,7 @@ def grad_queries_kernel(
     delta = tl.sum(grad.to(tl.float32) * o.to(tl.float32), 1)
 
     if (cls == AVERAGED) & (block == 0):
-        # Of an averaged class token, out holds the mean alone: its delta in this sequence takes a pass of its own.
+        # out holds only the mean of an averaged class token: its delta in this sequence takes a pass of its own.
         features = tl.arange(0, BLOCK_K)
         cls_q = signed(tl.load(queries + features, mask=features < D, other=0.0).to(tl.float32), scale2)
         cls_grad = tl.load(grads + features, mask=features < D, other=0.0).to(tl.float32)

@@ -49,7 +49,7 @@ _HALF = {
         Tile(32, 32, 256, 8, 1),
     ),
 }  # fmt: skip
-# With a mask or dropout, whose generator takes registers, a tile is spread over more warps.
+# A tile is spread over more warps with a mask, or with dropout, whose generator takes registers.
 _HALF_MASKED = {
     32: Config(
         _square(64, 32, 8), _square(64, 32, 8), Tile(64, 32, 32, 8, 3), Tile(64, 64, 32, 8, 2), Tile(64, 32, 32, 8, 2)
@@ -103,8 +103,8 @@ _GFX942_MASKED[64] = _GFX942_MASKED[64]._replace(packed_forward=_square(32, 64, 
 _GFX942_MASKED[128] = _GFX942_MASKED[128]._replace(grad_keys=Tile(64, 32, 128, 4, 1))
 _GFX942_MASKED[256] = _GFX942_MASKED[256]._replace(grad_keys=Tile(32, 16, 256, 4, 1))
 
-# Chosen from the compile check: the largest tiles without a spill, but for float32 in heads of more than 128, where a
-# few registers are. By precision ("half" is bf16 and fp16) and whether there is a mask or dropout.
+# The compile check chose these: the largest tiles without a spill, except that float32 spills a few registers in heads
+# of more than 128. The inner keys are the precision ("half" is bf16 and fp16) and whether there is a mask or dropout.
 CONFIGS: dict[str, dict[tuple[str, bool], dict[int, Config]]] = {
     "sm_80": _table(_HALF, _HALF_MASKED, _SINGLE, _SINGLE_MASKED),
     "sm_90": _table(_HALF, _HALF_MASKED, _SINGLE, _SINGLE_MASKED),

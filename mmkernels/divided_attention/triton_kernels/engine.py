@@ -121,7 +121,7 @@ def weights_at(cls_weights, cls_weight, clip, sequence, num_sequences, is_cls, p
     """What a query's output counts: 0 if absent, 1, or the share of an averaged class token's sequence."""
     if MASKED:
         at = cls_weights + clip.to(tl.int64) * num_sequences + sequence
-        # In the mask no comparison of scalars: Triton 3.9's interpreter makes integers of it.
+        # The mask compares no scalars: Triton 3.9's interpreter turns such a comparison into an integer.
         share = tl.where(cls == AVERAGED, tl.load(at, mask=present & is_cls, other=1.0), 1.0)
     else:
         share = tl.where(is_cls & (cls == AVERAGED), cls_weight, 1.0)

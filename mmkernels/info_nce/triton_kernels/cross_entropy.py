@@ -27,9 +27,10 @@ def _add_to_statistics(
     s, bias, m, z, p, rows, target, key_groups, positives, col_out, col_plane, col_start, N, M, num_grouped, first,
     SYMMETRIC: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The rows' (m, z) with the columns col_start and following; the columns' in memory, anew if `first`.
+    """Join the columns from col_start on to the rows' (m, z), and the rows to the columns' (m, z) in memory.
 
-    With GROUPS the sums p of the positives' logits, too; `target` is then the rows' groups.
+    `first`: there is nothing in memory yet. GROUPS joins the sums p of the positives' logits, too; `target` then holds
+    the rows' groups.
     """
     cols = col_start + tl.arange(0, WIDTH)
     row_ok = rows < N
