@@ -115,6 +115,9 @@ MMK_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
 MMK_INLINE Vec exponent_of_low_bits(Vec a) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23))};
 }
+MMK_INLINE Vec log(Vec a) {
+  return log_in_memory(a);
+}
 MMK_INLINE bool any_above(Vec a, Vec b) {
   return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)) != 0;
 }

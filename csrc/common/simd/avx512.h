@@ -92,6 +92,26 @@ MMK_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
 MMK_INLINE Vec exponent_of_low_bits(Vec a) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))};
 }
+MMK_INLINE Vec log(Vec x) {
+  // x = m 2^n with m in [sqrt(1/2), sqrt(2)).
+  __m512 m = _mm512_getmant_ps(x.v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src), n = _mm512_getexp_ps(x.v);
+  const __mmask16 upper = _mm512_cmp_ps_mask(m, _mm512_set1_ps(1.41421356f), _CMP_GT_OQ);
+  m = _mm512_mask_mul_ps(m, upper, m, _mm512_set1_ps(0.5f));
+  n = _mm512_mask_add_ps(n, upper, n, _mm512_set1_ps(1.f));
+  const Vec f = Vec{m} - Vec::set1(1.f), z = f * f;
+  Vec p = Vec::set1(7.0376836292e-2f);
+  p = fma(p, f, Vec::set1(-1.1514610310e-1f));
+  p = fma(p, f, Vec::set1(1.1676998740e-1f));
+  p = fma(p, f, Vec::set1(-1.2420140846e-1f));
+  p = fma(p, f, Vec::set1(1.4249322787e-1f));
+  p = fma(p, f, Vec::set1(-1.6668057665e-1f));
+  p = fma(p, f, Vec::set1(2.0000714765e-1f));
+  p = fma(p, f, Vec::set1(-2.4999993993e-1f));
+  p = fma(p, f, Vec::set1(3.3333331174e-1f));
+  Vec y = fma(Vec{n}, Vec::set1(-2.12194440e-4f), p * f * z);
+  y = fma(z, Vec::set1(-0.5f), y);
+  return fma(Vec{n}, Vec::set1(0.693359375f), f + y);
+}
 MMK_INLINE bool any_above(Vec a, Vec b) {
   return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0;
 }

@@ -1,6 +1,8 @@
 // What instruction sets of few lanes do through memory, lane by lane.
 #pragma once
 
+#include <cmath>
+
 #include "scalar.h"
 
 namespace mmkernels {
@@ -13,6 +15,15 @@ MMK_INLINE void transpose_in_memory(Vec* rows) {
   for (int i = 0; i < Vec::kLanes; ++i)
     for (int j = 0; j < Vec::kLanes; ++j) turned[j][i] = lanes[i][j];
   for (int i = 0; i < Vec::kLanes; ++i) rows[i] = Vec::load(turned[i]);
+}
+
+// The C library takes the logarithms: the kernels need few, one per row.
+template <class Vec>
+MMK_INLINE Vec log_in_memory(Vec a) {
+  float lanes[Vec::kLanes];
+  a.store(lanes);
+  for (float& lane : lanes) lane = std::log(lane);
+  return Vec::load(lanes);
 }
 
 template <class Vec>

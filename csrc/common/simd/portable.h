@@ -135,6 +135,9 @@ MMK_INLINE Vec exponent_of_low_bits(Vec a) {
   std::memcpy(&a.v, bits, sizeof(bits));
   return a;
 }
+MMK_INLINE Vec log(Vec a) {
+  return log_in_memory(a);
+}
 MMK_INLINE bool any_above(Vec a, Vec b) {
   return a.v[0] > b.v[0] || a.v[1] > b.v[1] || a.v[2] > b.v[2] || a.v[3] > b.v[3];
 }

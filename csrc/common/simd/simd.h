@@ -1,5 +1,5 @@
 // Vectors of 32-bit lanes for the instruction set this file is compiled for: avx512.h, avx2.h or portable.h, each with
-// the operations that the concept Simd below lists; math.h makes exp, log and log1p of them.
+// the operations that the concept Simd below lists; math.h makes exp and log1p of them.
 //
 // A lane holds a float, or a word of two bfloat16 for the pair product. What the kernels assume of every set:
 //   - lanes are IEEE floats, rounded to nearest, with subnormals (no flush to zero); memory needs no alignment;
@@ -44,7 +44,7 @@ concept Simd = requires(V a, V b, V c, float x, int n, const float* from, float*
   a.store(to, n);
   a.store_bf16(to_halves, n);
   a.store_f16(to_halves, n);
-  // Over the lanes.
+  // These reduce the lanes to one float.
   { a.sum() } -> std::same_as<float>;
   { a.largest() } -> std::same_as<float>;
 
@@ -63,6 +63,8 @@ concept Simd = requires(V a, V b, V c, float x, int n, const float* from, float*
   { where_negative(a, b, c) } -> std::same_as<V>;
   // a 2^n for whole n. AVX-512 is exact over the whole range; the others give 0 for n < -126 and infinity for n > 127.
   { scale_by_power_of_2(a, b) } -> std::same_as<V>;
+  // The natural logarithm of a positive finite a, subnormals included, within 0.9 units of the last place.
+  { log(a) } -> std::same_as<V>;
   // The floats whose sign and exponent are the low nine bits of each lane.
   { exponent_of_low_bits(a) } -> std::same_as<V>;
   // Whether any lane of a is greater than its lane of b.
@@ -86,7 +88,7 @@ static_assert(requires(DoubleSum sum, Vec a) {
 });
 
 #ifdef MMK_HAS_BF16_PRODUCT
-// Where the machine multiplies pairs of bfloat16.
+// These exist where the machine multiplies pairs of bfloat16.
 static_assert(requires(Vec a, Vec b, Vec c, uint16_t* to) {
   { fma_pairs(a, b, c) } -> std::same_as<Vec>;    // c + the sum of the products of the two bfloat16 of each lane
   { round_to_pairs(a, b) } -> std::same_as<Vec>;  // lane i: a[i] in the low half, b[i] in the high half, rounded
