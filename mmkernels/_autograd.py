@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A CPU op may hold this much beside inputs and gradients, even where they are smaller.
+# A CPU op may hold this much beside inputs and gradients, even where they are smaller: 4,096 x 4,096 float32, as
+# kFreeBytes in csrc/common/engine.cpp, which bounds the scratch of the threads.
 FREE_BYTES = 64 << 20
 # Below this many bytes per row of features it is faster to recompute the products than to store and load them.
 _LEAST_ROW_BYTES = 512

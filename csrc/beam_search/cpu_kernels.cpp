@@ -14,6 +14,7 @@
 #include <limits>
 
 #include "../common/tiles.h"
+#include "step_types.h"
 
 namespace mmkernels {
 inline namespace MMK_VARIANT {
@@ -21,8 +22,6 @@ namespace {
 
 // 50,257 logits are 197 blocks: as many maxima to compare, and blocks of 256 to look into, where `keep` is about 10.
 constexpr int64_t kBlock = 256;
-// In a part of kRows x kColumns the terms of a softmax that are kColumns apart are added in float32, then all exactly.
-constexpr int64_t kRows = 8, kColumns = 16;
 
 // Adding 1.5 x 2^23 quanta rounds to a whole number of them: see quantum_bits and log_sums in the reference.
 float quantum_shift(int64_t vocabulary) {
@@ -95,13 +94,13 @@ struct Largest {
   }
 };
 
-// Sums e^(x - top) over kCount vectors that lie kColumns apart: neighbours first, then neighbouring sums.
+// Sums e^(x - top) over kCount vectors that lie kSumColumns apart: neighbours first, then neighbouring sums.
 template <int64_t kCount, class Load>
 MMK_INLINE Vec sum_of_exps(const Load& load, int64_t at, Vec top) {
   if constexpr (kCount == 1)
     return exact_exp(load(at) - top);
   else
-    return sum_of_exps<kCount / 2>(load, at, top) + sum_of_exps<kCount / 2>(load, at + kCount / 2 * kColumns, top);
+    return sum_of_exps<kCount / 2>(load, at, top) + sum_of_exps<kCount / 2>(load, at + kCount / 2 * kSumColumns, top);
 }
 
 // Puts x behind its equals into the list of the largest so far, which holds at most `keep`. x is above the last entry
@@ -139,9 +138,9 @@ void read_row(const BeamRows& p, int64_t index, BeamRow& out, float* scratch) {
     for (int64_t i = 0; i < num_blocks; ++i) {
       prefetch_block<kDtype>(p.row(index + 1), i * kBlock);
       blocks.read(i * kBlock, mask_first, [&](const auto& load) {
-        for (int64_t part = 0; part < kBlock; part += kRows * kColumns)
-          for (int64_t column = 0; column < kColumns; column += Vec::kLanes)
-            sum.add((sum_of_exps<kRows>(load, part + column, top) + shift) - shift);
+        for (int64_t part = 0; part < kBlock; part += kSumRows * kSumColumns)
+          for (int64_t column = 0; column < kSumColumns; column += Vec::kLanes)
+            sum.add((sum_of_exps<kSumRows>(load, part + column, top) + shift) - shift);
       });
     }
     out.sum = sum.total();

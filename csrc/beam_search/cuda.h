@@ -14,7 +14,7 @@ namespace mmkernels {
 struct BeamDevice {
   int multiprocessors;
   bool clusters;                  // blocks of a row can read each other's shared memory (compute capability 9.0)
-  int warps = 8;                  // of a block
+  int warps = 8;                  // of a block, at most kMaxWarps
   int64_t part_bytes = 32 << 10;  // logits of a block, if they are many
   int64_t least_part = 2048;      // entries that are worth a block: 8 for each of its 256 threads
   int64_t staged_bytes =
@@ -33,10 +33,10 @@ struct BeamPlan {
   size_t shared, scratch;  // bytes
 };
 
+// The most warps of a block: 256 threads = 8 warps of 32.
 constexpr int kMaxWarps = 8;
-// A softmax's terms are added in float32 where they are kColumns apart in a block of kRows x kColumns.
-constexpr int kRows = 8, kColumns = 16;
-// What a block of scan keeps beside the staged logits.
+// A block of scan keeps ScanShared before the staged logits: 168 bytes for kMaxWarps, and on to a
+// multiple of the 16 bytes that are copied at once.
 constexpr size_t kScanShared = 256;
 
 inline int64_t divide_up(int64_t a, int64_t b) {
@@ -49,7 +49,7 @@ inline BeamPlan plan_beam_step(const BeamStep& s, const BeamDevice& device) {
   const int64_t idle = divide_up(2 * device.multiprocessors, rows);
   int64_t parts = std::max(divide_up(V * element, device.part_bytes), std::min(idle, divide_up(V, device.least_part)));
   parts = std::min<int64_t>(parts, device.clusters ? 8 : 64);
-  const int64_t unit = kRows * kColumns * device.warps;  // warps have whole blocks of the softmax's sum
+  const int64_t unit = kSumRows * kSumColumns * device.warps;  // warps have whole blocks of the softmax's sum
   plan.warps = device.warps;
   plan.part = divide_up(divide_up(V, parts), unit) * unit;
   plan.parts = static_cast<int>(divide_up(V, plan.part));

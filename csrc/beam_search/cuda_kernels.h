@@ -27,7 +27,7 @@ struct BeamArguments {
   int32_t* kept_tokens;  // [rows, parts, keep]
 };
 
-// Runs the kernels of a step through `launch`, which knows how to start each over so many blocks.
+// Runs the kernels of a step. `launch` starts each of them over the number of blocks that it is given.
 template <class Launch>
 void launch_beam_step(const BeamStep& step, const BeamPlan& plan, void* scratch, const Launch& launch) {
   const int64_t rows = step.items * step.beams, in_parts = rows * plan.parts;
@@ -49,7 +49,7 @@ void launch_beam_step(const BeamStep& step, const BeamPlan& plan, void* scratch,
 
 namespace beam {
 
-static_assert(kColumns == 16);  // half a warp
+static_assert(kSumColumns == 16);  // half a warp
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr float kInfinity = __builtin_huge_valf();
 
@@ -194,7 +194,7 @@ struct Part {
     T* copy = reinterpret_cast<T*>(to + shift);
     const Word* from = reinterpret_cast<const Word*>(logits + head);
     Word* words_to = reinterpret_cast<Word*>(copy + head);
-    constexpr int kAhead = 4;  // this many loads are under way at once
+    constexpr int kAhead = 4;  // 4 words of 16 bytes are under way at once in each of 256 threads: 16 KiB of a block
     for (int i = thread; i < words; i += kAhead * threads) {
       Word loaded[kAhead];
 #pragma unroll
@@ -210,25 +210,25 @@ struct Part {
   }
 
   // Finds this warp's share of the softmax's sum: log_sums() in reference.py. As there, the terms of a column of a
-  // block of kRows x kColumns are added neighbours first; the rest is exact.
+  // block of kSumRows x kSumColumns are added neighbours first; the rest is exact.
   //
   // Half a warp has the columns of one block, half those of the next; the second half goes through its rows with
   // neighbours exchanged, so that the halves read different banks.
   __device__ double sum(float largest, float shift) const {
-    const int half = threadIdx.x / 16 % 2, column = threadIdx.x % kColumns;
+    const int half = threadIdx.x / 16 % 2, column = threadIdx.x % kSumColumns;
     const int stop = first + 32 * lines < length ? first + 32 * lines : length;
     double total = 0;
-    for (int block = first + half * kRows * kColumns; block < stop; block += 2 * kRows * kColumns) {
-      float terms[kRows];
+    for (int block = first + half * kSumRows * kSumColumns; block < stop; block += 2 * kSumRows * kSumColumns) {
+      float terms[kSumRows];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const int i = block + (r ^ half) * kColumns + column;
+      for (int r = 0; r < kSumRows; ++r) {
+        const int i = block + (r ^ half) * kSumColumns + column;
         terms[r] = i < length ? exact_exp(in_softmax(i) - largest) : 0.f;
       }
 #pragma unroll
-      for (int apart = 1; apart < kRows; apart *= 2)
+      for (int apart = 1; apart < kSumRows; apart *= 2)
 #pragma unroll
-        for (int r = 0; r < kRows; r += 2 * apart) terms[r] += terms[r + apart];
+        for (int r = 0; r < kSumRows; r += 2 * apart) terms[r] += terms[r + apart];
       total += static_cast<double>((terms[0] + shift) - shift);
     }
     return warp_sum(total);

@@ -7,6 +7,10 @@
 
 namespace mmkernels {
 
+// A softmax's terms are added in float32 where they are kSumColumns apart in a block of kSumRows x kSumColumns = 128,
+// and exactly from there on: log_sums in reference.py.
+constexpr int kSumRows = 8, kSumColumns = 16;
+
 struct BeamStep {
   const void* logits;  // [items x beams, vocabulary]
   Dtype dtype;

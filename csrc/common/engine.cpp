@@ -12,7 +12,8 @@ namespace {
 constexpr int64_t kWordsInL1 = 256;
 // A panel of queries has at most 2^17 elements: as floats 512 KiB, half of a 1 MiB L2.
 constexpr int64_t kPanelElements = kMaxRows * 512;
-// A call may hold this much beside inputs and gradients even where the inputs are smaller.
+// A call may hold this much beside inputs and gradients even where the inputs are smaller: 4,096 x 4,096 floats, as
+// FREE_BYTES in mmkernels/_autograd.py, which bounds the products that are kept.
 constexpr int64_t kFreeBytes = int64_t{64} << 20;
 
 // Calls with the product that serves the dtype: pairs for bfloat16 where the machine multiplies them, else float32.
@@ -336,18 +337,20 @@ void products_of_pairs(const Features& queries, int64_t row0, const ListedFeatur
 void Companion::begin_panel(int64_t first_row, int64_t count) {
   row0 = first_row;
   rows = count;
-  with_product(x.queries.dtype, [&](auto product) {
+  with_product(logits.queries.dtype, [&](auto product) {
     using Product = decltype(product);
-    pack_columns<Product>(x.queries, row0, rows, x.size, Buffers<Product>(x, t, false, scratch).query_columns);
+    pack_columns<Product>(logits.queries, row0, rows, logits.size,
+                          Buffers<Product>(logits, tiling, false, scratch).query_columns);
   });
 }
 
 float* Companion::products(int64_t col0, int64_t cols, const float* kept) const {
-  return with_product(x.queries.dtype, [&](auto product) {
+  return with_product(logits.queries.dtype, [&](auto product) {
     using Product = decltype(product);
-    const Buffers<Product> b(x, t, false, scratch);
-    if (recall_tile(x, kept, row0, rows, col0, cols, b.tile)) return b.tile;
-    const RowsLeft keys = key_words<Product>(x.keys, col0, cols, x.size, round_up(t.cols, kRows), b.key_rows);
+    const Buffers<Product> b(logits, tiling, false, scratch);
+    if (recall_tile(logits, kept, row0, rows, col0, cols, b.tile)) return b.tile;
+    const RowsLeft keys =
+        key_words<Product>(logits.keys, col0, cols, logits.size, round_up(tiling.cols, kRows), b.key_rows);
     Ahead nothing;
     product_of_features(b, keys, rows, cols, nothing);
     return b.tile;
@@ -369,7 +372,7 @@ Tiling choose_tiling(const Logits& x, bool backward, int64_t threads, const Logi
 
   const int64_t element = x.queries.dtype == Dtype::kFloat32 ? 4 : 2;
   // All that a call holds beside inputs and gradients stays within the size of the inputs: statistics, 12 floats = 48
-  // bytes a row; for half precision the low halves of the sums; and scratch, which bounds the threads.
+  // bytes per row; for half precision the low halves of the sums; and scratch, which bounds the threads.
   const int64_t held = (n + m) * 48 + (element == 2 ? m * x.size * 2 : 0);
   const int64_t allowed = (std::max((n + m) * x.size * element, kFreeBytes) - held) / (t.scratch_floats * 4);
   // A small problem is over before a second thread has woken up: 2^20 multiply-adds of info_nce (128 x 128 x 64) take

@@ -80,7 +80,8 @@ void products_of_pairs(const Features& queries, int64_t row0, const ListedFeatur
 // holds a Companion, whose scratch lies behind the engine's.
 class Companion {
  public:
-  Companion(const Logits& x, const Tiling& t, float* scratch) : x(x), t(t), scratch(scratch) {}
+  Companion(const Logits& logits, const Tiling& tiling, float* scratch)
+      : logits(logits), tiling(tiling), scratch(scratch) {}
 
   void begin_panel(int64_t first_row, int64_t count);
   // Returns the products of the panel and a chunk of keys, laid out as the engine's tile and valid until the next call.
@@ -88,8 +89,8 @@ class Companion {
   float* products(int64_t col0, int64_t cols, const float* kept = nullptr) const;
 
  private:
-  const Logits& x;
-  const Tiling& t;
+  const Logits& logits;
+  const Tiling& tiling;
   float* const scratch;
   int64_t row0 = 0, rows = 0;
 };

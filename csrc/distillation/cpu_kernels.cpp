@@ -57,10 +57,10 @@ struct SumsOf {
 // loss = log(sum) - weighted / teacher_sum: the cross-entropy of the student's softmax under the teacher's.
 template <bool kColumns>
 struct DistillationStatistics final : Epilogue {
-  DistillationStatistics(const DistillationForward& p, const Tiling& t, float* scratch)
-      : p(p), teacher(p.teacher, t, scratch) {}
+  DistillationStatistics(const DistillationForward& problem, const Tiling& t, float* scratch)
+      : problem(problem), teacher(problem.teacher, t, scratch) {}
 
-  const DistillationForward& p;
+  const DistillationForward& problem;
   Companion teacher;
   int64_t row0 = 0, rows = 0, padded_rows = 0;
   float positive[kMaxRows];
@@ -80,10 +80,10 @@ struct DistillationStatistics final : Epilogue {
 
   void tile(float* s, int64_t col0, int64_t cols) override {
     float* t = teacher.products(col0, cols);
-    keep_tile(p.logits, s, row0, rows, col0, cols, p.products);
-    keep_tile(p.teacher, t, row0, rows, col0, cols, p.teacher_products);
-    scale_and_find_maxima(s, p.logits.scale, cols, tile_row.largest, col.largest);
-    scale_and_find_maxima(t, p.teacher.scale, cols, tile_row.teacher_largest, col.teacher_largest);
+    keep_tile(problem.logits, s, row0, rows, col0, cols, problem.products);
+    keep_tile(problem.teacher, t, row0, rows, col0, cols, problem.teacher_products);
+    scale_and_find_maxima(s, problem.logits.scale, cols, tile_row.largest, col.largest);
+    scale_and_find_maxima(t, problem.teacher.scale, cols, tile_row.teacher_largest, col.teacher_largest);
     for_each_target(nullptr, row0, rows, col0, cols, s, [&](int64_t r, float& logit) { positive[r] = logit; });
     float center, teacher_center;
     const int64_t counted = kColumns ? cols : 0;
@@ -164,30 +164,30 @@ struct DistillationStatistics final : Epilogue {
   void update_columns(int64_t col0, int64_t cols) override {
     for (int64_t c = 0; c < cols; c += Vec::kLanes) {
       const int n = static_cast<int>(std::min<int64_t>(Vec::kLanes, cols - c));
-      Sums sums = row0 == 0 ? Sums::none() : Sums::load(p.col, col0 + c, n);
+      Sums sums = row0 == 0 ? Sums::none() : Sums::load(problem.col, col0 + c, n);
       sums.join(Sums::load(col, c, Vec::kLanes), Vec::load(col_reference + c), Vec::load(col_teacher_reference + c));
-      sums.store(p.col, col0 + c, n);
+      sums.store(problem.col, col0 + c, n);
     }
   }
 
   void end_panel(int64_t) override {
     for (int64_t r = 0; r < rows; r += Vec::kLanes)
       Sums::load(row, r, Vec::kLanes)
-          .store(p.row, row0 + r, static_cast<int>(std::min<int64_t>(Vec::kLanes, rows - r)));
-    std::memcpy(p.positive + row0, positive, rows * sizeof(float));
+          .store(problem.row, row0 + r, static_cast<int>(std::min<int64_t>(Vec::kLanes, rows - r)));
+    std::memcpy(problem.positive + row0, positive, rows * sizeof(float));
   }
 };
 
 // Turns a tile of products into d loss / d logits.
 template <bool kColumns>
 struct DistillationGradient final : Epilogue {
-  DistillationGradient(const DistillationBackward& p, const Tiling& t, float* scratch)
-      : p(p),
-        teacher(p.teacher, t, scratch),
-        of_student(p.logits, p.row, p.col),
-        of_teacher(p.teacher, p.teacher_row, p.teacher_col) {}
+  DistillationGradient(const DistillationBackward& problem, const Tiling& t, float* scratch)
+      : problem(problem),
+        teacher(problem.teacher, t, scratch),
+        of_student(problem.logits, problem.row, problem.col),
+        of_teacher(problem.teacher, problem.teacher_row, problem.teacher_col) {}
 
-  const DistillationBackward& p;
+  const DistillationBackward& problem;
   Companion teacher;
   TileOfSoftmaxes<kColumns> of_student, of_teacher;
   int64_t row0 = 0, rows = 0, padded_rows = 0;
@@ -204,14 +204,14 @@ struct DistillationGradient final : Epilogue {
   }
 
   bool recall(float* s, int64_t col0, int64_t cols) const override {
-    return recall_tile(p.logits, p.products, row0, rows, col0, cols, s);
+    return recall_tile(problem.logits, problem.products, row0, rows, col0, cols, s);
   }
 
   void tile(float* s, int64_t col0, int64_t cols) override {
-    const float* t = teacher.products(col0, cols, p.teacher_products);
+    const float* t = teacher.products(col0, cols, problem.teacher_products);
     const bool one = of_student.begin_tile(col0, cols), teacher_one = of_teacher.begin_tile(col0, cols);
     for_each_target(nullptr, row0, rows, col0, cols, s, [&](int64_t r, float& product) {
-      product_of_logits -= static_cast<double>(p.positive_weight[row0 + r]) * product;
+      product_of_logits -= static_cast<double>(problem.positive_weight[row0 + r]) * product;
     });
     // On the diagonal softmaxes near 1 cancel: there each takes an exponential of its own, which is exact near 1.
     const bool on_diagonal = row0 < col0 + cols && col0 < row0 + rows;
@@ -223,7 +223,7 @@ struct DistillationGradient final : Epilogue {
       differentiate<false>(s, t, col0, cols);
     }
     for_each_target(nullptr, row0, rows, col0, cols, s,
-                    [&](int64_t r, float& grad) { grad -= p.positive_weight[row0 + r]; });
+                    [&](int64_t r, float& grad) { grad -= problem.positive_weight[row0 + r]; });
   }
 
   template <bool kOne>
@@ -246,7 +246,7 @@ struct DistillationGradient final : Epilogue {
   }
 
   void end_panel(int64_t panel) override {
-    if (p.grad_scale != nullptr) p.grad_scale[panel] = product_of_logits;
+    if (problem.grad_scale != nullptr) problem.grad_scale[panel] = product_of_logits;
   }
 };
 

@@ -14,6 +14,7 @@ namespace divided_attention {
 // A block's tile of scores takes 2^16 floats = 256 KiB, half of a 512 KiB L2. Only if 64 rows take less, or if they are
 // so long that 2 kRows of them take more, is it otherwise. The backward pass has two such tiles.
 constexpr int64_t kBlockFloats = 1 << 16;
+// The most queries of a block: against 1,024 keys they take those 2^16 floats.
 constexpr int64_t kMostRows = 64;
 
 // The buffers of one thread, cut from its scratch.
@@ -99,7 +100,7 @@ struct NextRows {
   int64_t count, row_bytes, at_once;
   int64_t at = 0;
 
-  // From head `head` to the next one, or from the last one to the first of the next sequence.
+  // Returns the bytes from head `head` to the next one, or from the last one to the first of the next sequence.
   static int64_t bytes_ahead(const Clips& clips, int64_t head, int64_t token_stride, Dtype dtype) {
     const bool is_last = head + 1 == clips.heads;
     const int64_t to_next_sequence = clips.sequence_step * token_stride - head * clips.head_size;

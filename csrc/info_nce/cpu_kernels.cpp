@@ -24,9 +24,9 @@ void for_each_positive(const Positives& positives, int64_t row0, int64_t rows, i
 // Keeps running statistics of rows and columns: loss = lse - positive, lse = max + log(sum).
 template <bool kColumns, bool kTotals>
 struct InfoNceStatistics final : Epilogue {
-  explicit InfoNceStatistics(const InfoNceForward& p) : p(p) {}
+  explicit InfoNceStatistics(const InfoNceForward& problem) : problem(problem) {}
 
-  const InfoNceForward& p;
+  const InfoNceForward& problem;
   int64_t row0 = 0, rows = 0, padded_rows = 0;
   float row_max[kMaxRows], row_sum[kMaxRows], row_total[kMaxRows];
   double row_positive[kMaxRows], col_positive[kMaxCols];  // double: exact enough for the sum of thousands
@@ -40,21 +40,22 @@ struct InfoNceStatistics final : Epilogue {
     for (int64_t r = 0; r < padded_rows; ++r) {
       row_max[r] = kNegativeInfinity;
       row_sum[r] = row_total[r] = 0.f;
-      row_positive[r] = p.positives.queries != nullptr ? 0. : __builtin_nan("");
+      row_positive[r] = problem.positives.queries != nullptr ? 0. : __builtin_nan("");
     }
   }
 
   void tile(float* s, int64_t col0, int64_t cols) override {
-    keep_tile(p.logits, s, row0, rows, col0, cols, p.products);
+    keep_tile(problem.logits, s, row0, rows, col0, cols, problem.products);
     scale_and_find_maxima(s, cols);
-    if (p.positives.queries != nullptr) {
+    if (problem.positives.queries != nullptr) {
       std::fill(col_positive, col_positive + cols, 0.);
-      for_each_positive(p.positives, row0, rows, col0, cols, s, [&](int64_t r, int64_t c, float logit) {
+      for_each_positive(problem.positives, row0, rows, col0, cols, s, [&](int64_t r, int64_t c, float logit) {
         row_positive[r] += logit;
         col_positive[c] += logit;
       });
     } else {
-      for_each_target(p.targets, row0, rows, col0, cols, s, [&](int64_t r, float& logit) { row_positive[r] = logit; });
+      for_each_target(problem.targets, row0, rows, col0, cols, s,
+                      [&](int64_t r, float& logit) { row_positive[r] = logit; });
     }
     float center;
     if (lie_near(tile_row_max, rows, col.largest, kColumns ? cols : 0, center)) {
@@ -65,7 +66,7 @@ struct InfoNceStatistics final : Epilogue {
   }
 
   void scale_and_find_maxima(float* s, int64_t cols) {
-    const Vec scale = Vec::set1(p.logits.scale), last_edge = edge_of(rows);
+    const Vec scale = Vec::set1(problem.logits.scale), last_edge = edge_of(rows);
     for (int64_t r = 0; r < padded_rows; ++r) tile_row_max[r] = kNegativeInfinity;
     for (int64_t c = 0; c < cols; ++c) {
       float* row = s + c * kTileStride;
@@ -124,27 +125,28 @@ struct InfoNceStatistics final : Epilogue {
 
   void update_columns(int64_t col0, int64_t cols) override {
     if constexpr (kColumns) {
-      col.join_to<kTotals>(col0, cols, row0 == 0, p.col_max, p.col_sum, p.col_total);
-      for (int64_t c = 0; p.positives.queries != nullptr && c < cols; ++c)
-        p.col_positive[col0 + c] = (row0 == 0 ? 0. : p.col_positive[col0 + c]) + col_positive[c];
+      col.join_to<kTotals>(col0, cols, row0 == 0, problem.col_max, problem.col_sum, problem.col_total);
+      for (int64_t c = 0; problem.positives.queries != nullptr && c < cols; ++c)
+        problem.col_positive[col0 + c] = (row0 == 0 ? 0. : problem.col_positive[col0 + c]) + col_positive[c];
     }
   }
 
   void end_panel(int64_t) override {
     const auto write = [&](const auto* from, auto* to) { std::memcpy(to + row0, from, rows * sizeof(*from)); };
-    write(row_max, p.row_max);
-    write(row_sum, p.row_sum);
-    write(row_positive, p.row_positive);
-    if constexpr (kTotals) write(row_total, p.row_total);
+    write(row_max, problem.row_max);
+    write(row_sum, problem.row_sum);
+    write(row_positive, problem.row_positive);
+    if constexpr (kTotals) write(row_total, problem.row_total);
   }
 };
 
 // Turns a tile of products into d loss / d logits: softmax over rows and columns by one exponential where it can.
 template <bool kColumns, bool kShift>
 struct InfoNceGradient final : Epilogue {
-  explicit InfoNceGradient(const InfoNceBackward& p) : p(p), softmaxes(p.logits, p.row, p.col) {}
+  explicit InfoNceGradient(const InfoNceBackward& problem)
+      : problem(problem), softmaxes(problem.logits, problem.row, problem.col) {}
 
-  const InfoNceBackward& p;
+  const InfoNceBackward& problem;
   TileOfSoftmaxes<kColumns> softmaxes;
   int64_t row0 = 0, rows = 0, padded_rows = 0;
   float row_shift[kMaxRows];
@@ -156,23 +158,23 @@ struct InfoNceGradient final : Epilogue {
     padded_rows = round_up(count, Vec::kLanes);
     product_of_logits = 0.;
     softmaxes.begin_panel(first_row, count);
-    if constexpr (kShift) softmaxes.read(p.row_shift, row_shift);
+    if constexpr (kShift) softmaxes.read(problem.row_shift, row_shift);
   }
 
   bool recall(float* s, int64_t col0, int64_t cols) const override {
-    return recall_tile(p.logits, p.products, row0, rows, col0, cols, s);
+    return recall_tile(problem.logits, problem.products, row0, rows, col0, cols, s);
   }
 
   void tile(float* s, int64_t col0, int64_t cols) override {
     // Calls visit(weight in the gradient, element) for each positive in the tile.
     const auto visit_positives = [&](const auto& visit) {
-      if (p.positives.queries == nullptr) {
-        for_each_target(p.targets, row0, rows, col0, cols, s,
-                        [&](int64_t r, float& element) { visit(p.positive_weight[row0 + r], element); });
+      if (problem.positives.queries == nullptr) {
+        for_each_target(problem.targets, row0, rows, col0, cols, s,
+                        [&](int64_t r, float& element) { visit(problem.positive_weight[row0 + r], element); });
       } else {
-        for_each_positive(p.positives, row0, rows, col0, cols, s, [&](int64_t r, int64_t c, float& element) {
-          const float of_column = kColumns ? p.col_positive_weight[col0 + c] : 0.f;
-          visit(p.positive_weight[row0 + r] + of_column, element);
+        for_each_positive(problem.positives, row0, rows, col0, cols, s, [&](int64_t r, int64_t c, float& element) {
+          const float of_column = kColumns ? problem.col_positive_weight[col0 + c] : 0.f;
+          visit(problem.positive_weight[row0 + r] + of_column, element);
         });
       }
     };
@@ -187,7 +189,7 @@ struct InfoNceGradient final : Epilogue {
   }
 
   void end_panel(int64_t panel) override {
-    if (p.grad_scale != nullptr) p.grad_scale[panel] = product_of_logits;
+    if (problem.grad_scale != nullptr) problem.grad_scale[panel] = product_of_logits;
   }
 
   template <bool kOne>
@@ -197,7 +199,7 @@ struct InfoNceGradient final : Epilogue {
     for (int64_t c = 0; c < cols; ++c) {
       float* row = s + c * kTileStride;
       const Column column(softmaxes, col0, c);
-      const Vec shift = Vec::set1(kColumns && kShift ? p.col_shift[col0 + c] : 0.f);
+      const Vec shift = Vec::set1(kColumns && kShift ? problem.col_shift[col0 + c] : 0.f);
       Vec sum = Vec::set1(0.f);
       for (int64_t r = 0; r < padded_rows; r += Vec::kLanes) {
         const Vec product = Vec::load(row + r);

@@ -34,16 +34,16 @@ struct PanelBias {
 // loss = lse - positive, lse = largest + log(sum): statistics of the columns of the tiles, which are the hidden rows.
 template <bool kTotals>
 struct ClassStatistics final : Epilogue {
-  explicit ClassStatistics(const LinearCrossEntropyForward& p) : p(p) {}
+  explicit ClassStatistics(const LinearCrossEntropyForward& problem) : problem(problem) {}
 
-  const LinearCrossEntropyForward& p;
+  const LinearCrossEntropyForward& problem;
   PanelBias bias;
   ColumnStatistics col;
 
-  void begin_panel(int64_t first, int64_t count) override { bias.begin(p.bias, first, count); }
+  void begin_panel(int64_t first, int64_t count) override { bias.begin(problem.bias, first, count); }
 
   void tile(float* s, int64_t col0, int64_t cols) override {
-    keep_tile(p.logits, s, bias.class0, bias.classes, col0, cols, p.products);
+    keep_tile(problem.logits, s, bias.class0, bias.classes, col0, cols, problem.products);
     for (int64_t c = 0; c < cols; ++c) {
       float* row = s + c * kTileStride;
       Vec largest = Vec::set1(kLowest);
@@ -65,15 +65,15 @@ struct ClassStatistics final : Epilogue {
         }
         col.total[c] = total.sum();
       }
-      const int64_t target = bias.class_of(p.targets[col0 + c]);
-      if (target >= 0) p.positive[col0 + c] = row[target];
+      const int64_t target = bias.class_of(problem.targets[col0 + c]);
+      if (target >= 0) problem.positive[col0 + c] = row[target];
     }
   }
 
   bool has_columns() const override { return true; }
 
   void update_columns(int64_t col0, int64_t cols) override {
-    col.join_to<kTotals>(col0, cols, bias.class0 == 0, p.largest, p.sum, p.total);
+    col.join_to<kTotals>(col0, cols, bias.class0 == 0, problem.largest, problem.sum, problem.total);
   }
 
   void end_panel(int64_t) override {}
@@ -82,19 +82,19 @@ struct ClassStatistics final : Epilogue {
 // Turns a tile of products into d loss / d logits, and sums it over the hidden rows for the bias.
 template <bool kShift, bool kBiasGradient>
 struct ClassGradient final : Epilogue {
-  explicit ClassGradient(const LinearCrossEntropyBackward& p) : p(p) {}
+  explicit ClassGradient(const LinearCrossEntropyBackward& problem) : problem(problem) {}
 
-  const LinearCrossEntropyBackward& p;
+  const LinearCrossEntropyBackward& problem;
   PanelBias bias;
   float bias_grad[kMaxRows];
 
   void begin_panel(int64_t first, int64_t count) override {
-    bias.begin(p.bias, first, count);
+    bias.begin(problem.bias, first, count);
     std::fill(bias_grad, bias_grad + kMaxRows, 0.f);
   }
 
   bool recall(float* s, int64_t col0, int64_t cols) const override {
-    return recall_tile(p.logits, p.products, bias.class0, bias.classes, col0, cols, s);
+    return recall_tile(problem.logits, problem.products, bias.class0, bias.classes, col0, cols, s);
   }
 
   void tile(float* s, int64_t col0, int64_t cols) override {
@@ -102,8 +102,8 @@ struct ClassGradient final : Epilogue {
     float sums[kMaxRows] = {};
     for (int64_t c = 0; c < cols; ++c) {
       float* row = s + c * kTileStride;
-      const Vec lse = Vec::set1(p.lse[col0 + c]), rest = Vec::set1(p.lse_rest[col0 + c]);
-      const Vec weight = Vec::set1(p.weight[col0 + c]), shift = Vec::set1(kShift ? p.shift[col0 + c] : 0.f);
+      const Vec lse = Vec::set1(problem.lse[col0 + c]), rest = Vec::set1(problem.lse_rest[col0 + c]);
+      const Vec weight = Vec::set1(problem.weight[col0 + c]), shift = Vec::set1(kShift ? problem.shift[col0 + c] : 0.f);
       for (int64_t r = 0; r < bias.padded_classes; r += Vec::kLanes) {
         const Vec logits = Vec::load(row + r) + Vec::load(bias.values + r);
         Vec g = exp((logits - lse) - rest) * weight;
@@ -111,10 +111,10 @@ struct ClassGradient final : Epilogue {
         g.store(row + r);
         if constexpr (kBiasGradient) (Vec::load(sums + r) + g).store(sums + r);
       }
-      const int64_t target = bias.class_of(p.targets[col0 + c]);
+      const int64_t target = bias.class_of(problem.targets[col0 + c]);
       if (target < 0) continue;
-      row[target] -= p.target_weight[col0 + c];
-      sums[target] -= p.target_weight[col0 + c];  // at once: the sums stay as small as what is left of them
+      row[target] -= problem.target_weight[col0 + c];
+      sums[target] -= problem.target_weight[col0 + c];  // at once: the sums stay as small as what is left of them
     }
     if constexpr (kBiasGradient) {
       for (int64_t r = 0; r < bias.padded_classes; r += Vec::kLanes)
@@ -123,7 +123,7 @@ struct ClassGradient final : Epilogue {
   }
 
   void end_panel(int64_t) override {
-    if constexpr (kBiasGradient) std::memcpy(p.grad_bias + bias.class0, bias_grad, bias.classes * sizeof(float));
+    if constexpr (kBiasGradient) std::memcpy(problem.grad_bias + bias.class0, bias_grad, bias.classes * sizeof(float));
   }
 };
 

@@ -8,8 +8,8 @@ namespace mmkernels {
 inline namespace MMK_VARIANT {
 namespace {
 
-// The lists of a panel take about this much: 256 rows of 4,096 entries of 8 bytes = 8 MiB. Longer lists lower the
-// panel.
+// The lists of a panel take at most this much, 256 rows of 4,096 entries of 8 bytes, unless the lowest panel takes
+// more: longer lists lower the panel.
 constexpr int64_t kListBytes = int64_t{8} << 20;
 
 // The variant has its own type, and so its own copy of what the standard library makes of it.
@@ -20,9 +20,9 @@ struct Before {
 // Counts the keys that come before each query's target. The target's score is known before the walk, and has the very
 // bits of the tiles.
 struct CountBefore final : Epilogue {
-  CountBefore(const RetrievalRanks& p, float* scratch) : p(p), scratch(scratch) {}
+  CountBefore(const RetrievalRanks& problem, float* scratch) : problem(problem), scratch(scratch) {}
 
-  const RetrievalRanks& p;
+  const RetrievalRanks& problem;
   float* scratch;
   int64_t row0 = 0, rows = 0, padded_rows = 0;
   int64_t target[kMaxRows];
@@ -33,16 +33,16 @@ struct CountBefore final : Epilogue {
     row0 = first_row;
     rows = count;
     padded_rows = round_up(count, Vec::kLanes);
-    for (int64_t r = 0; r < rows; ++r) target[r] = p.targets != nullptr ? p.targets[row0 + r] : row0 + r;
+    for (int64_t r = 0; r < rows; ++r) target[r] = problem.targets != nullptr ? problem.targets[row0 + r] : row0 + r;
     std::fill(target + rows, target + padded_rows, int64_t{-1});
     std::fill(positive + rows, positive + padded_rows, 0.f);
     std::fill(counts, counts + padded_rows, 0.f);
-    const ListedFeatures keys{p.keys.data, p.keys.dtype, target, p.keys.row_stride};
-    products_of_pairs(p.scores.queries, row0, keys, rows, p.scores.size, scratch, positive);
+    const ListedFeatures keys{problem.keys.data, problem.keys.dtype, target, problem.keys.row_stride};
+    products_of_pairs(problem.scores.queries, row0, keys, rows, problem.scores.size, scratch, positive);
   }
 
   void tile(float* s, int64_t col0, int64_t cols) override {
-    const int64_t key0 = p.first_key + col0;
+    const int64_t key0 = problem.first_key + col0;
     // A key that ties counts if it stands before the target: here all do or none, but for targets in this very tile.
     for (int64_t r = 0; r < padded_rows; ++r) tie[r] = target[r] >= key0 + cols ? positive[r] : __builtin_nanf("");
     for (int64_t c0 = 0; c0 < cols; c0 += kRows) {
@@ -55,7 +55,7 @@ struct CountBefore final : Epilogue {
         before.store(counts + r);
       }
     }
-    if (p.targets == nullptr && (row0 + rows <= key0 || key0 + cols <= row0)) return;
+    if (problem.targets == nullptr && (row0 + rows <= key0 || key0 + cols <= row0)) return;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t end = target[r] - key0;
       if (end < 0 || end >= cols) continue;
@@ -67,16 +67,16 @@ struct CountBefore final : Epilogue {
 
   void end_panel(int64_t) override {
     for (int64_t r = 0; r < rows; ++r)
-      p.counts[row0 + r] = positive[r] != positive[r] ? -1 : static_cast<int32_t>(to_bits(counts[r]));
+      problem.counts[row0 + r] = positive[r] != positive[r] ? -1 : static_cast<int32_t>(to_bits(counts[r]));
   }
 };
 
 // Keeps what may be among the best of each query in a list. A full list is cut to k entries, and a key must then be
 // beyond the last of them. Keys come in the order of their indices, so that one that ties with the last is behind it.
 struct KeepBest final : Epilogue {
-  KeepBest(const RetrievalTopk& p, uint64_t* lists) : p(p), lists(lists) {}
+  KeepBest(const RetrievalTopk& problem, uint64_t* lists) : problem(problem), lists(lists) {}
 
-  const RetrievalTopk& p;
+  const RetrievalTopk& problem;
   uint64_t* lists;  // [rows, capacity]
   int64_t row0 = 0, rows = 0;
   int64_t used[kMaxRows];
@@ -97,33 +97,33 @@ struct KeepBest final : Epilogue {
         if (rows - r < Vec::kLanes) lanes &= (1u << (rows - r)) - 1;
         for (; lanes != 0; lanes &= lanes - 1) {
           const int64_t at = r + __builtin_ctz(lanes);
-          append(at, entry_of(row[at], p.first_key + col0 + c));
+          append(at, entry_of(row[at], problem.first_key + col0 + c));
         }
       }
     }
   }
 
   void append(int64_t r, uint64_t entry) {
-    uint64_t* list = lists + r * p.capacity;
+    uint64_t* list = lists + r * problem.capacity;
     list[used[r]++] = entry;
-    if (used[r] < p.capacity) return;
+    if (used[r] < problem.capacity) return;
     cut(list, r);
-    const float last = score_of(list[p.k - 1]);
+    const float last = score_of(list[problem.k - 1]);
     level[r] = last == last ? last : __builtin_inff();  // only a NaN is beyond it
   }
 
   void cut(uint64_t* list, int64_t r) {
-    if (used[r] <= p.k) return;
-    std::nth_element(list, list + p.k - 1, list + used[r], Before());
-    used[r] = p.k;
+    if (used[r] <= problem.k) return;
+    std::nth_element(list, list + problem.k - 1, list + used[r], Before());
+    used[r] = problem.k;
   }
 
   void end_panel(int64_t) override {
     for (int64_t r = 0; r < rows; ++r) {
-      uint64_t *list = lists + r * p.capacity, *best = p.best + (row0 + r) * p.k;
+      uint64_t *list = lists + r * problem.capacity, *best = problem.best + (row0 + r) * problem.k;
       cut(list, r);
       std::sort(list, list + used[r], Before());
-      std::fill(std::copy(list, list + used[r], best), best + p.k, uint64_t{0});
+      std::fill(std::copy(list, list + used[r], best), best + problem.k, uint64_t{0});
     }
   }
 };

@@ -19,9 +19,11 @@ constexpr int64_t kShortSum = 16;
 // -label * sigmoid(y), sigmoid(y) = (y < 0 ? e : 1) / (1 + e). Both take one exponential, e = e^-|y|.
 template <bool kLosses, bool kGradients>
 struct SigmoidEpilogue final : Epilogue {
-  explicit SigmoidEpilogue(const SigmoidPass& p) : p(p) { std::fill(signs[0], signs[0] + kTogether * kMaxRows, 1.f); }
+  explicit SigmoidEpilogue(const SigmoidPass& problem) : problem(problem) {
+    std::fill(signs[0], signs[0] + kTogether * kMaxRows, 1.f);
+  }
 
-  const SigmoidPass& p;
+  const SigmoidPass& problem;
   int64_t row0 = 0, rows = 0, padded_rows = 0;
   float weights[kMaxRows];
   float signs[kTogether][kMaxRows];  // -label: of the columns at hand, in the tiles that hold matches
@@ -35,7 +37,7 @@ struct SigmoidEpilogue final : Epilogue {
     std::fill(losses, losses + padded_rows, 0.);
     scale_sum = bias_sum = DoubleSum();
     if constexpr (kGradients) {
-      std::copy(p.weights + row0, p.weights + row0 + rows, weights);
+      std::copy(problem.weights + row0, problem.weights + row0 + rows, weights);
       std::fill(weights + rows, weights + padded_rows, 0.f);
     }
   }
@@ -67,7 +69,8 @@ struct SigmoidEpilogue final : Epilogue {
       }
     };
     if constexpr (kMatches) mark(-1.f);
-    const Vec scale = Vec::set1(p.logits.scale), bias = Vec::set1(p.bias), zero = Vec::set1(0.f), one = Vec::set1(1.f);
+    const Vec scale = Vec::set1(problem.logits.scale), bias = Vec::set1(problem.bias), zero = Vec::set1(0.f),
+              one = Vec::set1(1.f);
     for (int64_t r = 0; r < padded_rows; r += Vec::kLanes) {
       Vec loss = zero, grad_sum = zero, product_sum = zero;
       for (int64_t i = 0; i < kCount; ++i) {
@@ -95,10 +98,10 @@ struct SigmoidEpilogue final : Epilogue {
   }
 
   void end_panel(int64_t panel) override {
-    for (int64_t r = 0; kLosses && r < rows; ++r) p.losses[row0 + r] = static_cast<float>(losses[r]);
+    for (int64_t r = 0; kLosses && r < rows; ++r) problem.losses[row0 + r] = static_cast<float>(losses[r]);
     if constexpr (kGradients) {
-      if (p.grad_scale != nullptr) p.grad_scale[panel] = scale_sum.total();
-      if (p.grad_bias != nullptr) p.grad_bias[panel] = bias_sum.total();
+      if (problem.grad_scale != nullptr) problem.grad_scale[panel] = scale_sum.total();
+      if (problem.grad_bias != nullptr) problem.grad_bias[panel] = bias_sum.total();
     }
   }
 };

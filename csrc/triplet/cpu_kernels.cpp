@@ -43,9 +43,9 @@ struct TripletPanel {
 // weighted sum of its hinges.
 template <bool kColumns, bool kGradient>
 struct Hinges final : Epilogue {
-  explicit Hinges(const TripletHinges& p) : p(p) {}
+  explicit Hinges(const TripletHinges& problem) : problem(problem) {}
 
-  const TripletHinges& p;
+  const TripletHinges& problem;
   TripletPanel panel;
   float row_weight[kMaxRows], row_count[kMaxRows];
   float short_sum[kMaxRows];  // of kShortSum columns: a long sum in float32 would lose digits
@@ -53,12 +53,12 @@ struct Hinges final : Epilogue {
   float col_sum[kMaxCols], col_count[kMaxCols];
 
   void begin_panel(int64_t first_row, int64_t count) override {
-    panel.begin(p.positives, first_row, count);
+    panel.begin(problem.positives, first_row, count);
     std::fill(row_sum, row_sum + panel.padded_rows, 0.);
     std::fill(short_sum, short_sum + panel.padded_rows, 0.f);
     std::fill(row_count, row_count + panel.padded_rows, 0.f);
     std::fill(row_weight, row_weight + panel.padded_rows, 0.f);
-    if (kGradient) std::memcpy(row_weight, p.weights + first_row, count * sizeof(float));
+    if (kGradient) std::memcpy(row_weight, problem.weights + first_row, count * sizeof(float));
   }
 
   // Returns 1 for a hinge above 0, NaN for one that is not finite, else 0.
@@ -70,12 +70,12 @@ struct Hinges final : Epilogue {
   void tile(float* s, int64_t col0, int64_t cols) override {
     panel.exclude(s, col0, cols, kExcluded);
     const int64_t padded_rows = panel.padded_rows;
-    const Vec zero = Vec::set1(0.f), margin = Vec::set1(p.margin);
+    const Vec zero = Vec::set1(0.f), margin = Vec::set1(problem.margin);
     for (int64_t c = 0; c < cols; ++c) {
       float* row = s + c * kTileStride;
-      const bool has_positive = kColumns && col0 + c < p.logits.queries.rows;
-      const Vec positive = Vec::set1(has_positive ? p.positives[col0 + c] : -kExcluded);
-      const Vec weight = Vec::set1(kGradient && has_positive ? p.weights[col0 + c] : 0.f);
+      const bool has_positive = kColumns && col0 + c < problem.logits.queries.rows;
+      const Vec positive = Vec::set1(has_positive ? problem.positives[col0 + c] : -kExcluded);
+      const Vec weight = Vec::set1(kGradient && has_positive ? problem.weights[col0 + c] : 0.f);
       Vec sum = zero, count = zero;
       for (int64_t r = 0; r < padded_rows; r += Vec::kLanes) {
         const Vec similarity = Vec::load(row + r);
@@ -115,15 +115,15 @@ struct Hinges final : Epilogue {
 
   void update_columns(int64_t col0, int64_t cols) override {
     const bool first = panel.row0 == 0;
-    for (int64_t c = 0; c < std::min(cols, p.logits.queries.rows - col0); ++c) {
-      p.col_sum[col0 + c] = col_sum[c] + (first ? 0. : p.col_sum[col0 + c]);
-      if (kGradient) p.col_count[col0 + c] = col_count[c] + (first ? 0.f : p.col_count[col0 + c]);
+    for (int64_t c = 0; c < std::min(cols, problem.logits.queries.rows - col0); ++c) {
+      problem.col_sum[col0 + c] = col_sum[c] + (first ? 0. : problem.col_sum[col0 + c]);
+      if (kGradient) problem.col_count[col0 + c] = col_count[c] + (first ? 0.f : problem.col_count[col0 + c]);
     }
   }
 
   void end_panel(int64_t) override {
-    std::copy(row_sum, row_sum + panel.rows, p.row_sum + panel.row0);
-    if (kGradient) std::copy(row_count, row_count + panel.rows, p.row_count + panel.row0);
+    std::copy(row_sum, row_sum + panel.rows, problem.row_sum + panel.row0);
+    if (kGradient) std::copy(row_count, row_count + panel.rows, problem.row_count + panel.row0);
   }
 };
 
@@ -131,9 +131,9 @@ struct Hinges final : Epilogue {
 // lanes.
 template <bool kColumns, bool kSemiHard>
 struct WorstNegatives final : Epilogue {
-  explicit WorstNegatives(const TripletWorst& p) : p(p) {}
+  explicit WorstNegatives(const TripletWorst& problem) : problem(problem) {}
 
-  const TripletWorst& p;
+  const TripletWorst& problem;
   TripletPanel panel;
   float row_below[kMaxRows], row_best[kMaxRows], row_index[kMaxRows];
   float col_best[kMaxCols];
@@ -143,7 +143,7 @@ struct WorstNegatives final : Epilogue {
   static float below(float x) { return x == 0.f ? -FLT_MIN : std::nextafter(x, kNegativeInfinity); }
 
   void begin_panel(int64_t first_row, int64_t count) override {
-    panel.begin(p.positives, first_row, count);
+    panel.begin(problem.positives, first_row, count);
     std::fill(row_best, row_best + panel.padded_rows, kNegativeInfinity);
     std::fill(row_index, row_index + panel.padded_rows, 0.f);
     for (int64_t r = 0; r < panel.padded_rows; ++r) row_below[r] = below(panel.positive[r]);
@@ -161,11 +161,11 @@ struct WorstNegatives final : Epilogue {
   void tile(float* s, int64_t col0, int64_t cols) override {
     panel.exclude(s, col0, cols, kNegativeInfinity);
     const int64_t padded_rows = panel.padded_rows;
-    const Vec none = Vec::set1(kNegativeInfinity), margin = Vec::set1(p.margin);
+    const Vec none = Vec::set1(kNegativeInfinity), margin = Vec::set1(problem.margin);
     for (int64_t c = 0; c < cols; ++c) {
       const float* row = s + c * kTileStride;
-      const bool has_positive = kColumns && col0 + c < p.logits.queries.rows;
-      const float own = has_positive ? p.positives[col0 + c] : -kExcluded;
+      const bool has_positive = kColumns && col0 + c < problem.logits.queries.rows;
+      const float own = has_positive ? problem.positives[col0 + c] : -kExcluded;
       const Vec positive = Vec::set1(own), below_positive = Vec::set1(below(own));
       const Vec index = Vec::set1(from_bits(static_cast<uint32_t>(col0 + c)));
       Vec best = none, best_index = Vec::set1(0.f);
@@ -203,16 +203,16 @@ struct WorstNegatives final : Epilogue {
   bool has_columns() const override { return kColumns; }
 
   void update_columns(int64_t col0, int64_t cols) override {
-    for (int64_t c = 0; c < std::min(cols, p.logits.queries.rows - col0); ++c) {
-      if (panel.row0 > 0 && !(col_best[c] > p.col_best[col0 + c])) continue;
-      p.col_best[col0 + c] = col_best[c];
-      p.col_index[col0 + c] = col_index[c];
+    for (int64_t c = 0; c < std::min(cols, problem.logits.queries.rows - col0); ++c) {
+      if (panel.row0 > 0 && !(col_best[c] > problem.col_best[col0 + c])) continue;
+      problem.col_best[col0 + c] = col_best[c];
+      problem.col_index[col0 + c] = col_index[c];
     }
   }
 
   void end_panel(int64_t) override {
-    std::copy(row_best, row_best + panel.rows, p.row_best + panel.row0);
-    std::memcpy(p.row_index + panel.row0, row_index, panel.rows * sizeof(float));
+    std::copy(row_best, row_best + panel.rows, problem.row_best + panel.row0);
+    std::memcpy(problem.row_index + panel.row0, row_index, panel.rows * sizeof(float));
   }
 };
 
