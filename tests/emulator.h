@@ -38,7 +38,7 @@ struct Index {
   unsigned x = 0, y = 0, z = 0;
 };
 
-// Of a warp, a block or a cluster.
+// Holds the threads of a warp, a block or a cluster until all have arrived.
 struct Barrier {
   int members = 0, arrived = 0;
   int64_t generation = 0;

@@ -1,4 +1,4 @@
-// The class token's row, which every sequence holds a part of: one task a clip and head.
+// The class token's row, which every sequence holds a part of: one task per clip and head.
 #pragma once
 
 #include <cmath>

@@ -74,11 +74,13 @@ struct AttentionPlan {
 
 struct AttentionKernels {
   AttentionPlan (*plan)(const AttentionForward&, bool backward);
-  // Tasks [begin, end) of the sequences, and after all of them those of the class token, one a clip and head.
+  // These run tasks [begin, end) of the sequences, and after all of them those of the class token, one per clip and
+  // head.
   void (*forward)(const AttentionForward&, int64_t begin, int64_t end, float* scratch);
   void (*forward_cls)(const AttentionForward&, int64_t begin, int64_t end);
   void (*backward)(const AttentionBackward&, int64_t begin, int64_t end, float* scratch);
-  // Before the backward pass where the class token attends to several sequences at once, one task a clip and head.
+  // Runs before the backward pass where the class token attends to several sequences at once, one task per clip and
+  // head.
   void (*prepare_cls)(const AttentionBackward&, int64_t begin, int64_t end);
   void (*backward_cls)(const AttentionBackward&, int64_t begin, int64_t end);
 };

@@ -82,8 +82,8 @@ inline char* grad_row(const AttentionBackward& p, int64_t clip, int64_t token, i
   return static_cast<char*>(p.grad_qkv) + at * bytes_of(p.forward.dtype);
 }
 
-// Where a sequence's part of the class token lies in cls_largest and cls_sums; cls_out and cls_grads hold rows in the
-// same order.
+// The index in cls_largest and cls_sums of a sequence's part of the class token. The rows of cls_out and cls_grads have
+// the same order.
 inline int64_t cls_index(const Clips& clips, const Sequence& sequence, int64_t head) {
   return (sequence.clip * clips.heads + head) * clips.sequences + sequence.index;
 }
@@ -97,7 +97,7 @@ inline float* cls_grad(const AttentionBackward& p, const Sequence& sequence, int
   return p.cls_grads + (cls_index(clips, sequence, head) * 3 + part) * clips.head_size;
 }
 
-// Where the log-sum-exp of row i lies. The forward pass keeps that of a split row in two parts, which forward_cls
+// The index in lse of row i's log-sum-exp. The forward pass keeps that of a split row in two parts, which forward_cls
 // joins.
 inline int64_t lse_index(const Clips& clips, const Sequence& sequence, int64_t head, int64_t i) {
   const int64_t first = (sequence.clip * clips.heads + head) * clips.rows();
@@ -118,8 +118,8 @@ inline void keep_lse(const AttentionForward& p, const Sequence& sequence, int64_
 
 // ---- Results
 
-// Where a head's rows of results go: row i to token tokens[i] of the tensor, the class token's as floats to a row of
-// their own, which a later pass adds up over the sequences.
+// The rows of results of a head. Row i goes to token tokens[i] of the tensor, but the class token's goes, as floats, to
+// a row of its own, and a later pass adds these rows up over the sequences.
 struct ResultRows {
   char* first;  // token 0's
   Dtype dtype;
