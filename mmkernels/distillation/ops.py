@@ -26,16 +26,8 @@ _BACKWARD = (
 )
 
 
-def _forward_fake(
-    queries: Tensor,
-    keys: Tensor,
-    scale: Tensor,
-    teacher_queries: Tensor,
-    teacher_keys: Tensor,
-    teacher_scale: Tensor,
-    symmetric: bool,
-    keep_products: bool,
-) -> tuple[Tensor, ...]:
+def _forward_fake(queries: Tensor, keys: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    symmetric, keep_products = rest[-2:]
     num_queries, num_keys = queries.shape[0], keys.shape[0]
     losses = (scale.new_empty(num_queries) for _ in range(2))
     counts = (num_queries, num_keys if symmetric else 0)
@@ -44,22 +36,9 @@ def _forward_fake(
 
 
 def _backward_fake(
-    grad_distilled: Tensor,
-    grad_matched: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    scale: Tensor,
-    teacher_queries: Tensor,
-    teacher_keys: Tensor,
-    teacher_scale: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
-    teacher_row_lse: Tensor,
-    teacher_col_lse: Tensor,
-    products: Tensor,
-    symmetric: bool,
-    output_mask: list[bool],
+    grad_distilled: Tensor, grad_matched: Tensor, queries: Tensor, keys: Tensor, scale: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    output_mask = rest[-1]
     return (
         queries.new_empty(queries.shape if output_mask[0] else 0),
         keys.new_empty(keys.shape if output_mask[1] else 0),

@@ -22,13 +22,7 @@ _BACKWARD = (
 
 
 def _forward_fake(
-    qkv: Tensor,
-    frame_mask: Tensor | None,
-    seed: Tensor | None,
-    layout: Sequence[int],
-    num_heads: int,
-    scale: float,
-    dropout_p: float,
+    qkv: Tensor, _mask: Tensor | None, _seed: Tensor | None, layout: Sequence[int], num_heads: int, *_: float
 ) -> tuple[Tensor, Tensor]:
     B, L, width = qkv.shape
     return qkv.new_empty(B, L, width // 3), qkv.new_empty(B, num_heads, Layout(*layout).num_rows, dtype=torch.float32)
@@ -72,19 +66,11 @@ for _backend in ("cpu", "triton"):
 class _DividedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        qkv: Tensor,
-        frame_mask: Tensor | None,
-        seed: Tensor | None,
-        backend: str,
-        layout: tuple[int, ...],
-        num_heads: int,
-        scale: float,
-        dropout_p: float,
+        ctx: Any, qkv: Tensor, frame_mask: Tensor | None, seed: Tensor | None, backend: str, *options: Any
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _forward[backend](qkv, frame_mask, seed, layout, num_heads, scale, dropout_p)
+        out, lse = _forward[backend](qkv, frame_mask, seed, *options)
         ctx.save_for_backward(qkv, out, lse, frame_mask, seed)
-        ctx.backend, ctx.options = backend, (layout, num_heads, scale, dropout_p)
+        ctx.backend, ctx.options = backend, options
         ctx.mark_non_differentiable(lse)
         return out, lse
 

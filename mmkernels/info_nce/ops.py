@@ -26,38 +26,18 @@ _BACKWARD = (
 )
 
 
-def _forward_fake(
-    queries: Tensor,
-    keys: Tensor,
-    scale: Tensor,
-    targets: Tensor | None,
-    query_groups: Tensor | None,
-    key_groups: Tensor | None,
-    symmetric: bool,
-    label_smoothing: float,
-    keep_products: bool,
-) -> tuple[Tensor, ...]:
+def _forward_fake(queries: Tensor, keys: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *options, keep_products = rest
+    symmetric = Options(*options).symmetric
     num_queries, num_keys = queries.shape[0], keys.shape[0]
     shapes = ((num_queries,), (2, num_queries), (2, num_keys if symmetric else 0))
     return *map(scale.new_empty, shapes), scale.new_empty(num_keys if keep_products else 0, num_queries)
 
 
 def _backward_fake(
-    grad_losses: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    scale: Tensor,
-    targets: Tensor | None,
-    query_groups: Tensor | None,
-    key_groups: Tensor | None,
-    row_lse: Tensor,
-    col_lse: Tensor,
-    products: Tensor,
-    symmetric: bool,
-    label_smoothing: float,
-    num_grad_keys: int,
-    output_mask: list[bool],
+    grad_losses: Tensor, queries: Tensor, keys: Tensor, scale: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    num_grad_keys, output_mask = rest[-2:]
     return (
         queries.new_empty(queries.shape if output_mask[0] else 0),
         keys.new_empty((num_grad_keys, keys.shape[1]) if output_mask[1] else 0),
