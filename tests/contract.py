@@ -1,8 +1,9 @@
 """What every op must do, over a spec of each op: tests/<op>/spec.py says how it is called, tests/test_contract.py runs
 the checks below on it."""
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -28,27 +29,43 @@ class Call:
         return tuple(result) if isinstance(result, tuple) else (result,)
 
 
+def inputs_or_scratch(tensors: list[Tensor], scratch: int) -> int:
+    """The op holds no more than queries and keys, or than the scratch of many threads."""
+    return max(tensors[0].nbytes + tensors[1].nbytes, scratch)
+
+
+def matrix(tensors: list[Tensor]) -> int:
+    """[N, M] of queries [N, D] and keys [M, D]."""
+    return len(tensors[0]) * len(tensors[1]) * tensors[0].dtype.itemsize
+
+
 @dataclass(frozen=True)
 class Memory:
-    """A call on [N, D] and [M, D] at a size at which a matrix [N, M] would show."""
+    """A call at a size at which the tensor that the op must not store would show."""
 
     call: Call
     size: int
-    copies: int = 0  # of the first tensor, which the op may make
+    # Bytes that the op may hold beside its results, of its tensors and the scratch that many threads may take.
+    allowed: Callable[[list[Tensor], int], int] = inputs_or_scratch
+    unwanted: Callable[[list[Tensor]], int] = matrix  # bytes of what it must not store
 
 
 @dataclass(frozen=True)
 class Spec:
-    op: str  # as _backends.IMPLEMENTATIONS names it
     calls: dict[str, Call]
     # The public call, and what it must refuse: the words of the message (a regular expression) -> the error, the
     # arguments, the options.
     public: Callable[..., Any]
     bad_inputs: Callable[[], dict[str, tuple[type[Exception], tuple, dict[str, Any]]]]
-    memory: dict[str, Memory] = field(default_factory=dict)
+    memory: dict[str, Memory]
     differentiable: bool = True
     autocast: bool = True  # casts the features; False: takes them as they are
+    one_graph: bool = True  # can be compiled without a graph break
     traced: str = "keys: expected D = 8"  # the words of the bad input that is tried under torch.compile
+
+    @property
+    def op(self) -> str:
+        return self.public.__name__
 
 
 def bad_pairs(*more: Any) -> dict[str, tuple[type[Exception], tuple, dict[str, Any]]]:
@@ -181,28 +198,38 @@ def check_nan(call: Call) -> None:
             assert (b.isnan() <= ~a.isfinite()).all(), f"tensor {where}"
 
 
-def bytes_beyond_results(call: Call, leaves: list[Tensor], others: list[Tensor]) -> int:
-    """Bytes that torch holds at most at one time in a forward and backward pass, beside outputs and gradients."""
-    own = learning(leaves)
+def check_nan_is_seen(call: Call) -> None:
+    """A row of NaN in what an op only ranks: the reference sees it, and the kernels give what the reference gives."""
+    clean = call.outputs("reference", *itertools.chain(*call.make(torch.float32, 70)))
+    for where in range(len(call.make(torch.float32, 70)[0])):
+        tensors, others = call.make(torch.float32, 70)
+        rows = tensors[where].flatten(0, -2)
+        rows[len(rows) * 5 // 7] = torch.nan  # a whole row: most of its tokens may be forbidden
+        actual, expected = (call.outputs(impl, *tensors, *others) for impl in ("cpu", "reference"))
+        assert not all(torch.equal(a, b) for a, b in zip(expected, clean, strict=True)), where
+        torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+def bytes_beyond_results(call: Call, leaves: list[Tensor], others: list[Tensor], differentiable: bool) -> int:
+    """Bytes that torch holds at most at one time beside outputs and, after a backward pass, gradients."""
+    own = learning(leaves, lambda _: differentiable)
     outputs: list[Tensor] = []
 
     def step() -> tuple[Tensor, ...]:
         outputs[:] = call.outputs("cpu", *own, *others)
-        return torch.autograd.grad(outputs[0].sum(), own)
+        return torch.autograd.grad(outputs[0].sum(), own) if differentiable else ()
 
     peak = peak_allocated(step)
-    results = sum(x.nbytes for x in (*own, *outputs))
-    assert peak > results, "no allocation was seen"
+    results = sum(x.nbytes for x in (*(own if differentiable else ()), *outputs))
+    assert peak >= results, "no allocation was seen"
     return peak - results
 
 
-def check_memory(memory: Memory, dtype: torch.dtype, scratch: int) -> None:
-    """The op holds no more than its inputs, or than the scratch of many threads; either is less than the matrix."""
+def check_memory(spec: Spec, memory: Memory, dtype: torch.dtype, scratch: int) -> None:
     leaves, others = memory.call.make(dtype, memory.size)
-    first, second = leaves[:2]
-    allowed = max(first.nbytes + second.nbytes, scratch)
-    assert allowed < len(first) * len(second) * dtype.itemsize
-    assert bytes_beyond_results(memory.call, leaves, others) <= allowed + memory.copies * first.nbytes + (1 << 16)
+    allowed = memory.allowed([*leaves, *others], scratch) + (1 << 16)
+    assert allowed < memory.unwanted([*leaves, *others])
+    assert bytes_beyond_results(memory.call, leaves, others, spec.differentiable) <= allowed
 
 
 def check_float64(spec: Spec, call: Call) -> None:

@@ -1,10 +1,10 @@
-"""How a step of beam search is called, and what it refuses: the spec that tests/contract.py holds it to."""
+"""How beam search and a step of it are called, and what they refuse: the specs that tests/contract.py holds them to."""
 
 import torch
 
 import mmkernels
 from tests.beam_search.cases import Case, of
-from tests.contract import Call, Spec
+from tests.contract import Call, Memory, Spec
 
 step = mmkernels.beam_search_step
 
@@ -53,6 +53,87 @@ def bad_inputs():
     }
 
 
+def vocabulary(dtype, n):
+    """Logits [40, n] and the scores of 8 items with 5 beams."""
+    logits, scores, _ = Case(8, 5, n).inputs(dtype)
+    return [logits], [scores]
+
+
+def log_probabilities(tensors):
+    return 4 * tensors[0].numel()
+
+
+BEAM_SEARCH_STEP = Spec(
+    CALLS,
+    step,
+    bad_inputs,
+    memory={
+        "a vocabulary": Memory(
+            Call(vocabulary, CALLS["plain"].run), 32_000, lambda tensors, scratch: 0, log_probabilities
+        )
+    },
+    differentiable=False,
+    autocast=False,
+    traced="logits: expected 6 rows",
+)
+
+
+def loop(B, K, T):
+    """A search over logits [T, B K, n] that follow from the step alone."""
+
+    def make(dtype, n):
+        generator = torch.Generator().manual_seed(n)
+        return [(4 * torch.randn(T, B * K, n, generator=generator)).to(dtype)], []
+
+    def run(impl, logits):
+        def model(tokens, position):
+            return logits[position, : len(tokens)], position + 1
+
+        result = mmkernels.beam_search(
+            model, 0, batch_size=B, num_beams=K, bos_token_id=1, eos_token_id=2, max_length=T, impl=impl
+        )
+        return result.sequences, result.scores
+
+    return Call(make, run)
+
+
+def bad_searches():
+    good = {"batch_size": 4, "num_beams": 3, "bos_token_id": 1, "eos_token_id": 2, "max_length": 5}
+    wrong = {
+        "num_return_sequences: expected at most": (ValueError, {"num_return_sequences": 4}),
+        "num_groups: expected a divisor": (ValueError, {"num_groups": 2}),
+        "preset: expected": (ValueError, {"preset": "t5"}),
+        "early_stopping: expected one of True, False, 'never'": (ValueError, {"early_stopping": "always"}),
+        "early_stopping: preset 'fairseq'": (ValueError, {"preset": "fairseq", "early_stopping": True}),
+        "patience: expected": (ValueError, {"patience": 2.0}),
+        "max_length: expected at least 1": (ValueError, {"max_length": 0}),
+        "num_beams: expected an int": (TypeError, {"num_beams": 3.0}),
+        "eos_token_id: expected tokens below V = 11": (ValueError, {"eos_token_id": 11}),
+        "bad_words: expected sequences": (ValueError, {"bad_words": [[]]}),
+        "prefix: expected int64, got torch.float32": (TypeError, {"prefix": torch.zeros(4, 2)}),
+        "prompt: expected shape": (ValueError, {"prompt": torch.zeros(2, 2, dtype=torch.int64)}),
+        "eos_token_id: preset 'fairseq'": (ValueError, {"preset": "fairseq", "eos_token_id": ()}),
+        "impl: expected": (ValueError, {"impl": "gpu"}),
+    }
+
+    def model(tokens, state):
+        return torch.zeros(len(tokens), 11), state
+
+    return {words: (error, (model, None), good | options) for words, (error, options) in wrong.items()}
+
+
 BEAM_SEARCH = Spec(
-    "beam_search", CALLS, step, bad_inputs, differentiable=False, autocast=False, traced="logits: expected 6 rows"
+    {"loop": loop(2, 3, 3)},
+    mmkernels.beam_search,
+    bad_searches,
+    memory={
+        # Tokens, parents and scores of every step: 128 bytes for each beam and step.
+        "a vocabulary": Memory(
+            loop(8, 5, 30), 2000, lambda tensors, scratch: 128 * 30 * 40, lambda tensors: 4 * tensors[0][0].numel()
+        )
+    },
+    differentiable=False,
+    autocast=False,
+    one_graph=False,  # the host asks after each step whether all items are done
+    traced="num_groups: expected a divisor",
 )

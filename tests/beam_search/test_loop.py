@@ -437,29 +437,6 @@ def test_an_empty_batch():
     assert result.faults() == {}
 
 
-@pytest.mark.parametrize(
-    ("error", "message", "options"),
-    [
-        (ValueError, "num_return_sequences: expected at most", {"num_return_sequences": 4}),
-        (ValueError, "num_groups: expected a divisor", {"num_groups": 2}),
-        (ValueError, "preset: expected", {"preset": "t5"}),
-        (ValueError, "early_stopping: expected one of True, False, 'never'", {"early_stopping": "always"}),
-        (ValueError, "early_stopping: preset 'fairseq'", {"preset": "fairseq", "early_stopping": True}),
-        (ValueError, "patience: expected", {"patience": 2.0}),
-        (ValueError, "max_length: expected at least 1", {"max_length": 0}),
-        (TypeError, "num_beams: expected an int", {"num_beams": 3.0}),
-        (ValueError, "eos_token_id: expected tokens below V = 11", {"eos_token_id": 11}),
-        (ValueError, "bad_words: expected sequences", {"bad_words": [[]]}),
-        (TypeError, "prefix: expected int64, got torch.float32", {"prefix": torch.zeros(4, 2)}),
-        (ValueError, "prompt: expected shape", {"prompt": torch.zeros(2, 2, dtype=torch.int64)}),
-        (ValueError, "eos_token_id: preset 'fairseq'", {"preset": "fairseq", "eos_token_id": ()}),
-    ],
-)
-def test_bad_input(error, message, options):
-    with pytest.raises(error, match=message):
-        ours(language_model(), PROMPTS, **{"num_beams": 3, "max_length": 5} | options)
-
-
 def zeros(*shape, **options):
     """A model of constant logits."""
     return lambda tokens, state: (torch.zeros(*shape, **options), state)

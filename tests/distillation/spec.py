@@ -71,7 +71,6 @@ def bad_inputs():
 
 
 DISTILLATION = Spec(
-    "distillation",
     CALLS,
     mmkernels.distillation,
     lambda: {words: (error, (), options) for words, (error, options) in bad_inputs().items()},

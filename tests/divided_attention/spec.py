@@ -3,7 +3,7 @@
 import torch
 
 import mmkernels
-from tests.contract import Call, Spec
+from tests.contract import Call, Memory, Spec
 from tests.divided_attention.cases import SEED
 
 
@@ -93,13 +93,32 @@ def bad_inputs():
     }
 
 
+def a_clip(dtype, n):
+    """qkv of one clip of 8 frames of n patches, 12 heads of 64."""
+    return [torch.randn(1, 1 + n * 8, 3 * 768, generator=torch.Generator().manual_seed(0)).to(dtype)], []
+
+
+def joint(impl, qkv):
+    return mmkernels.divided_attention(qkv, num_frames=8, num_heads=12, axis="joint", return_lse=True, impl=impl)
+
+
+def packed_heads(tensors, scratch):
+    """Keys and values of one head and a block of scores for each thread; the gradient of the sum, made whole."""
+    return tensors[0].nbytes // 3 + max(8 << 20, scratch)
+
+
+def probabilities(tensors):
+    return 12 * tensors[0].shape[1] ** 2 * tensors[0].dtype.itemsize
+
+
 DIVIDED_ATTENTION = Spec(
-    "divided_attention",
     CALLS,
     mmkernels.divided_attention,
     lambda: {
         words: (error, (qkv,), {"num_frames": 3, "num_heads": 2, "axis": "time"} | options)
         for words, (error, qkv, options) in bad_inputs().items()
     },
+    # 392 patches: 12 matrices of [3137, 3137].
+    memory={"joint": Memory(Call(a_clip, joint), 392, packed_heads, probabilities)},
     traced="num_frames: 13 tokens, the class token among them, are not a whole number of patches for each of 5 frames",
 )

@@ -162,8 +162,8 @@ def bad_inputs():
 
 
 def pairs(size):
-    """As many queries as keys, of so many features."""
+    """As many queries as keys; `size` is the number of features."""
     return Call(lambda dtype, n: ([*rows(dtype, n, size, more=0)], []), plain)
 
 
-INFO_NCE = Spec("info_nce", CALLS, mmkernels.info_nce, bad_inputs, memory={"pairs": Memory(pairs(256), 8192)})
+INFO_NCE = Spec(CALLS, mmkernels.info_nce, bad_inputs, memory={"pairs": Memory(pairs(256), 8192)})

@@ -12,7 +12,7 @@ from mmkernels.testing import assert_within_budget, features, peak_allocated
 from tests.contract import Memory, check_memory
 from tests.cpu_kernels import DTYPES, EXTREMES, assert_same_bits, each_case, needs_library, strided_pairs
 from tests.info_nce.cases import CASES, Case, assert_results, check_case, grouped, run, run_eager
-from tests.info_nce.spec import pairs
+from tests.info_nce.spec import INFO_NCE, pairs
 from tests.op_arguments import last_arguments, output_masks
 
 
@@ -216,7 +216,7 @@ def test_groups_and_queues_need_no_matrix(options, threads):
 @needs_library
 def test_65536_pairs_in_the_memory_of_their_inputs_at_any_number_of_threads(threads):
     threads(64)
-    check_memory(Memory(pairs(512), 65536), torch.bfloat16, scratch=0)
+    check_memory(INFO_NCE, Memory(pairs(512), 65536), torch.bfloat16, scratch=0)
 
 
 @each_case(CASES)

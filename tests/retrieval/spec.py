@@ -4,7 +4,7 @@ import torch
 
 import mmkernels
 from mmkernels.testing import features
-from tests.contract import Call, Spec, bad_pairs
+from tests.contract import Call, Memory, Spec, bad_pairs
 
 
 def rows(dtype, n):
@@ -16,12 +16,12 @@ def ranks(impl, queries, keys, targets):
     return mmkernels.retrieval_ranks(queries, keys, targets, impl=impl)
 
 
-def ranks_of_the_diagonal(impl, queries, keys, targets):
+def ranks_of_the_diagonal(impl, queries, keys, *targets):
     return mmkernels.retrieval_ranks(queries, keys, impl=impl)
 
 
-def topk(impl, queries, keys, targets):
-    return mmkernels.retrieval_topk(queries, keys, 5, impl=impl)
+def topk(k, make=rows):
+    return Call(make, lambda impl, queries, keys, *targets: mmkernels.retrieval_topk(queries, keys, k, impl=impl))
 
 
 def bad_ranks():
@@ -51,17 +51,26 @@ def bad_topk():
     }
 
 
+def pairs(dtype, n):
+    """As many queries as keys, of 64 features."""
+    return [features(n, 64, dtype, seed=seed) for seed in (0, 1)], []
+
+
+def scores_of_a_tile(tensors, scratch):
+    return max(2 << 20, scratch)
+
+
 RETRIEVAL_RANKS = Spec(
-    "retrieval_ranks",
     {"targets": Call(rows, ranks), "diagonal": Call(rows, ranks_of_the_diagonal)},
     mmkernels.retrieval_ranks,
     bad_ranks,
+    memory={"pairs": Memory(Call(pairs, ranks_of_the_diagonal), 8192, scores_of_a_tile)},
     differentiable=False,
 )
 RETRIEVAL_TOPK = Spec(
-    "retrieval_topk",
-    {"topk": Call(rows, topk)},
+    {"topk": topk(5)},
     mmkernels.retrieval_topk,
     bad_topk,
+    memory={f"k = {k}": Memory(topk(k, pairs), 8192, scores_of_a_tile) for k in (1, 10, 100)},
     differentiable=False,
 )

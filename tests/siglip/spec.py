@@ -37,9 +37,9 @@ def bad_inputs():
 
 
 def pairs(size, reduction="mean"):
-    """As many queries as keys, of so many features."""
+    """As many queries as keys; `size` is the number of features."""
     return call(reduction, lambda dtype, n: rows(dtype, n, size, more=0))
 
 
 MEMORY = {reduction: Memory(pairs(256, reduction), 8192) for reduction in ("mean", "none")}
-SIGLIP = Spec("siglip", CALLS, mmkernels.siglip, bad_inputs, memory=MEMORY)
+SIGLIP = Spec(CALLS, mmkernels.siglip, bad_inputs, memory=MEMORY)

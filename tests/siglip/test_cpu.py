@@ -12,7 +12,7 @@ from tests.contract import Memory, check_memory
 from tests.cpu_kernels import DTYPES, assert_same_bits, each_case, needs_library, strided_pairs
 from tests.op_arguments import output_masks
 from tests.siglip.cases import CASES, REDUCTIONS, Case, assert_results, check_case, oracles, row_weights, run, run_eager
-from tests.siglip.spec import pairs
+from tests.siglip.spec import SIGLIP, pairs
 
 
 @each_case(CASES)
@@ -221,7 +221,7 @@ def test_float16_neither_overflows_nor_loses_small_gradients(far, reduction):
 @needs_library
 def test_65536_pairs_in_the_memory_of_their_inputs_at_any_number_of_threads(threads):
     threads(64)
-    check_memory(Memory(pairs(512), 65536), torch.bfloat16, scratch=0)
+    check_memory(SIGLIP, Memory(pairs(512), 65536), torch.bfloat16, scratch=0)
 
 
 @needs_library

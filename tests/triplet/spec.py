@@ -4,7 +4,7 @@ import torch
 
 import mmkernels
 from mmkernels.testing import features
-from tests.contract import Call, Spec, bad_pairs
+from tests.contract import Call, Memory, Spec, bad_pairs
 from tests.triplet.cases import MININGS
 
 
@@ -13,10 +13,15 @@ def rows(dtype, n):
     return [queries, features(n + 10, 33, dtype, seed=2, like=queries, mean_cosine=0.3)], []
 
 
-def call(mining, reduction, symmetric):
+def pairs(dtype, n):
+    """As many queries as keys, of 256 features."""
+    return [features(n, 256, dtype, seed=seed) for seed in (0, 1)], []
+
+
+def call(mining, reduction, symmetric, make=rows):
     # At this margin every query has negatives that cost something, semi-hard ones among them.
     options = {"margin": 1.0, "mining": mining, "reduction": reduction, "symmetric": symmetric}
-    return Call(rows, lambda impl, *tensors: mmkernels.triplet(*tensors, impl=impl, **options))
+    return Call(make, lambda impl, *tensors: mmkernels.triplet(*tensors, impl=impl, **options))
 
 
 CALLS = {
@@ -44,4 +49,29 @@ def bad_inputs():
     }
 
 
-TRIPLET = Spec("triplet", CALLS, mmkernels.triplet, bad_inputs)
+def statistics(tensors, scratch):
+    """The worst negatives: nothing as large as the features, 64 bytes for each query."""
+    return max(64 * len(tensors[0]), scratch)
+
+
+def gradients_of_one_pass(tensors, scratch):
+    """They wait in float32 until the backward pass has made of them what it returns; from other dtypes, the queries'
+    are cast first."""
+    queries, keys = tensors
+    waiting = 4 * (queries.numel() + keys.numel())
+    return max(waiting + (0 if queries.dtype == torch.float32 else waiting // 2), scratch)
+
+
+TRIPLET = Spec(
+    CALLS,
+    mmkernels.triplet,
+    bad_inputs,
+    memory={
+        mining: Memory(
+            call(mining, "mean", symmetric=True, make=pairs),
+            8192,
+            gradients_of_one_pass if mining == "all" else statistics,
+        )
+        for mining in MININGS
+    },
+)

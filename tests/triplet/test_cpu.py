@@ -5,11 +5,9 @@ import torch
 
 import mmkernels
 from mmkernels.testing import assert_within_budget, features
-from tests.contract import bytes_beyond_results
 from tests.cpu_kernels import DTYPES, assert_same_bits, each_case, needs_library, strided_pairs
 from tests.op_arguments import output_masks
 from tests.triplet.cases import CASES, IN_ONE_PASS, MININGS, Case, assert_results, by_hand, check_case, run
-from tests.triplet.spec import call
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.n * case.m < 20_000], ids=str)
@@ -207,22 +205,6 @@ def test_nan_in_nan_out(mining, value, where, symmetric):
         for a, b in zip(actual, eager, strict=True):
             assert (~b.isfinite() <= ~a.isfinite()).all()
     assert lost.any() == (not mmkernels.triplet(queries, keys, impl="cpu", **options).isfinite())
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@needs_library
-def test_memory(dtype):
-    rows, size = 8192, 256
-    inputs = [features(rows, size, dtype, seed=seed) for seed in (0, 1)]
-    scratch, statistics = 8 << 20, rows * 64
-    hardest, every = (
-        bytes_beyond_results(call(mining, "mean", symmetric=True), inputs, []) for mining in ("hardest", "all")
-    )
-    # The worst negatives: nothing as large as the features.
-    assert hardest < scratch + statistics
-    # All: the gradients of the one pass, in float32, until the backward pass has made of them what it returns.
-    waiting = 2 * rows * size * 4 + (0 if dtype == torch.float32 else rows * size * 4)
-    assert every < waiting + scratch + statistics
 
 
 @pytest.mark.parametrize("mining", MININGS)
