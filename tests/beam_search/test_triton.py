@@ -41,7 +41,7 @@ def guarded(x: torch.Tensor | None, stride: int | None = None) -> torch.Tensor |
 
 
 def run(logits, scores, options):
-    """On guarded copies."""
+    """The step runs on guarded copies."""
     options = dict(options)
     if options.get("valid") is not None:
         options["valid"] = guarded(options["valid"])

@@ -115,7 +115,7 @@ def test_weights_and_reductions():
 
 @needs_library
 def test_one_number_arrives_at_all_rows():
-    """At stride 0, as of a sum."""
+    """The gradient of a sum has stride 0."""
     *leaves, teacher_queries, teacher_keys = Case(40, 40, 48, 16).inputs(torch.float32)
     leaves = [x.requires_grad_() for x in leaves]
     arriving = [torch.tensor(x).expand(40) for x in (1.0, 2.0)]

@@ -53,7 +53,7 @@ def test_rows_alone(dtype):
 
 @pytest.mark.parametrize("dtype", FAST_IN_FP16[:2])
 def test_one_number_arrives_at_all_rows(dtype):
-    """At stride 0, as of a mean, and perhaps 0 itself: the unit of the gradients in fp16 is taken from it."""
+    """The gradient of a mean has stride 0 and may be 0 itself: the unit of the gradients in fp16 is taken from it."""
     inputs = Case(40, 40, 48, 16).inputs(dtype)
     leaves = [x.requires_grad_() for x in inputs[:2]]
     for of_distilled, of_matched in ((1.0, 2.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0)):

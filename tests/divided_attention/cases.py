@@ -143,7 +143,7 @@ def weights_of(out: Tensor) -> Tensor:
 
 
 def visible_rows(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One row a query, the class token's first: its token [R], its sequence [R], who attends to whom [B, R, L], and
+    """One row per query, the class token's first: its token [R], its sequence [R], who attends to whom [B, R, L], and
     the weights [B, L, R] with which rows make up the output tokens. Written from the definition, pair by pair."""
     has_cls = case.cls_mode != "none"
     where = {}  # token -> (position, frame)

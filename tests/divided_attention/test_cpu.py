@@ -286,7 +286,7 @@ def test_larger_heads_run_in_the_reference():
 @pytest.mark.parametrize("case", EVERY_LAYOUT, ids=str)
 @needs_library
 def test_what_is_saved_for_backward(case):
-    """qkv, the output and one float32 a row: no probability, no copy."""
+    """qkv, the output and one float32 per row: no probability, no copy."""
     qkv = case.inputs(torch.bfloat16).requires_grad_()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):

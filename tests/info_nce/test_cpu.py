@@ -115,7 +115,7 @@ def test_weights_are_those_of_torchs_cross_entropy(impl):
     torch.testing.assert_close(loss, (losses * weights).sum() / weights.sum())
     (grad,) = torch.autograd.grad(loss, weights)
     torch.testing.assert_close(grad, (losses - loss) / weights.sum())
-    # Of any floating dtype; the loss stays float32, and is as exact.
+    # The weights may have any floating dtype; the loss stays float32, and is as exact.
     for dtype in (torch.bfloat16, torch.float64):
         loss = mmkernels.info_nce(queries, keys, 7.0, weights=weights.to(dtype), impl=impl)
         assert loss.dtype == torch.float32

@@ -247,7 +247,7 @@ def test_the_budget_fails_for(fault, dtype):
     if fault == "zero":
         wrong = [torch.zeros_like(x) for x in eager]
     else:
-        # Without the bias: its gradient, the sum of all probabilities less one a row, does not see which key matches.
+        # Without the bias: its gradient, the sum of all probabilities less one per row, does not see which key matches.
         wrong = run(queries, keys.roll(1, 0), scale, bias, "reference")[:4]
     for a, b, c in zip(wrong, eager, exact, strict=False):
         with pytest.raises(AssertionError, match=r"error .* budget"):

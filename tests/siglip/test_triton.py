@@ -115,7 +115,7 @@ def test_a_second_backward(reduction):
 
 @pytest.mark.parametrize("dtype", FAST_IN_FP16[:2])
 def test_one_number_arrives_at_all_rows(dtype):
-    """At stride 0, and perhaps 0 itself: the unit of the gradients in fp16 is taken from it."""
+    """The number has stride 0 and may be 0 itself: the unit of the gradients in fp16 is taken from it."""
     leaves = [x.requires_grad_() for x in Case(40, 60, 48).inputs(dtype)[:2]]
     losses = mmkernels.siglip(*leaves, 10.0, -10.0, reduction="none", impl="triton")
     loss = mmkernels.siglip(*leaves, 10.0, -10.0, reduction="sum", impl="triton")

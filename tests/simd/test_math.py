@@ -71,7 +71,7 @@ def floats_between(low: float, high: float, count: int = 1 << 20) -> np.ndarray:
 
 
 def largest_error(function: Function, exact_function: Function, x: np.ndarray) -> float:
-    """In units of the last place of the exact result as a float."""
+    """The error is in units of the last place of the exact result as a float."""
     exact = exact_function(x.astype(np.float64))
     unit = np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)
     return float((np.abs(function(x) - exact) / unit).max())

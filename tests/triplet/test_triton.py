@@ -137,7 +137,7 @@ def test_a_second_backward(mining):
 @pytest.mark.parametrize("dtype", FAST_IN_FP16[:2])
 @pytest.mark.parametrize("mining", ["all", "hardest"])
 def test_one_number_arrives_at_all_rows(mining, dtype):
-    """At stride 0, and perhaps 0 itself: the unit of the gradients in fp16 is taken from it."""
+    """The number has stride 0 and may be 0 itself: the unit of the gradients in fp16 is taken from it."""
     leaves = [x.requires_grad_() for x in Case(40, 60, 48).inputs(dtype)]
     for arriving in (1.0, 0.0):
         actual, expected = (
