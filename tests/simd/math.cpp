@@ -1,4 +1,4 @@
-// exp, log and log1p of csrc/common/simd/math.h, for arrays: test_math.py compiles it once for each instruction set.
+// exp, log and log1p of csrc/common/simd, for arrays: test_math.py compiles it once for each instruction set.
 #include "../../csrc/common/simd/simd.h"
 
 namespace {
