@@ -6,14 +6,14 @@ import heapq
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from models.data.augment import Augment
 from models.data.captions import sample_caption
-from models.data.sets import ImageTextSet
+from models.data.sets import Concept, ImageTextSet
 
 
 def generator_of(seed: int, *key: int) -> torch.Generator:
@@ -41,7 +41,8 @@ class BatchPlan:
     """Draws batches in which every concept occurs once, each with ``views`` different images of it where it has them.
 
     Two concepts that share a caption never meet in a batch, for the loss would take each for a wrong answer of the
-    other's. Where they are so many that they do not fit in as many batches, some wait for another epoch.
+    other's. Where they are so many that they do not fit in as many batches, some wait for another epoch. A caption that
+    more concepts have than an epoch has batches tells none of them apart and is not trained on, unless it is a name.
 
     Each also has ``texts`` captions, drawn one by one; the tokens of a batch hold the first of every concept, then the
     second, and so on.
@@ -70,7 +71,6 @@ class BatchPlan:
         self._plain = [c for c in self.rows if not data.concepts[c].variant]
         self._variants = [c for c in self.rows if data.concepts[c].variant]
         self._epoch: tuple[int, list[list[int]]] | None = None
-        self._shared = self._shared_captions()
         concepts = len(self._plain) + len(self._variants) // variant_divisor
         names = Counter(data.concepts[concept].name for concept in self.rows)
         self.steps_per_epoch = concepts // batch_size
@@ -80,15 +80,28 @@ class BatchPlan:
         if self.steps_per_epoch == 0:
             most = min(concepts, len(names))
             raise ValueError(f"batch size {batch_size} exceeds the {most} captions of an epoch: choose a smaller")
-
-    def _shared_captions(self) -> dict[int, frozenset[str]]:
-        """The captions of each concept that others have, too, where there are any."""
-        counts = Counter(text for concept in self.rows for text in self.data.concepts[concept].texts)
-        found = {
-            concept: frozenset(text for text in self.data.concepts[concept].texts if counts[text] > 1)
-            for concept in self.rows
+        counts = Counter(text for concept in self.rows for text in data.concepts[concept].texts)
+        vague = {text for text, count in counts.items() if count > self.steps_per_epoch}
+        self._named = {concept: self._without(data.concepts[concept], vague) for concept in self.rows}
+        # How many concepts have each caption that a concept shares with others.
+        self._shared = {
+            concept: {text: counts[text] for text in named.texts if counts[text] > 1}
+            for concept, named in self._named.items()
         }
-        return {concept: texts for concept, texts in found.items() if texts}
+        if min(map(len, self._batches(0))) < min(2, batch_size):
+            raise ValueError(
+                f"the captions are shared so often that of {batch_size} concepts only one fits in a batch: give images "
+                "captions of their own"
+            )
+
+    @staticmethod
+    def _without(concept: Concept, texts: set[str]) -> Concept:
+        """A concept without captions that more concepts have than there are batches to part them; it keeps its name."""
+        if texts.isdisjoint(concept.texts):
+            return concept
+        kept = tuple(text for text in concept.captions if text not in texts)
+        names = {code: text for code, text in concept.names.items() if text not in texts}
+        return replace(concept, captions=kept, names=names)
 
     def _batches(self, epoch: int) -> list[list[int]]:
         """The concepts of each batch of an epoch."""
@@ -107,27 +120,25 @@ class BatchPlan:
     def _part(self, concepts: list[int]) -> list[list[int]]:
         """Batches of concepts in their order; those that share captions come first, each in the emptiest that may."""
         steps, size = self.steps_per_epoch, self.batch_size
-        tied = [concept for concept in concepts if concept in self._shared]
+        tied = [concept for concept in concepts if self._shared[concept]]
         batches: list[list[int]] = [[] for _ in range(steps)]
         taken: list[set[str]] = [set() for _ in range(steps)]
-        counts = Counter(text for texts in self._shared.values() for text in texts)
         # Those of one caption side by side, the most frequent captions first: so each is dealt out over the batches.
-        tied.sort(key=lambda concept: min((-counts[text], text) for text in self._shared[concept]))
+        tied.sort(key=lambda concept: min((-count, text) for text, count in self._shared[concept].items()))
         room = [(0, step) for step in range(steps)]  # a heap: the emptiest first
         for concept in tied:
-            refused = []
-            while room:
+            passed = []
+            while room and not taken[room[0][1]].isdisjoint(self._shared[concept]):
+                passed.append(heapq.heappop(room))
+            if room:
                 held, step = heapq.heappop(room)
-                if taken[step].isdisjoint(self._shared[concept]):
-                    batches[step].append(concept)
-                    taken[step] |= self._shared[concept]
-                    if held + 1 < size:
-                        refused.append((held + 1, step))
-                    break
-                refused.append((held, step))
-            for entry in refused:
+                batches[step].append(concept)
+                taken[step].update(self._shared[concept])
+                if held + 1 < size:
+                    passed.append((held + 1, step))
+            for entry in passed:
                 heapq.heappush(room, entry)
-        rest = iter(concept for concept in concepts if concept not in self._shared)
+        rest = iter(concept for concept in concepts if not self._shared[concept])
         return [own + list(itertools.islice(rest, size - len(own))) for own in batches]
 
     def __call__(self, step: int) -> Batch:
@@ -141,7 +152,7 @@ class BatchPlan:
             own = self.rows[concept]
             order = torch.randperm(len(own), generator=generator).tolist()
             rows.append([own[order[view % len(own)]] for view in range(self.views)])
-            named = self.data.concepts[concept]
+            named = self._named[concept]
             captions.append([sample_caption(named, generator, self.keyword_share) for _ in range(self.texts)])
         flat = torch.tensor(rows).T.reshape(-1)  # view after view
         images = self.augment(self.data.images[flat], generator)

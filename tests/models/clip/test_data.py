@@ -364,6 +364,7 @@ def _tied(captions: list[tuple[str, ...]]) -> ImageTextSet:
         ([(f"one of {i % 10}",) for i in range(1000)], 8, 125),  # ten names
         ([("rare", "shared"), ("other", "shared"), ("third",), ("fourth",)], 2, 2),
         ([(f"{i}", f"pair {i // 2}") for i in range(64)], 16, 4),
+        ([(f"{i}", f"one {i // 2}", f"other {i * 7 % 64 // 2}") for i in range(64)], 16, 4),
     ],
 )
 def test_no_batch_holds_two_concepts_of_one_caption(captions: list[tuple[str, ...]], size: int, steps: int) -> None:
@@ -374,6 +375,17 @@ def test_no_batch_holds_two_concepts_of_one_caption(captions: list[tuple[str, ..
         texts = [text for c in plan(step).concept_ids.tolist() for text in data.concepts[c].texts]
         assert len(texts) == len(set(texts))
         assert len(plan(step).concept_ids) == size
+
+
+def test_a_caption_of_too_many_concepts_is_not_trained_on() -> None:
+    """Batches of one concept each would be all that keeps 64 images apart which share a caption."""
+    seen: list[str] = []
+    data = _tied([(f"name {i}", "a photo") for i in range(64)])
+    plan = BatchPlan(
+        data, lambda texts: torch.tensor([seen.append(t) or 0 for t in texts]), Augment(8, 0), batch_size=16
+    )
+    assert [len(plan(step).concept_ids) for step in range(4)] == [16] * 4
+    assert sorted(seen) == sorted(f"name {i}" for i in range(64))
 
 
 def test_a_batch_larger_than_the_names_is_refused() -> None:
