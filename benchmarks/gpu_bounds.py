@@ -172,12 +172,6 @@ def _attempt(case: Case) -> Compiled | str:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
 
 
-def all_faults(chosen: list[Case]) -> list[str]:
-    """What is wrong with any of the cases, compiled."""
-    results = zip(chosen, compile_all(chosen), strict=True)
-    return [f"{case.name}: {fault}" for case, result in results for fault in faults(case, result)]
-
-
 def compile_all(chosen: list[Case], workers: int | None = None) -> list[Compiled | str]:
     """Compile the cases in processes of their own; a text in place of a result says why there is none."""
     workers = min(workers or os.cpu_count() or 1, len(chosen))

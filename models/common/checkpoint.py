@@ -72,7 +72,7 @@ def all_finite(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors and the metadata of a checkpoint; a damaged file is named in a :class:`CheckpointError`."""
+    """Read the tensors and the metadata of a checkpoint; a :class:`CheckpointError` names a file that is no good."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -89,6 +89,8 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"checkpoint {path} is damaged (its description: {error})") from error
     if "sha256" in metadata and metadata["sha256"] != _digest(tensors, metadata["state"]):
         raise CheckpointError(f"checkpoint {path} is damaged: its checksum is another, so some byte of it has changed")
+    if not all_finite(tensors):
+        raise CheckpointError(f"checkpoint {path} holds weights that are not finite; train again with a lower --lr")
     return tensors, described
 
 
@@ -112,10 +114,7 @@ def load_newest(
     failures = []
     for path in checkpoints(folder):
         try:
-            tensors, metadata = load_checkpoint(path)
-            if not all_finite(tensors):
-                raise CheckpointError(f"checkpoint {path} holds weights that are not finite")
-            return tensors, metadata, path
+            return *load_checkpoint(path), path
         except CheckpointError as error:
             failures.append(str(error))
             warn(f"{error}; trying the one before it")

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from models.common.checkpoint import CheckpointError, all_finite, load_checkpoint, load_newest, remove_temporaries
+from models.common.checkpoint import CheckpointError, load_checkpoint, load_newest, remove_temporaries
 from models.common.console import say, warn
 
 BEST = "best.safetensors"  # the weights that did best in validation, where a run has any
@@ -89,8 +89,6 @@ def load_run(path: Path, model: str) -> Run:
         tensors, metadata, path = found
     else:
         tensors, metadata = load_checkpoint(path)
-    if not all_finite(tensors):
-        raise CheckpointError(f"checkpoint {path} holds weights that are not finite; train again with a lower --lr")
     described = metadata.get("model")
     if not isinstance(described, dict):
         raise CheckpointError(f"checkpoint {path} does not say which model it holds")

@@ -17,9 +17,9 @@ from torch import Tensor
 from models.data.audio import read_audio
 from models.data.folder import IMAGE_COLUMNS
 from models.data.pairs import PairSet, PairSplits
-from models.data.rows import column, read_rows
+from models.data.rows import SPLIT_NAMES, column, read_rows
 from models.data.sets import BadDataError, BadDataLog, read_image
-from models.data.video_files import LABEL_COLUMNS, SPLIT_NAMES, list_folder, name_below, split_by_hash
+from models.data.video_files import LABEL_COLUMNS, list_folder, name_below, split_by_hash
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 AUDIO_SUFFIXES = (".flac", ".mp3", ".ogg", ".wav")

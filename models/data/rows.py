@@ -17,6 +17,7 @@ from models.data.sets import BadDataError, BadDataLog
 
 Row = dict[str, str]
 SEPARATORS = (",", "\t", ";", "|")
+SPLIT_NAMES = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 
 
 def column(row: Row, names: Sequence[str]) -> str:
@@ -49,12 +50,17 @@ def read_rows(
         yield from _csv_rows(path, text, bad, needed)
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of CSV text: no sign but a line feed and a carriage return ends one."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
 def header_of(text: str, needed: Sequence[Sequence[str]] = ()) -> tuple[str, list[str]]:
     """The separator of CSV text and its column names in lower case, as its first line has them.
 
     Of the usual separators it is the one that finds the most columns of ``needed``, and then the most columns.
     """
-    first = next((line for line in text.splitlines() if line.strip()), "")
+    first = next((line for line in lines_of(text) if line.strip()), "")
 
     def names(separator: str) -> list[str]:
         return [name.strip().lower() for name in next(csv.reader([first], delimiter=separator), [])]
@@ -72,7 +78,7 @@ def records(text: str, separator: str) -> Iterator[tuple[int, list[str] | None]]
 
     A quoted field may span lines. Where its quote does not end, its first line alone is lost.
     """
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")  # no other sign ends a line of CSV
+    lines = lines_of(text)
     width, at = 0, 0
     while at < len(lines):
         if not lines[at].strip():

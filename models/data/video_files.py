@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from models.data.folder import IMAGE_COLUMNS
-from models.data.rows import Row, column, header_of, read_rows, read_text
+from models.data.rows import SPLIT_NAMES, Row, column, header_of, lines_of, read_rows, read_text
 from models.data.sets import BadDataError, BadDataLog, hash_share
 from models.data.video import VideoSet, VideoSplits
 
@@ -31,7 +31,6 @@ VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv
 VIDEO_COLUMNS = ("video", *IMAGE_COLUMNS)
 LABEL_COLUMNS = ("label", "class")
 KINETICS_COLUMNS = ("youtube_id", "time_start", "time_end")
-SPLIT_NAMES = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 
 Sampling = Literal["uniform", "dense"]
 
@@ -275,7 +274,7 @@ def _lines_without_header(source: Path, text: str, bad: BadDataLog) -> list[tupl
     Of the ways to part a line, the first that names a file which is there is right.
     """
     entries = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(lines_of(text), 1):
         line = line.strip()
         if not line:
             continue

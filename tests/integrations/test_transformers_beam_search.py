@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from mmkernels.integrations import transformers as bridge
 from mmkernels.integrations.transformers import beam_search
 
 transformers = pytest.importorskip("transformers")
@@ -134,6 +135,13 @@ def test_a_cache_that_comes_with_the_prompt(filled):
 
     ours = model.generate(PROMPTS, past_key_values=cache(), custom_generate=beam_search, **options)
     assert torch.equal(ours, model.generate(PROMPTS, **options))
+
+
+def test_features_of_images_are_never_cut_to_rows():
+    """Their first dimension counts images or patches, and may only happen to be that of the rows."""
+    assert not bridge._has_rows("mm_encoder_outputs", {"image_features": torch.zeros(6, 4)}, 6)
+    assert not bridge._has_rows("position_ids", torch.zeros(3, 3, 5), 3)
+    assert bridge._has_rows("attention_mask", torch.ones(6, 4), 6)
 
 
 def vision_language_models():

@@ -244,14 +244,14 @@ def test_what_is_said_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_pictures_make_their_folder_and_show_dollars(tmp_path: Path) -> None:
     figure = Figure()
-    figure.suptitle("from $5 to $\\nothing")  # a formula that matplotlib would refuse
+    figure.suptitle("from $5 \\nothing$")  # a formula that matplotlib would refuse
     save_figure(figure, tmp_path / "new" / "folder" / "x.png")
     assert (tmp_path / "new" / "folder" / "x.png").stat().st_size > 1000
 
 
 def test_wrong_options_end_with_their_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["train", "--steps", "many"], ["train", "--nothing"], ["eval"], ["retrieve", str(tmp_path)]):
-        assert main(arguments) in (1, 2)
+        assert main(arguments) == 2
         printed = capsys.readouterr()
         assert "Traceback" not in printed.out + printed.err
         assert len((printed.out + printed.err).splitlines()) < 20
