@@ -12,6 +12,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -74,6 +75,18 @@ class Job(NamedTuple):
             files = re.findall(r"(?:\\.|[^\s\\])+", dependencies.read_text().partition(": ")[2])
             record.write_text(json.dumps([self.command, *(re.sub(r"\\(.)", r"\1", file) for file in files)]))
         return str(self.object)
+
+
+# mmkernels/_backends.py looks for it in the library's bytes before it loads the library.
+FINGERPRINT = 'extern "C" __attribute__((used, visibility("default"))) const char mmkernels_schemas[] = "{}";\n'
+
+
+def read_fingerprint() -> str:
+    """The fingerprint of the schemas that the kernels implement, from the package that lies here."""
+    sys.path.insert(0, str(ROOT))
+    import mmkernels._library
+
+    return mmkernels._library.fingerprint()
 
 
 # Compute capabilities with code of their own; later ones compile the last's PTX.
@@ -166,9 +179,10 @@ def build_arguments() -> dict:
 
         def build_extension(self, ext):
             torch_side.parent.mkdir(parents=True, exist_ok=True)
-            includes = "".join(f'#include "{path}"\n' for path in sorted(ROOT.glob("csrc/*/cpu.cpp")))
-            if not torch_side.exists() or torch_side.read_text() != includes:
-                torch_side.write_text(includes)
+            source = "".join(f'#include "{path}"\n' for path in sorted(ROOT.glob("csrc/*/cpu.cpp")))
+            source += FINGERPRINT.format(read_fingerprint())
+            if not torch_side.exists() or torch_side.read_text() != source:
+                torch_side.write_text(source)
             with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
                 running = {job: pool.submit(job.run) for job in [*cuda_jobs, *jobs]}
             ext.extra_objects = [running[job].result() for job in jobs]

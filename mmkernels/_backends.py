@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mmkernels._library import library
+from mmkernels._library import define, fingerprint
 
 logger = logging.getLogger("mmkernels")
 
@@ -26,8 +26,9 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 }
 
 # The instruction set that the CPU kernels run with; the environment variable MMKERNELS_CPU overrides the choice.
-library.define("cpu_variant() -> str")
+define("cpu_variant() -> str", compiled=True)
 
+_REBUILD = "install mmkernels again, or in its repository run: pip install --no-build-isolation -e ."
 _COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -38,6 +39,8 @@ def _load_library() -> str | None:
     if not libraries:
         return "the compiled library is missing: mmkernels was installed without a C++ compiler; reinstall with one"
     try:
+        if fingerprint().encode() not in libraries[0].read_bytes():
+            return f"{libraries[0]} was built from another version of the sources; {_REBUILD}"
         torch.ops.load_library(str(libraries[0]))
     except OSError as error:
         return f"the compiled library does not load ({error}); rebuild it against torch {torch.__version__}"
@@ -50,7 +53,7 @@ def _library_lacks(op: str) -> str | None:
     kernels = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
     if any(name.startswith(f"mmkernels::{op}") and "_cpu" in name for name in kernels):
         return None
-    return f"the compiled library was built before mmkernels had {op}; reinstall, or build it again"
+    return f"the compiled library has no kernels of {op}; {_REBUILD}"
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """How every op is registered with torch: its schema, its fake kernel and, for Triton, its launcher."""
 
 import functools
+import hashlib
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,6 +9,23 @@ from typing import Any
 import torch
 
 library = torch.library.Library("mmkernels", "FRAGMENT")
+_compiled: list[str] = []  # the schemas that C++ implements
+
+
+def define(schema: str, *, compiled: bool) -> None:
+    """Define an op; `compiled`: C++ implements it."""
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    if compiled:
+        _compiled.append(schema)
+
+
+def fingerprint() -> str:
+    """Stands for all schemas that C++ implements.
+
+    setup.py writes it into the compiled library. A library with another one was built from other sources, and torch
+    ends the process when it loads kernels whose arguments are not those of their schema.
+    """
+    return f"mmkernels-schemas-{hashlib.sha256(chr(10).join(sorted(_compiled)).encode()).hexdigest()}"
 
 
 def register(
@@ -30,7 +48,7 @@ def register(
     An autograd.Function calls the op: that costs 5.3 us per call on a CPU, and torch's own register_autograd 10.2 us.
     """
     for backend in backends:
-        library.define(name.format(backend) + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        define(name.format(backend) + schema, compiled=backend in ("cpu", "cuda"))
         torch.library.register_fake(f"mmkernels::{name.format(backend)}", fake, lib=library)
 
     def launch(*args: Any) -> Any:

@@ -12,6 +12,7 @@ import torch
 
 import mmkernels
 from mmkernels import _backends
+from mmkernels._library import fingerprint
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,9 +58,36 @@ def test_choice_is_logged_once_at_debug():
 
 
 @pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason="no compiled library")
-def test_a_library_older_than_an_op_is_refused():
+def test_a_library_without_an_op_is_refused():
     assert _backends.unavailable("cpu", "info_nce") is None
-    assert "built before mmkernels had no_such_op" in (_backends.unavailable("cpu", "no_such_op") or "")
+    assert "the compiled library has no kernels of no_such_op" in (_backends.unavailable("cpu", "no_such_op") or "")
+
+
+@pytest.mark.parametrize("changed", ["library", "schema"])
+@pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason="no compiled library")
+def test_a_library_of_other_sources_is_named_and_not_loaded(changed, source):
+    """Loaded all the same, kernels that differ from their schema would end the process."""
+    library = next((ROOT / "mmkernels").glob("_C*"))
+    content = library.read_bytes()
+    if changed == "library":
+        mark = fingerprint().encode()
+        assert content.count(mark) == 1
+        content = content.replace(mark, mark[:-64] + b"0" * 64)
+    else:
+        ops = source / "mmkernels/info_nce/ops.py"
+        ops.write_text(ops.read_text().replace("bool keep_products)", "bool keep_products, int more=0)", 1))
+    (source / "mmkernels" / library.name).write_bytes(content)
+    code = (
+        "import json, torch, mmkernels, mmkernels.info\n"
+        "for _ in range(2): assert 0.693 < mmkernels.info_nce(torch.ones(2, 2), torch.ones(2, 2), 1.) < 0.694\n"
+        "print(json.dumps(mmkernels.info.collect()))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=True)
+    said = (
+        f"{library.name} was built from another version of the sources; install mmkernels again, or in its repository"
+    )
+    assert run.stderr.count(said) == 1
+    assert all(said in implementations["cpu"] for implementations in json.loads(run.stdout).values())
 
 
 @pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason="no compiled library")
