@@ -90,11 +90,14 @@ def draw_again(folders: Sequence[str], numbers: Path) -> None:
 def blocks(numbers: Path) -> dict[str, str]:
     """What stands between the marks of the pages: {name: Markdown}."""
     found = {"headline": tables.headline_table(standings(numbers)).markdown()}
+    machines = {}
     for folder in FOLDERS:
         stored = read(folder, numbers)
+        machines[folder] = stored["machine"]
         found[f"{folder} machine"] = tables.provenance(stored["machine"]) + "\n"
         made = registry.report(folder).tables(stored["results"])
         found.update({name: table.markdown() for name, table in made.items()})
+    found["headline machine"] = tables.provenances(machines) + "\n"
     return found
 
 

@@ -96,7 +96,7 @@ def _label_ends(axes: Axes, series: Mapping[str, Sequence[tuple[float, float]]])
             )
 
 
-def multiples(axes: Axes, comparison: Comparison, results: Sequence[Row], x: str, highest: float | None = None) -> None:
+def multiples(axes: Axes, comparison: Comparison, results: Sequence[Row], x: str, log: bool = False) -> None:
     """Peers' times as multiples of ours against the size: how many times faster we are."""
     cells = [cell for cell in comparison.cells(results) if comparison.peers(cell)]
     names = dict.fromkeys(who for cell in cells for who in cell if not who.startswith("mmkernels"))
@@ -105,14 +105,15 @@ def multiples(axes: Axes, comparison: Comparison, results: Sequence[Row], x: str
     for who in names:
         series[who] = sorted((cell[who][x], comparison.ratio(cell, who)) for cell in cells if who in cell)
     largest = max(y for points in series.values() for _, y in points)
-    if highest is None:
-        axes.set_ylim(0, largest * 1.08)
-    else:
+    if log:  # panels that share the axis show it up to the largest of all
         axes.set_yscale("log")
+        highest = max(largest * 1.3, axes.get_ylim()[1])
         axes.set_ylim(0.8, highest)
-        ticks = [tick for tick in (1, 2, 5, 10, 20) if tick < highest]
+        ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100) if tick < highest]
         axes.set_yticks(ticks, [f"{tick}" for tick in ticks])
         axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_ylim(0, largest * 1.08)
     lines(axes, series, sizes)
 
 
@@ -177,14 +178,17 @@ def front(standings: Sequence[Standing], machine: Mapping[str, Any], path: Path)
     shown = sorted(standings, key=lambda s: -s.faster)
     shares = [s.bytes[0] / s.bytes[1] for s in shown if s.bytes is not None]
     title = (
-        f"Up to {shown[0].faster:.3g} times faster than what you run now; "
+        f"{shown[-1].faster:.2g} to {shown[0].faster:.2g} times faster than what you run now; "
         f"{sum(share <= 0.01 for share in shares)} calls in a hundredth of its memory or less"
     )
     note = f"{on(machine)} All in float32."
     height, widths = 1.1 + 0.42 * len(shown), (1.25, 1)
     with drawing(path, title, note, columns=2, height=height, sharey=True, width_ratios=widths) as (left, right):
-        left.set(title="Times faster than what it replaces\n(dark part: than the fastest peer)", xlim=(0, 26))
-        right.set(title="Memory beyond inputs and gradients\n(grey: what it replaces)", xscale="log", xlim=(1e-3, 5e4))
+        left.set(
+            title="Times faster than what it replaces\n(dark part: than the fastest peer)",
+            xlim=(0, 1.7 * shown[0].faster),
+        )
+        right.set(title="Memory beyond inputs and gradients\n(grey: what it replaces)", xscale="log", xlim=(2e-5, 1e5))
         for y, s in enumerate(shown):
             left.barh(y, s.faster, color=PALE, height=0.56)
             left.barh(y, s.faster_than_best, color=OURS, height=0.56)
@@ -194,9 +198,9 @@ def front(standings: Sequence[Standing], machine: Mapping[str, Any], path: Path)
                 _memory_of(right, y, *s.bytes)
         left.axvline(1, color=PEERS, linewidth=1.4, zorder=0)
         left.set_yticks(range(len(shown)), [f"{s.headline.call}\n{s.headline.size}" for s in shown], fontsize=9)
-        left.set_xticks([1, 5, 10], ["1", "5", "10"])
+        left.set_xticks([1, 5, 10, 20], ["1", "5", "10", "20"])
         left.invert_yaxis()
-        right.set_xticks([0.1, 10, 1000], ["0.1 MiB", "10 MiB", "1000 MiB"])
+        right.set_xticks([0.1, 10, 1000], ["0.1", "10", "1000 MiB"])
         right.xaxis.set_minor_locator(NullLocator())
         for axes in (left, right):
             axes.grid(axis="y", visible=False)

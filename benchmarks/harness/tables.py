@@ -79,8 +79,7 @@ class Comparison(NamedTuple):
             peers: {who: head of the column}.
             memory: the same for those whose memory is shown beside ours.
         """
-        if memory is None or all(row.get("bytes") is None for row in results):
-            memory = {}  # files of earlier runs do not have it
+        memory = memory or {}
         limits = any("share_of_limit" in row for row in results)
         columns = [first[0], "mmkernels", *(["of the limit"] if limits else []), *peers.values()]
         if memory:
@@ -210,14 +209,26 @@ def size(row: Row) -> str:
 
 
 def provenance(machine: Mapping[str, Any]) -> str:
-    """On what, with which versions and when the numbers of a file were measured: what the file knows of it."""
-    versions = {"torch": machine["torch"], **machine.get("peers", {})}
+    """On what, with which versions and when the numbers of a file were measured."""
+    versions = {"torch": machine["torch"], **machine["peers"]}
     under = ", ".join(f"{package} {version}" for package, version in versions.items())
-    on = f"on {machine['date']} " if "date" in machine else ""
     return (
-        f"Measured {on}on {machine['threads']} threads of a CPU ({machine['processor']}) with the"
+        f"Measured on {machine['date']} on {machine['threads']} threads of a CPU ({machine['processor']}) with the"
         f" `{machine['kernels']}` kernels, under {under}."
     )
+
+
+def provenances(machines: Mapping[str, Mapping[str, Any]]) -> str:
+    """The same of several files, {op: machine}: one sentence for all that were measured alike."""
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for op, machine in machines.items():
+        alike.setdefault(tuple(value for key, value in machine.items() if key != "peers"), []).append(op)
+    sentences = []
+    for ops in alike.values():
+        peers = {package: version for op in ops for package, version in machines[op]["peers"].items()}
+        names = "" if len(alike) == 1 else f"{', '.join(f'`{op}`' for op in ops)}: "
+        sentences.append(names + provenance({**machines[ops[0]], "peers": peers}))
+    return " ".join(sentences)
 
 
 def filled(page: str, blocks: Mapping[str, str]) -> str:

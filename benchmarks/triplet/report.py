@@ -90,4 +90,4 @@ def draw(results: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> 
         for axes, mining in zip(panels, REPORTS, strict=True):
             chosen = [row for row in of(mining, results) if row["dtype"] == "float32"]
             axes.set(title=mining, xlabel="N pairs")
-            figures.multiples(axes, COMPARISON, chosen, "n", highest=30)
+            figures.multiples(axes, COMPARISON, chosen, "n", log=True)

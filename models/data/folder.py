@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.data.rows import SPLIT_NAMES, Row, column, read_rows
+from models.data.rows import Row, column, known_split, read_rows
 from models.data.sets import BadDataError, BadDataLog, Concept, ImageTextSet, Splits, hash_share, read_image
 
 IMAGE_COLUMNS = ("image", "file", "file_name", "filename", "filepath", "path")
@@ -100,12 +100,10 @@ def load_folder(
     def split_of(row: int) -> str:
         named = own[row].fields.get("split", "").lower()
         if named:
-            return SPLIT_NAMES.get(named, named)
+            return known_split(source, named)
         return "test" if hash_share(groups[row]) < test_share else "train"
 
     splits = [split_of(row) for row in range(len(own))]
-    if unknown := set(splits) - {"train", "validation", "test"}:
-        raise BadDataError(f"{source}: unknown split {min(unknown)!r}; use train, validation or test")
 
     def collect(split: str) -> ImageTextSet | None:
         rows = [row for row, of in enumerate(splits) if of == split]

@@ -17,7 +17,7 @@ from torch import Tensor
 from models.data.audio import read_audio
 from models.data.folder import IMAGE_COLUMNS
 from models.data.pairs import PairSet, PairSplits
-from models.data.rows import SPLIT_NAMES, column, read_rows
+from models.data.rows import column, known_split, read_rows
 from models.data.sets import BadDataError, BadDataLog, read_image
 from models.data.video_files import LABEL_COLUMNS, list_folder, name_below, split_by_hash
 
@@ -74,8 +74,7 @@ def load_pair_files(source: Path, size: int, samples: int, bad: BadDataLog | Non
     listed = pairs_of_folder(source, bad) if source.is_dir() else pairs_of_list(source, bad)
     found: dict[str, list[tuple[Tensor, Tensor, int, str, str]]] = {"train": [], "validation": [], "test": []}
     for image, sound, label, split, speaker in listed:
-        if split and split not in SPLIT_NAMES:
-            raise BadDataError(f"{source}: unknown split {split!r}; use train, validation or test")
+        place = known_split(source, split) if split else split_by_hash(speaker or name_below(image, source))
         try:
             pixels = read_picture(image, size)
             clip, length = read_audio(sound, samples)
@@ -83,7 +82,6 @@ def load_pair_files(source: Path, size: int, samples: int, bad: BadDataLog | Non
             name, _, reason = str(error).partition(": ")
             bad.report(name, reason)
             continue
-        place = SPLIT_NAMES[split] if split else split_by_hash(speaker or name_below(image, source))
         found[place].append((pixels, clip, length, label, speaker or "unnamed"))
     if not any(found.values()):
         raise BadDataError(

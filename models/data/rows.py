@@ -25,6 +25,13 @@ def column(row: Row, names: Sequence[str]) -> str:
     return next((row[name].strip() for name in names if row.get(name, "").strip()), "")
 
 
+def known_split(source: Path, name: str) -> str:
+    """The split that a list or a folder means by a name; a name that means none is refused."""
+    if name not in SPLIT_NAMES:
+        raise BadDataError(f"{source}: unknown split {name!r}; use train, validation or test")
+    return SPLIT_NAMES[name]
+
+
 def read_text(path: Path) -> str:
     """A file's text, which must be UTF-8; a byte order mark at its head is left out."""
     try:

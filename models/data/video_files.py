@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from models.data.folder import IMAGE_COLUMNS
-from models.data.rows import SPLIT_NAMES, Row, column, header_of, lines_of, read_rows, read_text
+from models.data.rows import SPLIT_NAMES, Row, column, header_of, known_split, lines_of, read_rows, read_text
 from models.data.sets import BadDataError, BadDataLog, hash_share
 from models.data.video import VideoSet, VideoSplits
 
@@ -304,10 +304,9 @@ def load_video_files(
     listed = list_folder(source) if source.is_dir() else list_file(source, bad)
     entries = []
     for path, label, split in listed:
-        if split and split not in SPLIT_NAMES:
-            raise BadDataError(f"{source}: unknown split {split!r}; use train, validation or test")
+        place = known_split(source, split) if split else split_by_hash(name_below(path, source))
         if path.is_file():
-            entries.append((path, label, SPLIT_NAMES[split] if split else split_by_hash(name_below(path, source))))
+            entries.append((path, label, place))
         else:
             bad.report(str(path), "is not there")
     if not entries:

@@ -46,22 +46,9 @@ struct Vec {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
   }
   MMK_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
-  MMK_INLINE void store(float* p, int n) const {
-    if (n >= kLanes) return store(p);
-    float lanes[kLanes];
-    store(lanes);
-    std::memcpy(p, lanes, n * sizeof(float));
-  }
-  MMK_INLINE void store_bf16(uint16_t* p, int n) const {
-    float lanes[kLanes];
-    store(lanes);
-    for (int i = 0; i < kLanes && i < n; ++i) p[i] = to_bf16(lanes[i]);
-  }
-  MMK_INLINE void store_f16(uint16_t* p, int n) const {
-    float lanes[kLanes];
-    store(lanes);
-    for (int i = 0; i < kLanes && i < n; ++i) p[i] = to_f16(lanes[i]);
-  }
+  MMK_INLINE void store(float* p, int n) const { store_in_memory(*this, p, n); }
+  MMK_INLINE void store_bf16(uint16_t* p, int n) const { store_in_memory<to_bf16>(*this, p, n); }
+  MMK_INLINE void store_f16(uint16_t* p, int n) const { store_in_memory<to_f16>(*this, p, n); }
   MMK_INLINE float sum() const {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));

@@ -2,11 +2,27 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 
 #include "scalar.h"
 
 namespace mmkernels {
 inline namespace MMK_VARIANT {
+
+template <class Vec>
+MMK_INLINE void store_in_memory(const Vec& a, float* p, int n) {
+  if (n >= Vec::kLanes) return a.store(p);
+  float lanes[Vec::kLanes];
+  a.store(lanes);
+  std::memcpy(p, lanes, n * sizeof(float));
+}
+
+template <uint16_t (*kRound)(float), class Vec>
+MMK_INLINE void store_in_memory(const Vec& a, uint16_t* p, int n) {
+  float lanes[Vec::kLanes];
+  a.store(lanes);
+  for (int i = 0; i < Vec::kLanes && i < n; ++i) p[i] = kRound(lanes[i]);
+}
 
 template <class Vec>
 MMK_INLINE void transpose_in_memory(Vec* rows) {

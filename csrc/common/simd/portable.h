@@ -52,22 +52,9 @@ struct Vec {
     }
   }
   MMK_INLINE void store(float* p) const { std::memcpy(p, &v, sizeof(v)); }
-  MMK_INLINE void store(float* p, int n) const {
-    if (n >= kLanes) return store(p);
-    float lanes[kLanes];
-    store(lanes);
-    std::memcpy(p, lanes, n * sizeof(float));
-  }
-  MMK_INLINE void store_bf16(uint16_t* p, int n) const {
-    float lanes[kLanes];
-    store(lanes);
-    for (int i = 0; i < kLanes && i < n; ++i) p[i] = to_bf16(lanes[i]);
-  }
-  MMK_INLINE void store_f16(uint16_t* p, int n) const {
-    float lanes[kLanes];
-    store(lanes);
-    for (int i = 0; i < kLanes && i < n; ++i) p[i] = to_f16(lanes[i]);
-  }
+  MMK_INLINE void store(float* p, int n) const { store_in_memory(*this, p, n); }
+  MMK_INLINE void store_bf16(uint16_t* p, int n) const { store_in_memory<to_bf16>(*this, p, n); }
+  MMK_INLINE void store_f16(uint16_t* p, int n) const { store_in_memory<to_f16>(*this, p, n); }
   MMK_INLINE float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
   MMK_INLINE float largest() const {
     const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
