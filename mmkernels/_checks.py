@@ -1,5 +1,6 @@
 """The checks of arguments that ops share. Each message names the argument, what was expected, what came, the remedy."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -32,6 +33,12 @@ def check_count(name: str, count: int, least: int) -> None:
         raise ValueError(f"{name}: expected at least {least}, got {count}")
 
 
+def check_flag(name: str, flag: bool) -> None:
+    """True or False."""
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
+
+
 def check_choice(name: str, value: object, known: Sequence[object]) -> None:
     """One of the known values."""
     if value not in known:
@@ -57,10 +64,17 @@ def check_share(name: str, share: float) -> None:
         raise ValueError(f"{name}: expected a value in [0, 1), got {share}")
 
 
-def check_above_zero(name: str, number: float) -> None:
-    """A float above 0."""
-    if not isinstance(number, (int, float)):
+def check_finite(name: str, number: float) -> None:
+    """A float that is neither NaN nor infinite."""
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TypeError(f"{name}: expected a float, got {type(number).__name__}")
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: expected a finite number, got {number}")
+
+
+def check_above_zero(name: str, number: float) -> None:
+    """A finite float above 0."""
+    check_finite(name, number)
     if not number > 0:
         raise ValueError(f"{name}: expected a value above 0, got {number}")
 

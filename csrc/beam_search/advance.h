@@ -21,11 +21,12 @@ MMK_HOST_DEVICE inline float larger(float a, float b) {
   return b > a ? b : a;
 }
 
-// Puts a hypothesis behind its equals among the item's best, best first; what is pushed out is lost.
+// Puts a hypothesis behind its equals among the item's best, best first; what is pushed out is lost. One of -inf
+// stands before places that hold none.
 MMK_HOST_DEVICE inline void place_hypothesis(const BeamAdvance& a, int64_t item, float total, int64_t candidate) {
   const int64_t first = item * a.beams, after = first + a.beams;
   int64_t place = after;
-  while (place > first && a.best_scores[place - 1] < total) --place;
+  while (place > first && (!a.best_valid[place - 1] || a.best_scores[place - 1] < total)) --place;
   if (place == after) return;
   for (int64_t i = after - 1; i > place; --i) {
     a.best_scores[i] = a.best_scores[i - 1];

@@ -28,6 +28,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> step(
   TORCH_CHECK_TYPE(scores_in.scalar_type() == at::kFloat, "scores: expected float32, got ", scores_in.scalar_type());
   TORCH_CHECK_VALUE(logits_in.size(1) <= std::numeric_limits<int32_t>::max(), "logits: expected V below 2^31, got ",
                     logits_in.size(1));
+  TORCH_CHECK_VALUE(!valid_in || valid_in->sizes() == scores_in.sizes(), "valid: expected the shape of scores, ",
+                    scores_in.sizes(), ", got ", valid_in->sizes());
+  TORCH_CHECK_VALUE(!forbidden_in || forbidden_in->sizes() == logits_in.sizes(),
+                    "forbidden: expected the shape of logits, ", logits_in.sizes(), ", got ", forbidden_in->sizes());
+  TORCH_CHECK_VALUE(num_candidates >= 0, "num_candidates: expected at least 0, got ", num_candidates);
+  for (const at::Tensor& x : {scores_in, valid_in.value_or(logits_in), forbidden_in.value_or(logits_in)})
+    TORCH_CHECK_VALUE(x.device() == logits_in.device(), "expected tensors on ", logits_in.device(),
+                      " as of logits, got ", x.device());
   const c10::DeviceGuard guard(logits_in.device());
   const at::Tensor logits = with_contiguous_rows(logits_in), scores = scores_in.contiguous();
   const at::Tensor valid = valid_in ? valid_in->contiguous() : at::Tensor();
@@ -68,22 +76,28 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> advance(
     const at::Tensor& found_scores, const at::Tensor& found_beams, const at::Tensor& found_tokens,
     const at::Tensor& found_valid, const at::Tensor& poisoned, at::Tensor best_scores, at::Tensor best_log_probs,
     at::Tensor best_times, at::Tensor best_beams, at::Tensor best_tokens, at::Tensor best_valid, at::Tensor counts,
-    at::Tensor faults, at::Tensor done, at::Tensor missed, at::Tensor top_ended, const at::Tensor& eos_in,
-    const at::Tensor& penalties_in, int64_t step, int64_t max_length, int64_t stop, int64_t bound_length,
-    int64_t target, int64_t num_return, bool cuts, bool first_come) {
-  const int64_t items = best_scores.size(0), beams = best_scores.size(1);
-  for (const at::Tensor& x :
-       {found_scores, found_beams, found_tokens, found_valid, poisoned, best_scores, best_log_probs, best_times,
-        best_beams, best_tokens, best_valid, counts, faults, done, missed, top_ended})
-    TORCH_CHECK_VALUE(x.is_contiguous() && x.size(0) == items, "expected contiguous tensors of ", items, " items, got ",
-                      x.sizes());
-  TORCH_CHECK_VALUE(0 <= step && step < max_length && penalties_in.numel() == max_length + 1,
-                    "step, penalties: expected step < max_length and max_length + 1 penalties, got ", step, " and ",
-                    penalties_in.numel());
+    at::Tensor faults, at::Tensor done, at::Tensor missed, at::Tensor top_ended, const at::Tensor& eos,
+    const at::Tensor& penalties, int64_t step, int64_t max_length, int64_t stop, int64_t bound_length, int64_t target,
+    int64_t num_return, bool cuts, bool first_come) {
+  TORCH_CHECK_VALUE(found_scores.dim() == 2 && best_scores.dim() == 2,
+                    "expected candidates [N, C] and hypotheses [N, k], got ", found_scores.sizes(), " and ",
+                    best_scores.sizes());
+  const int64_t items = best_scores.size(0), beams = best_scores.size(1), candidates = found_scores.size(1);
+  const auto check = [&](at::IntArrayRef expected, std::initializer_list<at::Tensor> tensors) {
+    for (const at::Tensor& x : tensors)
+      TORCH_CHECK_VALUE(x.is_contiguous() && x.sizes() == expected && x.device() == found_scores.device(),
+                        "expected a contiguous tensor ", expected, " on ", found_scores.device(), ", got ", x.sizes(),
+                        " on ", x.device());
+  };
+  check({items, candidates}, {found_scores, found_beams, found_tokens, found_valid});
+  check({items, beams}, {best_scores, best_log_probs, best_times, best_beams, best_tokens, best_valid});
+  check({items}, {poisoned, counts, faults, done, missed, top_ended});
+  check({eos.numel()}, {eos});
+  check({max_length + 1}, {penalties});
+  TORCH_CHECK_VALUE(0 <= step && step < max_length, "step: expected 0 to max_length - 1, got ", step);
   TORCH_CHECK_VALUE(0 < bound_length && bound_length <= max_length, "bound_length: expected 1 to max_length, got ",
                     bound_length);
   const c10::DeviceGuard guard(found_scores.device());
-  const at::Tensor eos = eos_in.contiguous(), penalties = penalties_in.contiguous();
   const at::Tensor next_scores = at::empty({items, beams}, best_scores.options()),
                    next_parents = at::empty({items, beams}, best_times.options()),
                    next_tokens = at::empty({items, beams}, best_times.options()),
@@ -92,7 +106,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> advance(
   BeamAdvance a{};
   a.items = items;
   a.beams = beams;
-  a.candidates = found_scores.size(1);
+  a.candidates = candidates;
   a.scores = found_scores.const_data_ptr<float>();
   a.found_beams = found_beams.const_data_ptr<int64_t>();
   a.tokens = found_tokens.const_data_ptr<int64_t>();

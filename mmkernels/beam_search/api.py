@@ -1,6 +1,7 @@
 """The public calls: docstrings, validation, choice of implementation."""
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,8 @@ from mmkernels._checks import (
     check_choice,
     check_count,
     check_device,
+    check_finite,
+    check_flag,
     check_indices,
     check_int64,
     check_mask,
@@ -82,6 +85,8 @@ def beam_search_step(
     if num_candidates is None:
         num_candidates = 2 * K
     check_count("num_candidates", num_candidates, 1)
+    check_flag("normalize", normalize)
+    check_flag("mask_first", mask_first)
     check_device("scores", scores, "logits", logits)
     if valid is not None:
         check_mask("valid", valid, {"[B, K]": (B, K)}, "True for a beam that there is")
@@ -147,7 +152,8 @@ def beam_search(
         state: a pytree; the first dimension of its tensors is B, later B K. Other leaves are handed on as they are.
         batch_size: B; 0 gives an empty result.
         num_beams: K.
-        bos_token_id: the token before the first step; an int, or [B] of int64.
+        bos_token_id: the token before the first step; an int, or [B] of int64. It and `pad_token_id` may lie past V:
+            `step` alone reads them.
         eos_token_id: the token or tokens that end a hypothesis; an empty sequence: none does.
         max_length: T, tokens of the longest hypothesis, EOS included, BOS and prompt not.
         min_length: EOS is forbidden to the first `min_length` tokens.
@@ -167,14 +173,16 @@ def beam_search(
             by it, others divided.
         bad_words: sequences of tokens that must not occur.
         allowed_tokens: (item, tokens so far) -> the tokens allowed next. Called for each beam; syncs with the host.
-        prefix: [B, P], int64, tokens that every hypothesis of an item starts with; entries below 0 force nothing.
+        prefix: [B, P], int64, P <= T, tokens that every hypothesis of an item starts with; entries below 0 force
+            nothing.
         prompt: [B, P], int64, the tokens so far, BOS included, that count for repetitions, n-grams, bad words and
             `allowed_tokens`, not for lengths; default: BOS alone. "ctranslate2" counts what it generates alone.
         num_groups: G groups of K / G beams; each keeps its own hypotheses.
         diversity_penalty: what a token costs a later group for each earlier group that chose it in this step (Hamming
-            diversity).
+            diversity); 0 with one group.
         log_prob_processor: (tokens so far [rows, n], log-probabilities [rows, V]) -> log-probabilities, last of all.
-        reorder: (state, rows [B K]) -> state, in place of the gather, for a state that is no pytree of tensors.
+        reorder: (state, rows [B K]) -> state, in place of the gather, for a state that is no pytree of tensors. An
+            object that hides tensors (a cache, a dataclass) is refused without it.
         steps_between_checks: on a GPU the host asks once in so many steps whether all items are done.
         device: where the search runs if `bos_token_id` is an int; default: that of the first tensor in `state`, or the
             CPU.
@@ -184,8 +192,9 @@ def beam_search(
         BeamSearchResult: sequences, scores, per-token scores, a certificate and faults by item.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: an argument out of range, or options that exclude each other.
+        TypeError: an argument, or what one of the functions returned, of the wrong type.
+        ValueError: an argument out of range, options that exclude each other, or a function that returned what does not
+            fit. That a token is below V the first logits tell; on a GPU a device assertion says so of `prefix`.
         RuntimeError: the `impl` asked for cannot run here; the text lists every implementation with its reason.
 
     An item with NaN logits, or none of whose beams can go on, stops there and is named in `result.faults()`; the
@@ -197,6 +206,13 @@ def beam_search(
     """
     if not callable(step):
         raise TypeError(f"step: expected a callable (tokens, state) -> (logits, state), got {type(step).__name__}")
+    for name, function in (
+        ("allowed_tokens", allowed_tokens),
+        ("log_prob_processor", log_prob_processor),
+        ("reorder", reorder),
+    ):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name}: expected a callable, got {type(function).__name__}")
     for name, value, least in (
         ("batch_size", batch_size, 0),
         ("num_beams", num_beams, 1),
@@ -208,9 +224,10 @@ def beam_search(
         ("steps_between_checks", steps_between_checks, 1),
     ):
         check_count(name, value, least)
-    eos = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(int(token) for token in eos_token_id)
-    if any(token < 0 for token in eos):
-        raise ValueError(f"eos_token_id: expected tokens >= 0, got {eos}; pass () where there is none")
+    eos = _tokens("eos_token_id", eos_token_id, "; pass () where there is none")
+    forced_eos = None if forced_eos_token_id is None else _token("forced_eos_token_id", forced_eos_token_id)
+    pad = (eos[0] if eos else 0) if pad_token_id is None else _token("pad_token_id", pad_token_id)
+    words = _words(bad_words)
     if num_return_sequences > num_beams:
         raise ValueError(f"num_return_sequences: expected at most num_beams = {num_beams}, got {num_return_sequences}")
     if num_beams % num_groups:
@@ -218,31 +235,48 @@ def beam_search(
     check_choice("preset", preset, ("hf", "fairseq", "ctranslate2"))
     check_choice("length_penalty_kind", length_penalty_kind, ("power", "wu"))
     check_choice("early_stopping", early_stopping, (True, False, "never"))
+    if early_stopping != "never":
+        check_flag("early_stopping", early_stopping)  # 1 == True
+    if renormalize is not None:
+        check_flag("renormalize", renormalize)
     if preset != "hf" and early_stopping is not False:
         raise ValueError(f"early_stopping: preset {preset!r} has its own rule; leave it out, got {early_stopping!r}")
-    if patience <= 0 or (patience != 1 and preset == "hf" and early_stopping is not True):
-        raise ValueError(
-            f"patience: expected a value above 0, and 1 where hypotheses are not counted, got {patience}; pass "
-            "early_stopping=True"
-        )
+    check_finite("length_penalty", length_penalty)
     check_above_zero("repetition_penalty", repetition_penalty)
-    if preset == "fairseq" and not eos:
-        raise ValueError("eos_token_id: preset 'fairseq' forces it at max_length; pass one")
-    if min_length >= max_length and (preset == "fairseq" or forced_eos_token_id is not None):
+    check_finite("diversity_penalty", diversity_penalty)
+    if diversity_penalty and num_groups == 1:
+        raise ValueError(f"diversity_penalty: expected 0 with one group, got {diversity_penalty}; pass num_groups")
+    check_above_zero("patience", patience)
+    if patience != 1 and preset == "hf" and early_stopping is not True:
+        raise ValueError(
+            f"patience: expected 1 where hypotheses are not counted, got {patience}; pass early_stopping=True"
+        )
+    if round(num_beams // num_groups * patience) == 0:
+        raise ValueError(
+            f"patience: expected a hypothesis or more of {num_beams // num_groups} beams, rounded, got {patience}"
+        )
+    if preset == "fairseq":
+        if not eos:
+            raise ValueError("eos_token_id: preset 'fairseq' forces it at max_length; pass one")
+        forced_eos = eos[0] if forced_eos is None else forced_eos
+    if min_length >= max_length and forced_eos is not None:
         raise ValueError(f"min_length: expected less than max_length = {max_length}, got {min_length}: EOS is forced")
-    for word in bad_words:
-        if len(word) == 0:
-            raise ValueError("bad_words: expected sequences of at least one token, got an empty one")
     for name, tokens in (("prefix", prefix), ("prompt", prompt)):
         if tokens is None:
             continue
         check_int64(name, tokens)
         if tokens.ndim != 2 or tokens.shape[0] != batch_size:
             raise ValueError(f"{name}: expected shape [{batch_size}, P], got {tuple(tokens.shape)}")
-    if isinstance(bos_token_id, Tensor):
+    free = max_length if forced_eos is None else max_length - 1
+    if prefix is not None and prefix.shape[1] > free:
+        raise ValueError(
+            f"prefix: expected at most the {free} tokens of a hypothesis that are not forced to be EOS, got "
+            f"{prefix.shape[1]}; cut it, or raise max_length"
+        )
+    if isinstance(bos_token_id, Tensor) and bos_token_id.ndim > 0:
         check_indices("bos_token_id", bos_token_id, batch_size)
-    elif not isinstance(bos_token_id, int):
-        raise TypeError(f"bos_token_id: expected an int or a tensor, got {type(bos_token_id).__name__}")
+    else:
+        bos_token_id = _token("bos_token_id", bos_token_id, "; pass an int, or an int64 tensor [B]")
 
     options = Options(
         batch_size=batch_size,
@@ -251,18 +285,18 @@ def beam_search(
         eos=eos,
         max_length=max_length,
         min_length=min_length,
-        pad_token_id=(eos[0] if eos else 0) if pad_token_id is None else pad_token_id,
-        length_penalty=length_penalty,
+        pad_token_id=pad,
+        length_penalty=float(length_penalty),
         length_penalty_kind=length_penalty_kind,
         early_stopping=early_stopping,
         patience=patience,
         num_return_sequences=num_return_sequences,
         preset=preset,
         renormalize=preset == "ctranslate2" if renormalize is None else renormalize,
-        forced_eos=eos[0] if preset == "fairseq" and forced_eos_token_id is None else forced_eos_token_id,
+        forced_eos=forced_eos,
         no_repeat_ngram_size=no_repeat_ngram_size,
         repetition_penalty=repetition_penalty,
-        bad_words=tuple(tuple(word) for word in bad_words),
+        bad_words=words,
         allowed_tokens=allowed_tokens,
         prefix=prefix,
         prompt=prompt,
@@ -274,4 +308,55 @@ def beam_search(
         device=device,
         impl=impl,
     )
+    if not options.penalties_fit():
+        raise ValueError(
+            f"length_penalty: expected one by which float32 can divide {max_length} tokens, got {length_penalty}; "
+            "pass one nearer to 0"
+        )
     return search(step, state, options)
+
+
+def _token(name: str, token: Any, remedy: str = "") -> int:
+    """A token id as an int: a whole number, NumPy's or a tensor's too, and no bool."""
+    if isinstance(token, Tensor) and token.ndim == 0:
+        token = token.item()
+    try:
+        if isinstance(token, (bool, Tensor)):
+            raise TypeError
+        number = operator.index(token)
+    except TypeError:
+        raise TypeError(f"{name}: expected a token id, got {type(token).__name__}{remedy}") from None
+    if number < 0:
+        raise ValueError(f"{name}: expected a token id >= 0, got {number}{remedy}")
+    return number
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes))
+
+
+def _tokens(name: str, tokens: Any, remedy: str = "") -> tuple[int, ...]:
+    """A token id, or a sequence of them."""
+    if isinstance(tokens, Tensor):
+        tokens = tokens.tolist()
+    return tuple(_token(name, token, remedy) for token in (tokens if _is_sequence(tokens) else (tokens,)))
+
+
+def _words(bad_words: Any) -> tuple[tuple[int, ...], ...]:
+    if isinstance(bad_words, Tensor):
+        bad_words = bad_words.tolist()
+    if not _is_sequence(bad_words):
+        raise TypeError(
+            f"bad_words: expected a sequence of words, got {type(bad_words).__name__}; pass () where there is none"
+        )
+    words = []
+    for word in bad_words:
+        if not _is_sequence(word) or (isinstance(word, Tensor) and word.ndim == 0):
+            raise TypeError(
+                f"bad_words: expected a sequence of token ids for each word, got {word!r}; write [[{word!r}]] for one "
+                "word of one token"
+            )
+        words.append(_tokens("bad_words", word))
+        if not words[-1]:
+            raise ValueError("bad_words: expected sequences of at least one token, got an empty one")
+    return tuple(words)

@@ -42,8 +42,24 @@ def completed_words(history: Tensor, words: Sequence[Tensor], vocabulary: int) -
 
 def outside(allowed: Callable[[int, Tensor], Sequence[int]], history: Tensor, beams: int, vocabulary: int) -> Tensor:
     """Tokens that the function does not allow: [rows, V]; `beams` rows per item."""
-    marks = torch.ones(history.shape[0], vocabulary, dtype=torch.bool)
-    for row, tokens in enumerate(history):
-        chosen = allowed(row // beams, tokens)
-        marks[row, torch.as_tensor(chosen, dtype=torch.int64, device="cpu")] = False
+    chosen = [_ids(allowed(row // beams, tokens)) for row, tokens in enumerate(history)]
+    tokens = torch.cat(chosen)
+    wrong = (tokens < 0) | (tokens >= vocabulary)
+    if wrong.any():
+        raise ValueError(f"allowed_tokens: expected tokens of 0 to {vocabulary - 1}, got {tokens[wrong][0]}")
+    rows = torch.arange(len(chosen)).repeat_interleave(torch.tensor([len(ids) for ids in chosen]))
+    marks = torch.ones(len(chosen), vocabulary, dtype=torch.bool)
+    marks[rows, tokens] = False
     return marks.to(history.device)
+
+
+def _ids(chosen: Sequence[int]) -> Tensor:
+    """What `allowed_tokens` returned, as int64 on the CPU; nothing else is cast: a mask would become tokens 0 and 1."""
+    try:
+        ids = torch.as_tensor(chosen, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        ids = torch.empty(())
+    if ids.ndim != 1 or (len(ids) and (ids.is_floating_point() or ids.dtype == torch.bool)):
+        kind = f"{chosen.dtype}" if isinstance(chosen, Tensor) else type(chosen).__name__
+        raise TypeError(f"allowed_tokens: expected a sequence of token ids, got {kind}")
+    return ids.long()

@@ -161,7 +161,8 @@ def beam_search_advance(found: BeamCandidates, progress: Progress, eos: Tensor, 
         accepted,
     )
     both = [torch.cat(pair, 1) for pair in zip(now[:6], ended, strict=True)]
-    best = both[0].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    # A NaN is the last of a rising order: what is no hypothesis stands behind one of -inf.
+    best = torch.where(both[5], -both[0], torch.nan).sort(dim=1, stable=True).indices[:, :k]
     hypotheses = [column.gather(1, best) for column in both]
 
     # Which items are done, and what those that stop here could have missed.

@@ -5,12 +5,12 @@ reads it. Beams and hypotheses that do not exist are marked by a bit, never by a
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mmkernels import _backends
@@ -69,6 +69,14 @@ class Options:
         base = length if self.length_penalty_kind == "power" else (5 + length) / 6
         return base**self.length_penalty
 
+    def penalties_fit(self) -> bool:
+        """Whether float32 holds what scores are divided by: the first penalty is 1, the last the farthest from it."""
+        limits = torch.finfo(torch.float32)
+        try:
+            return limits.tiny <= self.penalty(self.max_length) <= limits.max
+        except OverflowError:
+            return False
+
 
 @dataclass(frozen=True)
 class BeamSearchResult:
@@ -105,16 +113,57 @@ class BeamSearchResult:
         return {item: _FAULTS[code] for item, code in enumerate(self.fault.tolist()) if code}
 
 
-def gathered(leaf: Any, rows: Tensor, expected: int) -> Any:
-    """A leaf of the state at these of its `expected` rows; what is no tensor stays."""
-    if not isinstance(leaf, Tensor):
-        return leaf
+def check_rows(leaf: Tensor, expected: int) -> None:
     if leaf.ndim == 0 or leaf.shape[0] != expected:
         raise ValueError(
             f"state: expected tensors of {expected} rows, one for each of `tokens`, got shape {tuple(leaf.shape)}; "
             "let `step` hold what all rows share"
         )
+
+
+def gathered(leaf: Any, rows: Tensor, expected: int) -> Any:
+    """A leaf of the state at these of its `expected` rows; what is no tensor stays."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    check_rows(leaf, expected)
     return leaf.index_select(0, rows)
+
+
+def hides_tensors(value: Any, depth: int = 3) -> bool:
+    """Whether an object that is no pytree holds tensors or arrays, as a cache or a dataclass does."""
+    dimensions: Any = getattr(value, "ndim", None)
+    if isinstance(value, Tensor) or dimensions:
+        return True
+    if depth == 0 or isinstance(value, (type, nn.Module)):  # a module's are weights
+        return False
+    names: Iterable[str] = getattr(value, "__dict__", ()) or getattr(type(value), "__slots__", ())
+    members = [getattr(value, name, None) for name in names]
+    return any(hides_tensors(leaf, depth - 1) for leaf in pytree.tree_leaves(members))
+
+
+def check_state(state: Any, rows: int, device: torch.device) -> None:
+    """All that the search has to reorder is a tensor with a row for each token, on its device."""
+    for leaf in pytree.tree_leaves(state):
+        if isinstance(leaf, Tensor):
+            check_rows(leaf, rows)
+            if leaf.device != device:
+                raise ValueError(
+                    f"state: expected device {device}, where the search runs, got {leaf.device}; move it, or pass "
+                    "`device`"
+                )
+        elif hides_tensors(leaf):
+            raise TypeError(
+                f"state: expected a pytree of tensors, got {type(leaf).__name__}, which holds some that would not "
+                "follow their beams; pass `reorder`, or hand them over in a tuple or dict"
+            )
+
+
+def require(legal: Tensor, message: str, tokens: Tensor) -> None:
+    """Raise if a token is not legal: at once on a CPU, through a device assertion on a GPU."""
+    if legal.is_cuda:
+        torch._assert_async(legal.all(), f"mmkernels.beam_search: {message}")
+    elif not legal.all():
+        raise ValueError(f"{message}, got {tokens[~legal][0]}")
 
 
 class _Search:
@@ -127,8 +176,9 @@ class _Search:
         self.device = self.eos.device  # with its index, as the tensors of `step` have it
         self.backend = ""
         self.scores_dtype: torch.dtype | None = None  # the first logits decide
-        self.least_vocabulary = max((0, *o.eos)) + 1
-        self.target = round(self.k * o.patience)
+        self.vocabulary: int | None = None  # the first logits tell it
+        # More hypotheses than there can be are never reached.
+        self.target = min(round(self.k * o.patience), self.k * o.max_length + 1)
         self.cuts = o.preset != "fairseq"  # what runs at max_length becomes a hypothesis
         # These move to the device once: a copy in a step would wait for it.
         self.words = [torch.tensor(word, device=device) for word in o.bad_words if len(word) > 1]
@@ -151,6 +201,7 @@ class _Search:
     def first_tokens(self) -> Tensor:
         bos = self.o.bos_token_id
         if isinstance(bos, Tensor):
+            require(bos >= 0, "bos_token_id: expected token ids >= 0", bos)
             return bos.to(self.device)
         return torch.full((self.o.batch_size,), bos, dtype=torch.int64, device=self.device)
 
@@ -221,17 +272,15 @@ class _Search:
             x = torch.where(constraints.occurred(history, V), scaled, x)
         if forbidden is not None:
             x = torch.where(forbidden, -torch.inf, x)
-        if forced and o.preset == "hf":  # at no cost; a NaN still shows
+        if forced and o.preset == "hf":  # at no cost; NaN and +inf still show
             assert o.forced_eos is not None
             x = torch.full_like(x, -torch.inf)
-            x[:, o.forced_eos] = torch.where(logits.isnan().any(-1), torch.nan, 0.0).to(x.dtype)
+            x[:, o.forced_eos] = torch.where((logits < torch.inf).all(-1), 0.0, torch.nan).to(x.dtype)
         if edits_logits:
             x = log_softmax(x)
         if o.log_prob_processor is not None:
             x = o.log_prob_processor(history, x)  # type: ignore[arg-type]
             self.check_logits("log_prob_processor", x, rows)
-            if x.shape[1] != V:
-                raise ValueError(f"log_prob_processor: expected shape ({rows}, {V}), got {tuple(x.shape)}")
         if o.renormalize and not edits_logits:
             x = log_softmax(x)
         if taken is not None:
@@ -265,10 +314,18 @@ class _Search:
         items = torch.arange(N, device=self.device)
         trellis: list[Beams] = []
         valid: Tensor | None = None
+        if o.reorder is None:
+            check_state(state, B, self.device)
         for t in range(T):
-            logits, state = step(tokens, state)
+            made = step(tokens, state)
+            if not isinstance(made, (tuple, list)) or len(made) != 2:
+                size = f" of {len(made)}" if isinstance(made, (tuple, list)) else ""
+                raise TypeError(f"step: expected a tuple (logits, state), got {type(made).__name__}{size}")
+            logits, state = made
             self.check_logits("step", logits, B if t == 0 else B * o.num_beams)
             if t == 0:
+                if o.reorder is None:
+                    check_state(state, B, self.device)
                 # Every step runs where the first does: only float64 would choose anew, and check_logits refuses it.
                 self.backend = _backends.choose("beam_search", o.impl, logits.device.type, logits.dtype)
                 self.scores_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -284,7 +341,9 @@ class _Search:
                 break
             rows = (items[:, None] // G if t == 0 else items[:, None] * k + parents).expand(N, k).reshape(-1)
             if o.reorder is not None:
-                state = o.reorder(state, rows)
+                given, state = state, o.reorder(state, rows)
+                if state is None and given is not None:
+                    raise TypeError("reorder: expected the state at these rows, got None; return what it reordered")
             else:
                 state = pytree.tree_map(functools.partial(gathered, rows=rows, expected=len(logits)), state)
             if self.history is not None:
@@ -315,13 +374,11 @@ class _Search:
 
     def check_logits(self, source: str, x: Tensor, rows: int) -> None:
         """What the caller's function `source` returned: the loop made every other tensor itself."""
-        check_matrix(source, x, f"[{rows}, V]")
+        check_matrix(source, x, f"[{rows}, V]", "; of several positions return the last, logits[:, -1]")
         if x.shape[0] != rows:
             raise ValueError(f"{source}: expected [{rows}, V], one row for each of its tokens, got {tuple(x.shape)}")
-        if x.shape[1] < self.least_vocabulary:
-            if self.o.eos:
-                raise ValueError(f"eos_token_id: expected tokens below V = {x.shape[1]}, got {self.o.eos}")
-            raise ValueError(f"{source}: expected V >= 1, got shape {tuple(x.shape)}")
+        if x.shape[1] != self.vocabulary:
+            self.check_vocabulary(source, x.shape[1])
         if x.device != self.device:
             raise ValueError(
                 f"{source}: expected device {self.device}, where the search runs, got {x.device}; "
@@ -329,6 +386,24 @@ class _Search:
             )
         if self.scores_dtype is not None and (x.dtype == torch.float64) != (self.scores_dtype == torch.float64):
             raise TypeError(f"{source}: expected a dtype that fits scores of {self.scores_dtype}, got {x.dtype}")
+
+    def check_vocabulary(self, source: str, V: int) -> None:
+        """The first logits tell V: no token of an option may lie past it. It stays the same from then on."""
+        o = self.o
+        if self.vocabulary is not None:
+            raise ValueError(f"{source}: expected V = {self.vocabulary}, as in the first step, got {V}")
+        if V == 0:
+            raise ValueError(f"{source}: expected V >= 1, got 0")
+        for name, tokens in (
+            ("eos_token_id", o.eos),
+            ("forced_eos_token_id", () if o.forced_eos is None else (o.forced_eos,)),
+            ("bad_words", tuple(token for word in o.bad_words for token in word)),
+        ):
+            if max(tokens, default=0) >= V:
+                raise ValueError(f"{name}: expected tokens below V = {V}, got {max(tokens)}")
+        if self.prefix is not None:
+            require(self.prefix < V, f"prefix: expected tokens below V = {V}", self.prefix)
+        self.vocabulary = V
 
     def all_done(self, done: Tensor, t: int) -> bool:
         """The only wait for the device."""
@@ -354,17 +429,18 @@ class _Search:
         scores = torch.stack([made.scores for made in trellis])
         sums = torch.where(inside, scores.gather(2, own), finished.log_probs)
         earlier = torch.cat([torch.zeros_like(sums[:1]), scores[:-1].gather(2, parents[1:])])
+        added = torch.where(sums == earlier, 0.0, sums - earlier)  # -inf stays -inf
         sequences, beams, token_scores = (
             torch.where(here, part, fill).movedim(0, -1)  # [N, k, steps]
-            for part, fill in ((tokens, o.pad_token_id), (parents, 0), (sums - earlier, 0.0))
+            for part, fill in ((tokens, o.pad_token_id), (parents, 0), (added, 0.0))
         )
         lengths = torch.where(finished.valid, finished.times + 1, 0)
 
         def pooled(x: Tensor) -> Tensor:
             return x.view(B, -1, *x.shape[2:])
 
-        scores = pooled(finished.scores)
-        order = scores.sort(dim=1, descending=True, stable=True).indices[:, :R]
+        falling = torch.where(finished.valid, -finished.scores, torch.nan)  # NaN, where there is none, comes last
+        order = pooled(falling).sort(dim=1, stable=True).indices[:, :R]
         longest = int(lengths.max()) if lengths.numel() else 0
 
         def chosen(x: Tensor) -> Tensor:
@@ -398,6 +474,8 @@ def search(step: Callable[[Tensor, Any], tuple[Tensor, Any]], state: Any, option
         tensors = [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
         device = tensors[0].device if tensors else "cpu"
     device = torch.device(device)
+    if device.type == "meta":
+        raise ValueError("device: expected one with data, for the search follows the scores; got meta")
     if options.batch_size == 0:
         R = options.num_return_sequences
         numbers, flags = torch.zeros(0, R, dtype=torch.int64, device=device), torch.zeros(0, R, device=device) > 0

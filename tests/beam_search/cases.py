@@ -57,6 +57,18 @@ class Case:
             logits[0, 0] = torch.nan
         elif self.kind == "nan score":
             scores[0, K - 1] = torch.nan
+        elif self.kind == "infinite score":
+            scores[0, K - 1] = INF
+        elif self.kind == "no score":  # all that follows scores -inf, and is there
+            scores[0, 0], scores[1] = -INF, -INF
+        elif self.kind == "every kind":  # each poisons its item; the last is not poisoned
+            logits[0, V - 1] = -torch.tensor(torch.nan)  # with its sign
+            logits[K] = -INF
+            logits[K, 0] = INF
+            logits[2 * K - 1, : V // 2] = torch.nan
+            logits[2 * K :, ::2] = -INF
+        elif self.kind == "far apart":  # the lower logits and some sums pass float32's range
+            logits, scores = 3e38 * logits.sign(), 3e38 * (scores + 5).sign()
         options = dict(self.options)
         if options.get("valid") == "some":
             options["valid"] = torch.rand(B, K, generator=g) < 0.6
@@ -64,6 +76,12 @@ class Case:
             options["forbidden"] = torch.rand(V, generator=g) < 0.5
         if options.get("forbidden") == "rows":
             options["forbidden"] = torch.rand(B * K, V, generator=g) < 0.9
+        if self.kind == "nan where forbidden":
+            logits[options["forbidden"].expand(B * K, V)] = torch.nan
+        if self.kind == "infinite where forbidden":
+            logits[options["forbidden"].expand(B * K, V)] = INF
+        if self.kind == "nan in absent beams":
+            logits[~options["valid"].flatten()], scores[~options["valid"]] = torch.nan, INF
         return logits.to(dtype), scores, options | {"num_candidates": self.candidates}
 
 
@@ -71,7 +89,31 @@ def of(**options):
     return tuple(options.items())
 
 
+# What NaN and infinities mean.
+NOT_FINITE = [
+    *(
+        Case(3, 4, V, kind)
+        for kind in (
+            "nothing", "nan", "infinite", "nan and nothing", "nan score", "infinite score", "no score", "every kind",
+            "far apart",
+        )
+        for V in (9, 700)
+    ),
+    *(
+        Case(3, 4, 300, kind, options=of(normalize=False))
+        for kind in ("nan", "infinite", "infinite score", "no score", "every kind", "far apart")
+    ),
+    *(
+        Case(3, 4, 300, kind, options=of(forbidden=forbidden, **options))
+        for kind in ("nan where forbidden", "infinite where forbidden")
+        for forbidden in ("tokens", "rows")
+        for options in ({}, {"mask_first": True}, {"normalize": False})
+    ),
+    Case(4, 3, 300, "nan in absent beams", options=of(valid="some")),
+    Case(4, 3, 300, "nan in absent beams", options=of(valid="some", normalize=False)),
+]  # fmt: skip
 CASES = [
+    *NOT_FINITE,
     *(Case(3, 4, V) for V in (1, 2, 3, 15, 16, 17, 255, 256, 257, 1000, 5003)),
     *(Case(2, K, 300) for K in (1, 2, 7, 300)),
     Case(0, 3, 50),
@@ -83,8 +125,7 @@ CASES = [
     *(
         Case(3, 4, V, kind)
         for kind in (
-            "ascending", "descending", "equal", "ties", "near", "nothing", "few", "large", "nan", "infinite",
-            "nan and nothing", "nan score",
+            "ascending", "descending", "equal", "ties", "near", "few", "large",
         )
         for V in (9, 700)
     ),

@@ -49,6 +49,8 @@ def bad_inputs():
         ),
         "forbidden: expected shape": (ValueError, (logits, scores), {"forbidden": torch.zeros(5) > 0}),
         "scores: expected device": (ValueError, (logits.to("meta"), scores), {}),
+        "normalize: expected a bool, got str": (TypeError, (logits, scores), {"normalize": "no"}),
+        "mask_first: expected a bool, got Tensor": (TypeError, (logits, scores), {"mask_first": torch.ones(4) > 0}),
         "impl: expected": (ValueError, (logits, scores), {"impl": "gpu"}),
     }
 
@@ -114,6 +116,57 @@ def bad_searches():
         "prompt: expected shape": (ValueError, {"prompt": torch.zeros(2, 2, dtype=torch.int64)}),
         "eos_token_id: preset 'fairseq'": (ValueError, {"preset": "fairseq", "eos_token_id": ()}),
         "impl: expected": (ValueError, {"impl": "gpu"}),
+        # Tokens that are none.
+        "eos_token_id: expected a token id, got NoneType; pass ()": (TypeError, {"eos_token_id": None}),
+        "eos_token_id: expected a token id, got str": (TypeError, {"eos_token_id": "2"}),
+        "eos_token_id: expected a token id, got float": (TypeError, {"eos_token_id": [2, 3.0]}),
+        "eos_token_id: expected a token id, got bool": (TypeError, {"eos_token_id": True}),
+        "eos_token_id: expected a token id >= 0, got -1": (ValueError, {"eos_token_id": torch.tensor([2, -1])}),
+        "bos_token_id: expected a token id >= 0, got -1": (ValueError, {"bos_token_id": -1}),
+        "bos_token_id: expected a token id, got list": (TypeError, {"bos_token_id": [1, 1, 1, 1]}),
+        "bos_token_id: expected token ids >= 0, got -3": (ValueError, {"bos_token_id": torch.tensor([1, 1, -3, 1])}),
+        "pad_token_id: expected a token id >= 0, got -100": (ValueError, {"pad_token_id": -100}),
+        "pad_token_id: expected a token id, got float": (TypeError, {"pad_token_id": 0.0}),
+        "forced_eos_token_id: expected a token id >= 0, got -2": (ValueError, {"forced_eos_token_id": -2}),
+        "forced_eos_token_id: expected tokens below V = 11, got 12": (ValueError, {"forced_eos_token_id": 12}),
+        "bad_words: expected a sequence of token ids for each word, got 4": (TypeError, {"bad_words": [4, 5]}),
+        "bad_words: expected a sequence of token ids for each word, got 'the'": (TypeError, {"bad_words": ["the"]}),
+        "bad_words: expected a sequence of words, got NoneType": (TypeError, {"bad_words": None}),
+        "bad_words: expected a token id, got str": (TypeError, {"bad_words": [["the"]]}),
+        "bad_words: expected a token id >= 0, got -4": (ValueError, {"bad_words": [[4], [5, -4]]}),
+        "bad_words: expected tokens below V = 11, got 11": (ValueError, {"bad_words": [[4], [11, 5]]}),
+        "prefix: expected tokens below V = 11, got 13": (ValueError, {"prefix": torch.tensor([[4], [13], [-1], [5]])}),
+        "prefix: expected at most the 5 tokens": (ValueError, {"prefix": torch.full((4, 6), 3)}),
+        "prefix: expected at most the 4 tokens": (
+            ValueError,
+            {"prefix": torch.full((4, 5), 3), "forced_eos_token_id": 2},
+        ),
+        # Numbers that no search can follow.
+        "num_beams: expected at least 1, got 0": (ValueError, {"num_beams": 0}),
+        "min_length: expected at least 0, got -1": (ValueError, {"min_length": -1}),
+        "length_penalty: expected a finite number, got nan": (ValueError, {"length_penalty": float("nan")}),
+        "length_penalty: expected a float, got NoneType": (TypeError, {"length_penalty": None}),
+        "length_penalty: expected one by which float32 can divide 5 tokens": (ValueError, {"length_penalty": 56}),
+        "length_penalty: .* got -1000; pass one nearer to 0": (ValueError, {"length_penalty": -1000}),
+        "repetition_penalty: expected a finite number, got inf": (ValueError, {"repetition_penalty": float("inf")}),
+        "repetition_penalty: expected a value above 0, got -1.0": (ValueError, {"repetition_penalty": -1.0}),
+        "diversity_penalty: expected a finite number, got nan": (
+            ValueError,
+            {"num_groups": 3, "diversity_penalty": float("nan")},
+        ),
+        "diversity_penalty: expected 0 with one group, got 0.5": (ValueError, {"diversity_penalty": 0.5}),
+        "patience: expected a finite number, got nan": (
+            ValueError,
+            {"early_stopping": True, "patience": float("nan")},
+        ),
+        "patience: expected a hypothesis or more of 3 beams": (
+            ValueError,
+            {"early_stopping": True, "patience": 0.1},
+        ),
+        "early_stopping: expected a bool, got int": (TypeError, {"early_stopping": 1}),
+        "renormalize: expected a bool, got str": (TypeError, {"renormalize": "no"}),
+        "reorder: expected a callable, got str": (TypeError, {"reorder": "rows"}),
+        "device: expected one with data": (ValueError, {"device": "meta"}),
     }
 
     def model(tokens, state):

@@ -138,6 +138,7 @@ def random_search(seed):
         valid = torch.arange(C) < torch.randint(0, 4 * C, (N, 1), generator=g)
         valid = valid & ~poisoned[:, None]
         scores = -torch.randint(0, 8, (N, C), generator=g).float().sort(1).values
+        scores = torch.where(scores < -6, -INF, scores)  # candidates that there are, though they score nothing
         beams, tokens = torch.randint(0, k, (N, C), generator=g), torch.randint(0, 8, (N, C), generator=g)
         found = BeamCandidates(torch.where(valid, scores, -INF), beams * valid, tokens * valid, valid, poisoned)
         rule = Rule(t, T, one(0, 3), one(1, T + 1), one(1, 2 * k + 1), one(1, k + 1), one(0, 2) == 1, one(0, 2) == 1)
@@ -157,6 +158,33 @@ def test_the_kernel_equals_the_reference(block):
             names = (*e._fields, *expected._fields)
             for name, x, y in zip(names, (*a, *actual), (*e, *expected), strict=True):
                 assert torch.equal(x, y), (seed, rule, name, x, y)
+
+
+def test_a_hypothesis_of_minus_infinity_is_there():
+    progress = nothing()
+    advance(candidates([-INF, -INF, None], [9, 4, 0], [1, 0, 0]), progress)
+    assert progress.valid.tolist() == [[True, False]]
+    assert [progress.beams[0, 0].item(), progress.scores[0, 0].item()] == [1, -INF]
+    advance(candidates([-3.0, -INF, None], [9, 9, 0], [0, 1, 0]), progress, step=1)
+    assert progress.scores.tolist() == [[-1.5, -INF]]
+    assert progress.times.tolist() == [[1, 0]]
+
+
+@needs_library
+@pytest.mark.parametrize("name", [*BeamCandidates._fields, *Progress._fields, "eos", "penalties"])
+def test_the_registered_op_reads_nothing_past_its_arguments(name):
+    found, progress = candidates([-1.0, -2.0, -3.0], [5, 9, 6]), nothing()
+    arguments = {
+        **{f"found {field}": x for field, x in found._asdict().items()},
+        **progress._asdict(),
+        "eos": torch.tensor([9]),
+        "penalties": torch.ones(4),
+    }
+    rule = Rule(0, 3, COUNT, 1, 2, 1, True, False)
+    name = f"found {name}" if f"found {name}" in arguments else name
+    wrong = torch.empty(1, 9, dtype=arguments[name].dtype)  # as many items, and no more that fits
+    with pytest.raises(ValueError, match="expected"):
+        torch.ops.mmkernels.beam_search_advance_cpu(*(arguments | {name: wrong}).values(), *rule)
 
 
 @needs_library

@@ -1,9 +1,11 @@
 """beam_search against Hugging Face generate, CTranslate2, a spec of fairseq's rules, and exhaustive search."""
 
+import dataclasses
 import functools
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -447,10 +449,22 @@ def widens(tokens, state):
     return torch.zeros(len(tokens), 9, dtype=torch.float32 if len(tokens) == 2 else torch.float64), state
 
 
+def narrows(tokens, state):
+    """A vocabulary of 9 for the two rows of the first step, of 8 for the beams."""
+    return torch.zeros(len(tokens), 9 if len(tokens) == 2 else 8), state
+
+
 @pytest.mark.parametrize(
     ("error", "message", "step", "processor"),
     [
         (TypeError, "step: expected a tensor, got list", lambda tokens, state: ([], state), None),
+        (TypeError, r"step: expected a tuple \(logits, state\), got Tensor", lambda t, state: torch.zeros(2, 9), None),
+        (TypeError, "step: expected a tuple .*, got tuple of 3", lambda t, state: (torch.zeros(2, 9), state, 0), None),
+        (TypeError, "step: expected a tuple .*, got NoneType", lambda tokens, state: None, None),
+        (TypeError, "step: expected a tuple .*, got dict", lambda t, s: {"logits": torch.zeros(2, 9), "s": s}, None),
+        (ValueError, "step: expected 2 dimensions .*; of several positions return the last", zeros(2, 5, 9), None),
+        (ValueError, "step: expected V >= 1, got 0", zeros(2, 0), None),
+        (ValueError, "step: expected V = 9, as in the first step, got 8", narrows, None),
         (TypeError, "step: expected float32, .* got torch.int64", zeros(2, 9, dtype=torch.int64), None),
         (ValueError, r"step: expected 2 dimensions \[2, V\]", zeros(2, 1, 9), None),
         (ValueError, r"step: expected \[2, V\], one row for each of its tokens, got \(3, 9\)", zeros(3, 9), None),
@@ -462,7 +476,8 @@ def widens(tokens, state):
             None,
         ),
         (ValueError, r"log_prob_processor: expected \[2, V\]", zeros(2, 9), lambda history, x: x[:1]),
-        (ValueError, r"log_prob_processor: expected shape \(2, 9\)", zeros(2, 9), lambda history, x: x[:, :7]),
+        (ValueError, "log_prob_processor: expected V = 9, .* got 7", zeros(2, 9), lambda history, x: x[:, :7]),
+        (TypeError, "log_prob_processor: expected a tensor, got NoneType", zeros(2, 9), lambda history, x: None),
         (TypeError, "log_prob_processor: expected a dtype that fits", zeros(2, 9), lambda history, x: x.double()),
     ],
 )  # fmt: skip
@@ -472,6 +487,147 @@ def test_what_the_callers_functions_return_is_checked(error, message, step, proc
             step, None, batch_size=2, num_beams=3, bos_token_id=1, eos_token_id=2, max_length=4,
             log_prob_processor=processor, impl="reference",
         )  # fmt: skip
+
+
+@dataclasses.dataclass
+class Cache:
+    """What holds the state of a model in an object that torch knows nothing of."""
+
+    layers: list
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "state"),
+    [
+        (ValueError, r"state: expected tensors of 2 rows, .* got shape \(6, 4\)", torch.zeros(6, 4)),
+        (ValueError, "state: expected device cpu, where the search runs, got meta", torch.zeros(2, 4, device="meta")),
+        (TypeError, "state: expected a pytree of tensors, got Cache, .*; pass `reorder`", Cache([torch.zeros(2)])),
+        (TypeError, "state: expected a pytree of tensors, got Cache", [Cache([Cache([(torch.zeros(2), 0)])])]),
+        (TypeError, "state: expected a pytree of tensors, got ndarray", {"past": torch.zeros(2, 4).numpy()}),
+    ],
+    ids=["another batch", "another device", "a dataclass", "a cache of layers", "an array"],
+)
+@pytest.mark.parametrize("when", ["given", "returned"])
+def test_a_state_that_cannot_follow_its_beams_is_refused(error, message, state, when):
+    options = {"batch_size": 2, "num_beams": 3, "bos_token_id": 1, "eos_token_id": 2, "max_length": 3, "device": "cpu"}
+    table = features(9, 9, seed=1) * 12
+    with pytest.raises(error, match=message):
+        mmkernels.beam_search(lambda tokens, _: (table[tokens], state), state if when == "given" else None, **options)
+    reordered = mmkernels.beam_search(
+        lambda tokens, own: (table[tokens], own), state, reorder=lambda own, rows: own, **options
+    )
+    assert reordered.faults() == {}
+
+
+def test_a_state_may_hold_what_has_no_rows():
+    module, table = torch.nn.Linear(2, 2), features(9, 9, seed=1) * 12
+    state = {"module": module, "name": "one", "nothing": None, "count": 3, "object": Cache([1, "two"])}
+
+    def step(tokens, own):
+        assert own == state
+        return table[tokens], own
+
+    options = {"batch_size": 2, "num_beams": 3, "bos_token_id": 1, "eos_token_id": 2, "max_length": 3}
+    assert mmkernels.beam_search(step, state, **options).faults() == {}
+
+
+def test_a_reorder_that_returns_nothing_is_refused():
+    options = {"batch_size": 2, "num_beams": 3, "bos_token_id": 1, "eos_token_id": 2, "max_length": 3}
+    with pytest.raises(TypeError, match="reorder: expected the state at these rows, got None; return"):
+        mmkernels.beam_search(zeros(2, 9), "state", reorder=lambda state, rows: None, **options)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "chosen"),
+    [
+        (ValueError, "allowed_tokens: expected tokens of 0 to 8, got 9", [3, 9]),
+        (ValueError, "allowed_tokens: expected tokens of 0 to 8, got -1", [3, -1]),
+        (TypeError, "allowed_tokens: expected a sequence of token ids, got NoneType", None),
+        (TypeError, "allowed_tokens: expected a sequence of token ids, got int", 4),
+        (TypeError, "allowed_tokens: expected a sequence of token ids, got list", [3.0, 4.0]),
+        (TypeError, "allowed_tokens: expected a sequence of token ids, got torch.bool", torch.ones(9) > 0),
+    ],
+)
+def test_what_allowed_tokens_returns_is_checked(error, message, chosen):
+    options = {"batch_size": 2, "num_beams": 3, "bos_token_id": 1, "eos_token_id": 2, "max_length": 3}
+    with pytest.raises(error, match=message):
+        mmkernels.beam_search(
+            lambda tokens, state: (torch.zeros(len(tokens), 9), state), None,
+            allowed_tokens=lambda item, tokens: [2, 3] if item == 0 else chosen, **options,
+        )  # fmt: skip
+
+
+def test_tokens_may_be_of_any_integer_type():
+    def run(kind):
+        return ours(
+            language_model(), PROMPTS, num_beams=3, max_length=6, eos_token_id=kind([2, 5]), pad_token_id=kind(7),
+            bad_words=kind([[4, 8], [3, 3]]), allowed_tokens=lambda item, tokens: kind([2, 4, 5, 6, 8]),
+        )  # fmt: skip
+
+    expected = run(lambda tokens: tokens)
+    for kind in (torch.tensor, np.array):
+        assert torch.equal(run(kind).sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"preset": "fairseq"},
+        {"preset": "ctranslate2"},
+        {"preset": "ctranslate2", "repetition_penalty": 1.5},
+        {"repetition_penalty": 1.5},
+        {"renormalize": True, "min_length": 2},
+        {"forced_eos_token_id": 2, "max_length": 3},
+        {"no_repeat_ngram_size": 2, "bad_words": [[4, 5]]},
+        {"num_groups": 3, "diversity_penalty": 0.5},
+        {"log_prob_processor": lambda tokens, x: x - 1},
+        {"allowed_tokens": lambda item, tokens: [2, 5, 7, 9]},
+        {"prefix": torch.tensor([[4, 5, 7]] * 4)},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_nan_and_infinity_stop_their_item_whatever_the_options(options, value):
+    """They stand at a token that every option allows, in the third step of item 1."""
+    table = features(20, 20, seed=1) * 8
+    table[:, 2] -= 8  # no item ends before
+    options = {"max_length": 6, "num_return_sequences": 3} | options
+
+    def run(broken):
+        def step(tokens, state):
+            item, time = state[:, 0], state[:, 1]
+            logits = table[tokens] + item[:, None]
+            logits[(item == 1) & (time == 2) & broken, [2, 7][options["max_length"] > 3]] = value
+            return logits, torch.stack([item, time + 1], 1)
+
+        state = torch.stack([torch.arange(4.0), torch.zeros(4)], 1)
+        return mmkernels.beam_search(step, state, batch_size=4, num_beams=3, bos_token_id=1, eos_token_id=2, **options)
+
+    clean, result = run(False), run(True)
+    assert clean.faults() == {}
+    assert result.faults() == {1: "NaN or +inf among the logits"}
+    assert not result.certified[1]
+    others = [0, 2, 3]
+    assert torch.equal(result.scores[others], clean.scores[others])
+    assert torch.equal(result.lengths[others], clean.lengths[others])
+    assert not result.scores.isnan().any()
+    assert not result.token_scores.isnan().any()
+
+
+def test_hypotheses_of_minus_infinity_are_there():
+    """Two logits that float32 cannot subtract: what follows scores -inf, and is no dead end."""
+    table = torch.full((9, 9), -3e38)
+    table[:, 3] = 3e38
+    options = {"batch_size": 2, "num_beams": 3, "bos_token_id": 1, "eos_token_id": 2, "max_length": 3}
+    result = mmkernels.beam_search(
+        lambda tokens, state: (table[tokens], state), None, num_return_sequences=3, **options
+    )
+    assert result.faults() == {}
+    assert result.valid.all()
+    assert abs(result.scores[0, 0]) < 1e-6
+    assert result.scores[0, 1:].eq(-torch.inf).all()
+    assert not result.token_scores.isnan().any()
 
 
 def test_a_step_checks_no_argument_of_the_public_call_again(monkeypatch):

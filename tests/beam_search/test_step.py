@@ -6,8 +6,9 @@ import torch
 import mmkernels
 from mmkernels import _backends
 from mmkernels.beam_search.reference import log_softmax
+from mmkernels.beam_search.specification import Progress, Rule
 from mmkernels.testing import assert_within_budget
-from tests.beam_search.cases import CASES, Case, assert_same, check_case
+from tests.beam_search.cases import CASES, NOT_FINITE, Case, assert_same, check_case, of
 from tests.cpu_kernels import DTYPES, assert_same_bits, each_case, needs_library
 
 IMPLS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(bool(_backends.unavailable("cpu")), reason="none"))]
@@ -17,6 +18,95 @@ step = mmkernels.beam_search_step
 @each_case(CASES)
 def test_cpu_gives_the_bits_of_the_reference(case, dtype):
     check_case(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("case", NOT_FINITE, ids=str)
+def test_nan_and_infinity_mean_the_same_in_float64(case):
+    logits, scores, options = case.inputs(torch.float32)
+    single = step(logits, scores, **options, impl="reference")
+    double = step(logits.double(), scores.double(), **options)
+    assert torch.equal(double.poisoned, single.poisoned)
+    assert torch.equal(double.valid, single.valid)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("where", "options", "poisoned"),
+    [
+        ("any logit that the softmax sees", {}, True),
+        ("a forbidden logit that the softmax sees", {"forbidden": True}, True),
+        ("a forbidden logit", {"forbidden": True, "mask_first": True}, False),
+        ("a forbidden score", {"forbidden": True, "normalize": False}, False),
+        ("the row of an absent beam", {"valid": True}, False),
+    ],
+)
+@pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf])
+def test_where_nan_and_infinity_poison_an_item(where, options, poisoned, value, impl):
+    logits, scores = torch.zeros(6, 40), torch.zeros(2, 3)
+    logits[4, 30] = value
+    at = torch.arange(6 * 40).view(6, 40) == 4 * 40 + 30
+    masks = {"forbidden": at, "valid": ~at.any(1).view(2, 3)}
+    found = step(logits, scores, **{name: masks.get(name, on) for name, on in options.items()}, impl=impl)
+    assert found.poisoned.tolist() == [False, poisoned]
+    assert found.valid.all(1).tolist() == [True, not poisoned]
+    assert not found.scores.isnan().any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_logits_of_minus_infinity_are_no_candidates_and_scores_of_it_are(impl):
+    logits, scores = torch.full((2, 40), -torch.inf), torch.tensor([[0.0, -torch.inf]])
+    logits[0, :2], logits[1, 5:8] = 1.0, torch.tensor([1.0, 3.0, 2.0])
+    found = step(logits, scores, num_candidates=6, impl=impl)
+    assert found.beams[0, :5].tolist() == [0, 0, 1, 1, 1]
+    assert found.tokens[0, :5].tolist() == [0, 1, 6, 7, 5]
+    assert found.scores[0, 2:].eq(-torch.inf).all()
+    assert found.valid[0].tolist() == [True] * 5 + [False]
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["step", "advance"])
+def test_the_registered_ops_take_meta_tensors(name):
+    logits, scores, options = Case(4, 3, 30, options=of(valid="some", forbidden="rows")).inputs(torch.bfloat16)
+    found = torch.ops.mmkernels.beam_search_step_cpu(
+        logits, scores, options["valid"], options["forbidden"], 6, True, False
+    )
+    rule = Rule(0, 5, 0, 1, 3, 1, True, False)
+    arguments = {
+        "step": (logits, scores, options["valid"], options["forbidden"], 6, True, False),
+        "advance": (*found, *Progress.none(4, 3, scores), torch.tensor([2]), torch.ones(6), *rule),
+    }[name]
+    on_meta = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments]
+    for backend in ("cpu", "triton", "cuda") if name == "step" else ("cpu", "cuda"):
+        op = getattr(torch.ops.mmkernels, f"beam_search_{name}_{backend}")
+        results = op(*on_meta)
+        if backend == "cpu":
+            expected = op(*arguments)
+        for result, real in zip(results, expected, strict=True):
+            assert result.is_meta
+            assert (result.shape, result.dtype, result.stride()) == (real.shape, real.dtype, real.stride())
+
+
+def test_meta_tensors_run_in_the_reference():
+    logits, scores, _ = Case(4, 3, 30).inputs(torch.float32)
+    for result, real in zip(step(logits.to("meta"), scores.to("meta")), step(logits, scores), strict=True):
+        assert result.is_meta
+        assert (result.shape, result.dtype) == (real.shape, real.dtype)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("words", "wrong"),
+    [
+        ("valid: expected the shape of scores", {"valid": torch.ones(4, 2) > 0}),
+        ("forbidden: expected the shape of logits", {"forbidden": torch.ones(4, 9) > 0}),
+        ("num_candidates: expected at least 0", {"num_candidates": -1}),
+    ],
+)
+def test_the_registered_op_reads_nothing_past_its_arguments(words, wrong):
+    right = {"logits": torch.zeros(12, 30), "scores": torch.zeros(4, 3), "valid": None, "forbidden": None}
+    right |= {"num_candidates": 6, "normalize": True, "mask_first": False}
+    with pytest.raises(ValueError, match=words):
+        torch.ops.mmkernels.beam_search_step_cpu(**(right | wrong))
 
 
 @pytest.mark.parametrize("V", [2, 17, 1000, 50257])
