@@ -23,6 +23,9 @@ class Call:
 
     make: Callable[[torch.dtype, int], tuple[list[Tensor], list[Tensor]]]  # differentiable tensors, and the others
     run: Callable[..., Any]  # run(impl, *differentiable, *others)
+    # differs(impl, tensor, entry, result): whether an `entry` of that tensor may make result number `result` (the
+    # outputs, then the gradients) of another kind than the reference's: NaN, infinite or finite. The op's page says so.
+    differs: Callable[[str, int, float, int], bool] = lambda impl, tensor, entry, result: False
 
     def outputs(self, impl: str, *tensors: Tensor) -> tuple[Tensor, ...]:
         result = self.run(impl, *tensors)
@@ -181,23 +184,6 @@ def check_double_backward(spec: Spec, call: Call) -> None:
     assert any(x.abs().max() > 0 for x in second_derivatives("reference", 0))
 
 
-def check_nan(call: Call) -> None:
-    """A NaN in any differentiable tensor: no output is a number where the reference has none, and it reaches the
-    gradients. Which entries of them it reaches, and what infinities do, differs: the tests of each op say it."""
-    for where in range(len(call.make(torch.float32, 70)[0])):
-        results = []
-        for impl in ("cpu", "reference"):
-            leaves, others = call.make(torch.float32, 70)
-            leaves[where].view(-1)[leaves[where].numel() * 5 // 7] = torch.nan
-            own = learning(leaves)
-            outputs = call.outputs(impl, *own, *others)
-            results.append(outputs)
-            assert not all(x.isfinite().all() for x in torch.autograd.grad(total(outputs), own)), where
-        assert any(x.isnan().any() for x in results[1])
-        for a, b in zip(*results, strict=True):
-            assert (b.isnan() <= ~a.isfinite()).all(), f"tensor {where}"
-
-
 def check_nan_is_seen(call: Call) -> None:
     """A row of NaN in what an op only ranks: the reference sees it, and the kernels give what the reference gives."""
     clean = call.outputs("reference", *itertools.chain(*call.make(torch.float32, 70)))
@@ -208,6 +194,49 @@ def check_nan_is_seen(call: Call) -> None:
         actual, expected = (call.outputs(impl, *tensors, *others) for impl in ("cpu", "reference"))
         assert not all(torch.equal(a, b) for a, b in zip(expected, clean, strict=True)), where
         torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+NOT_FINITE = (torch.nan, torch.inf, -torch.inf)
+
+
+def kinds(x: Tensor) -> Tensor:
+    """0 where a number is finite, else 1 for NaN, 2 for infinity and 3 for minus infinity."""
+    return x.isnan().int() + 2 * (x == torch.inf) + 3 * (x == -torch.inf)
+
+
+def check_not_finite(spec: Spec, call: Call, impl: str, entry: float, size: int = 70) -> None:
+    """One entry that is not finite, in each tensor by turns. An output is NaN, infinite or finite where the reference's
+    is; a gradient is finite everywhere if the reference's is, and not if that is not. A NaN reaches outputs and
+    gradients."""
+    for where in range(sum(map(len, call.make(torch.float32, size)))):
+        results = []
+        for chosen in (impl, "reference"):
+            leaves, others = call.make(torch.float32, size)
+            tensors = [*leaves, *others]
+            if not tensors[where].is_floating_point():
+                break
+            tensors[where].view(-1)[tensors[where].numel() * 5 // 7] = entry
+            own = learning(tensors[: len(leaves)], lambda _: spec.differentiable)
+            outputs = call.outputs(chosen, *own, *tensors[len(leaves) :])
+            results.append((outputs, torch.autograd.grad(total(outputs), own) if spec.differentiable else ()))
+        if not results:
+            continue
+        (outputs, grads), (expected_outputs, expected_grads) = results
+        if grads and where < len(leaves) and entry != entry:
+            assert any(x.isnan().any() for x in expected_outputs), f"tensor {where}: no output shows it"
+        for number, (a, b) in enumerate(zip(outputs, expected_outputs, strict=True)):
+            named = f"tensor {where}, output {number}"
+            if not a.is_floating_point():
+                assert torch.equal(a, b), named
+            elif call.differs(impl, where, entry, number):
+                assert torch.equal(a.isfinite(), b.isfinite()), named
+            else:
+                assert torch.equal(kinds(a), kinds(b)), named
+        for number, (a, b) in enumerate(zip(grads, expected_grads, strict=True)):
+            if not call.differs(impl, where, entry, len(outputs) + number):
+                assert a.isfinite().all() == b.isfinite().all(), f"tensor {where}, gradient {number}"
+        if grads and outputs[0].isnan().any():
+            assert not all(x.isfinite().all() for x in grads), f"tensor {where}: no gradient shows it"
 
 
 def bytes_beyond_results(call: Call, leaves: list[Tensor], others: list[Tensor], differentiable: bool) -> int:

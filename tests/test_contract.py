@@ -1,8 +1,5 @@
 """Every op keeps the contract of tests/contract.py, on every implementation that runs on a CPU."""
 
-import importlib
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -10,12 +7,9 @@ import mmkernels
 from mmkernels import _backends
 from tests import contract
 from tests.cpu_kernels import DTYPES, needs_library
+from tests.specs import CALLS, SPECS
 
-FOLDERS = sorted(path.parent.name for path in Path(__file__).parent.glob("*/spec.py"))
-MODULES = [importlib.import_module(f"tests.{folder}.spec") for folder in FOLDERS]
-SPECS = [spec for module in MODULES for spec in vars(module).values() if isinstance(spec, contract.Spec)]
 IMPLS = [pytest.param("cpu", marks=needs_library), "reference"]
-CALLS = [pytest.param(spec, call, id=f"{spec.op}-{name}") for spec in SPECS for name, call in spec.calls.items()]
 LEARNING = [case for case in CALLS if case.values[0].differentiable]
 FIRST = [pytest.param(spec, next(iter(spec.calls.values())), id=spec.op) for spec in SPECS]
 GRAPHS = [case for case in CALLS if case.values[0].one_graph]
@@ -69,16 +63,17 @@ def test_double_backward_is_refused_and_the_reference_offers_it(spec, call):
     contract.check_double_backward(spec, call)
 
 
-@pytest.mark.parametrize(("spec", "call"), LEARNING)
-@needs_library
-def test_nan_in_nan_out(spec, call):
-    contract.check_nan(call)
-
-
 @pytest.mark.parametrize(("spec", "call"), RANKING)
 @needs_library
 def test_nan_is_seen_where_there_is_no_gradient(spec, call):
     contract.check_nan_is_seen(call)
+
+
+@pytest.mark.parametrize("entry", contract.NOT_FINITE)
+@pytest.mark.parametrize(("spec", "call"), CALLS)
+@needs_library
+def test_what_is_not_finite_means_the_same(spec, call, entry):
+    contract.check_not_finite(spec, call, "cpu", entry)
 
 
 @pytest.mark.parametrize(("count", "scratch"), [(1, 0), (64, 64 << 20)], ids=["1 thread", "64 threads"])

@@ -1,4 +1,4 @@
-"""Every op's cases under every instruction set that this machine has, on two threads.
+"""Every op's cases, and what is not finite, under every instruction set that this machine has, on two threads.
 
 The other tests run under the one that the machine chooses, and under `make test` on one thread.
 """
@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import contract
 from tests.cpu_kernels import DTYPES, needs_library
+from tests.specs import CALLS
 
 # One of so many of an op's cases is taken: under AVX, and of the portable code, which is slower.
 SHARES = {"beam_search": (1, 1), "divided_attention": (3, 3), "retrieval": (2, 4), "triplet": (2, 5)}
@@ -34,6 +36,9 @@ def check_every_op(portable: bool) -> None:
     for check, case, *arguments in checks(portable):
         for dtype in DTYPES:
             check(case, dtype, *arguments)
+    for spec, call in (case.values for case in CALLS):
+        for entry in contract.NOT_FINITE:
+            contract.check_not_finite(spec, call, "cpu", entry)
     print(torch.ops.mmkernels.cpu_variant())
 
 

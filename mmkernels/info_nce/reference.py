@@ -32,12 +32,21 @@ def info_nce(
         if not torch.compiler.is_compiling():  # tracing sees no values
             numbered = number_groups(query_groups, key_groups)
             require_groups(numbered, query_groups, key_groups, targets, symmetric)
-        positive = F.pad(query_groups[:, None] == key_groups[None, :], (0, len(all_keys) - num_keys))
-        positive = positive.to(scale.dtype)
-        row_targets = positive / positive.sum(1, keepdim=True)  # [N, M + Q]
-        column_targets = (positive / positive.sum(0)).T[targets]  # [N, N], of the matched keys
-    rows = F.cross_entropy(logits, row_targets, label_smoothing=label_smoothing, reduction="none")
+        row_targets = F.pad(query_groups[:, None] == key_groups[None, :], (0, len(all_keys) - num_keys))  # [N, M + Q]
+        column_targets = row_targets.T[targets]  # [N, N], of the matched keys
+    rows = _cross_entropies(logits, row_targets, label_smoothing)
     if not symmetric:
         return rows
-    columns = F.cross_entropy(logits.T[targets], column_targets, label_smoothing=label_smoothing, reduction="none")
-    return (rows + columns) / 2
+    return (rows + _cross_entropies(logits.T[targets], column_targets, label_smoothing)) / 2
+
+
+def _cross_entropies(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    """One loss per row; its target is a class, or uniform over the classes that are True in a mask like the logits."""
+    if targets.dtype != torch.bool:
+        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
+    log_probabilities = logits.log_softmax(1)
+    # Left out, not times 0: 0 times the logarithm of a probability of 0 is NaN.
+    losses = -torch.where(targets, log_probabilities, 0.0).sum(1) / targets.sum(1)
+    if label_smoothing > 0:
+        losses = (1 - label_smoothing) * losses - label_smoothing * log_probabilities.mean(1)
+    return losses

@@ -18,10 +18,16 @@ def pairs(dtype, n):
     return [features(n, 256, dtype, seed=seed) for seed in (0, 1)], []
 
 
+def differs(mining):
+    """A worst negative at infinity is taken for a NaN. NaN costs have a gradient, unlike those of torch.relu, and pairs
+    without a cost have none, not even 0 times infinity."""
+    return lambda impl, tensor, entry, result: result > 0 or (mining != "all" and abs(entry) == torch.inf)
+
+
 def call(mining, reduction, symmetric, make=rows):
     # At this margin every query has negatives that cost something, semi-hard ones among them.
     options = {"margin": 1.0, "mining": mining, "reduction": reduction, "symmetric": symmetric}
-    return Call(make, lambda impl, *tensors: mmkernels.triplet(*tensors, impl=impl, **options))
+    return Call(make, lambda impl, *tensors: mmkernels.triplet(*tensors, impl=impl, **options), differs(mining))
 
 
 CALLS = {
