@@ -20,7 +20,7 @@ env: $(STAMP) ## Make .venv, install the dependencies, build the kernels
 # Built against the torch that is installed: build isolation would fetch a second one.
 $(STAMP): pyproject.toml setup.py $(SOURCES)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q "torch>=2.13" torchvision numpy "setuptools>=77" wheel
+	$(PY) -m pip install -q "torch>=2.13" torchvision numpy "setuptools>=77"
 	$(PY) -m pip install -q --no-build-isolation -e ".[bench,dev,models]"
 	touch $@
 

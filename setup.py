@@ -2,8 +2,8 @@
 
 No GPU is looked for: the CUDA kernels are built where there is nvcc (CUDA_HOME, or on the path) of the CUDA release
 that torch is built for. FORCE_CUDA=1 asks for them, and the build fails where it cannot have them; FORCE_CUDA=0 leaves
-them out. Without a C++ compiler the package is installed without the library. `python -m mmkernels.info` says what is
-missing.
+them out. Without a C++ compiler the package is installed without the library, and a compiler that does not know an
+instruction set builds the library without it. `python -m mmkernels.info` says what is missing.
 """
 
 import json
@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import setuptools
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
@@ -24,24 +25,39 @@ ROOT = Path(__file__).parent
 # pip gives every build a new temporary folder. Objects stay here instead, so that a second build compiles what changed.
 OBJECTS = ROOT / "build" / "objects"
 # One source, compiled once for each instruction set; csrc/common/dispatch.h chooses at run time.
-VARIANTS = {"portable": []}
+VARIANTS: dict[str, list[str]] = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    VARIANTS |= {
-        "avx2": ["-march=x86-64-v3"],
-        "avx512": ["-march=x86-64-v4"],
-        "avx512bf16": ["-march=x86-64-v4", "-mavx512bf16"],
-    }
+    # x86-64-v3 and x86-64-v4, spelled out for compilers older than g++ 11 and clang 12.
+    _V3 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt", "-mmovbe"]
+    _V4 = [*_V3, "-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl"]
+    VARIANTS |= {"avx2": _V3, "avx512": _V4, "avx512bf16": [*_V4, "-mavx512bf16"]}
 # No contraction: the logits must round alike in the forward and the backward pass. The code writes fma where it wants.
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
 # at::parallel_for runs on one thread unless its caller is compiled with OpenMP.
 TORCH_FLAGS = [*FLAGS, "-fopenmp", "-DNDEBUG"]
 
 
+def knows(compiler: str, flags: list[str]) -> bool:
+    """Whether the compiler takes the flags."""
+    command = [*compiler.split(), *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 def find_compiler() -> str | None:
     for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
         if name and shutil.which(name.split()[0]):
-            return name
+            if knows(name, FLAGS):
+                return name
+            print(f"mmkernels: {name} is too old: it does not know {' '.join(FLAGS)}")
     return None
+
+
+def variants_of(compiler: str) -> dict[str, list[str]]:
+    """The instruction sets that the compiler knows, and their flags."""
+    known = {variant: flags for variant, flags in VARIANTS.items() if knows(compiler, flags)}
+    for variant in VARIANTS.keys() - known.keys():
+        print(f"mmkernels: building without {variant}: {compiler} does not know {' '.join(VARIANTS[variant])}")
+    return known
 
 
 class Job(NamedTuple):
@@ -139,7 +155,7 @@ def find_toolkit() -> Toolkit | str:
 def build_arguments() -> dict:
     compiler = find_compiler()
     if compiler is None:
-        print("mmkernels: no C++ compiler found (CXX, g++, clang++, c++): installing without the compiled kernels")
+        print("mmkernels: no C++20 compiler found (CXX, g++, clang++, c++): installing without the compiled kernels")
         return {}
     from torch.utils import cpp_extension
 
@@ -149,17 +165,19 @@ def build_arguments() -> dict:
             raise SystemExit(f"mmkernels: FORCE_CUDA=1, but {found}")
         print(f"mmkernels: building without the CUDA kernels: {found}")
     toolkit = None if isinstance(found, str) else found
+    variants = variants_of(compiler)
+    has_variants = [f"-DMMK_HAS_{variant.upper()}=1" for variant in variants]
 
     def torch_job(source: Path) -> Job:
         includes = [f"-I{path}" for path in cpp_extension.include_paths()]
-        return Job(source, "", (*compiler.split(), *TORCH_FLAGS, *includes))
+        return Job(source, "", (*compiler.split(), *TORCH_FLAGS, *has_variants, *includes))
 
     # The kernels include no torch header: plain data goes between them and the op's cpu.cpp.
     kernels = [ROOT / "csrc/common/engine.cpp", *ROOT.glob("csrc/*/cpu_kernels*.cpp")]
     jobs = [
         Job(kernel, variant, (*compiler.split(), *FLAGS, *flags, f"-DMMK_VARIANT={variant}"))
         for kernel in kernels
-        for variant, flags in VARIANTS.items()
+        for variant, flags in variants.items()
     ]
     # Torch's headers take most of a cpu.cpp's time: one by one the eight take 76 s, as one source 15. So each has a
     # namespace of its own.
@@ -206,4 +224,11 @@ def build_arguments() -> dict:
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 
-setup(**build_arguments())
+if __name__ == "__main__":
+    # A new environment of Python 3.10 or 3.11 brings 65, which stops at a line of pyproject.toml and names no remedy.
+    if int(setuptools.__version__.partition(".")[0]) < 77:
+        raise SystemExit(
+            f"mmkernels: expected setuptools 77 or newer, got {setuptools.__version__}: "
+            "pip install --upgrade 'setuptools>=77', then install with --no-build-isolation"
+        )
+    setup(**build_arguments())

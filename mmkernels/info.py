@@ -2,10 +2,14 @@
 
 import argparse
 import json
+import os
 
 import torch
 
 from mmkernels import _backends
+
+# CPU kernels, and what this machine may have beyond them if the compiler that built the library was too old.
+_NARROWER = {"portable": ("avx2", "avx512"), "avx2": ("avx512",)}
 
 
 def collect() -> dict[str, dict[str, str]]:
@@ -27,6 +31,8 @@ def main() -> None:
         print(json.dumps({"torch": torch.__version__, "cpu": capability, "cpu_kernels": variant, "ops": ops}, indent=2))
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads, {capability}; CPU kernels: {variant}")
+    if capability.lower() in _NARROWER.get(variant or "", ()) and "MMKERNELS_CPU" not in os.environ:
+        print(f"the compiler that built the CPU kernels did not know {capability}; reinstall with a newer one")
     for op, implementations in ops.items():
         print(op)
         for name, answer in implementations.items():

@@ -1,6 +1,8 @@
 """What all tests share: a thread for each worker, NaN in fresh memory, Triton's interpreter in a process of its own."""
 
 import os
+import shutil
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # there are as many workers as cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,6 +11,8 @@ import pytest
 import torch
 
 from tests.interpreting import INTERPRETED, run_interpreted
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +33,18 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of the sources in a folder named mmkernels, without what was built."""
+    clone = tmp_path / "mmkernels"
+    clone.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    for name in ("csrc", "mmkernels"):
+        shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    return clone
 
 
 class InTheInterpreter(pytest.Item):

@@ -11,25 +11,19 @@ import numpy as np
 import pytest
 import torch
 
+from setup import VARIANTS
 from tests.cpu_kernels import needs_library
 
 pytestmark = needs_library
 
 HERE = Path(__file__).parent
-# The flags of setup.py. Each instruction set has those before it.
-MACHINE_FLAGS = {
-    "portable": [],
-    "avx2": ["-march=x86-64-v3"],
-    "avx512": ["-march=x86-64-v4"],
-    "avx512bf16": ["-march=x86-64-v4", "-mavx512bf16"],
-}
 LEAST_NORMAL = np.finfo(np.float32).tiny
 Function = Callable[[np.ndarray], np.ndarray]
 
 
-@pytest.fixture(scope="module", params=MACHINE_FLAGS)
+@pytest.fixture(scope="module", params=VARIANTS)
 def variant(request: pytest.FixtureRequest) -> str:
-    names = list(MACHINE_FLAGS)
+    names = list(VARIANTS)
     widest = os.environ.get("MMKERNELS_CPU") or torch.ops.mmkernels.cpu_variant()
     if names.index(request.param) > names.index(widest):
         pytest.skip(f"this machine has no {request.param}")
@@ -42,7 +36,7 @@ def functions(variant: str, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     if compiler is None:
         pytest.skip("no C++ compiler")
     target = tmp_path_factory.mktemp("simd") / f"{variant}.so"
-    flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-ffp-contract=off", *MACHINE_FLAGS[variant]]
+    flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-ffp-contract=off", *VARIANTS[variant]]
     command = [*compiler.split(), *flags, f"-DMMK_VARIANT={variant}", str(HERE / "math.cpp"), "-o", str(target)]
     subprocess.run(command, check=True)
     library = ctypes.CDLL(str(target))
