@@ -10,10 +10,17 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DTYPE_NAMES = "float32, bfloat16, float16 or float64"
 
 
+def check_dense(name: str, tensor: Tensor) -> None:
+    """No sparse or nested tensor."""
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}; use {name}.to_dense()")
+
+
 def check_features(name: str, features: Tensor, ndim: int, shape: str, remedy: str = "") -> None:
     """A tensor of `ndim` dimensions in a dtype that the ops take; `shape` names the dimensions."""
     if not isinstance(features, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(features).__name__}")
+    check_dense(name, features)
     if features.dtype not in _DTYPES:
         raise TypeError(f"{name}: expected {_DTYPE_NAMES}, got {features.dtype}")
     if features.ndim != ndim:
@@ -49,6 +56,7 @@ def check_mask(name: str, mask: Tensor, shapes: Mapping[str, tuple[int, ...]], m
     """A bool tensor of one of the shapes, {"[B, T]": (2, 8)}; `meaning` says what True stands for."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name}: expected a bool tensor, got {type(mask).__name__}")
+    check_dense(name, mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"{name}: expected bool, {meaning}, got {mask.dtype}; use {name}.bool()")
     if mask.shape not in shapes.values():
@@ -84,6 +92,7 @@ def check_pairs(queries: Tensor, keys: Tensor) -> None:
     if isinstance(queries, Tensor) and isinstance(keys, Tensor) and queries.ndim == 2 and keys.ndim == 2:
         (rows, features), (other_rows, other_features) = queries.shape, keys.shape
         known = queries.dtype in _DTYPES and keys.dtype in _DTYPES and queries.device == keys.device
+        known = known and queries.layout == keys.layout == torch.strided
         if known and features == other_features and rows > 0 and other_rows > 0 and features > 0:
             return
     _name_fault_of_pairs(queries, keys)
@@ -125,6 +134,7 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
 def check_number(name: str, number: Tensor | float, device: torch.device) -> None:
     """A float, or a floating-point tensor of one element on the device or on the CPU."""
     if isinstance(number, Tensor):
+        check_dense(name, number)
         if number.numel() != 1:
             raise ValueError(f"{name}: expected one element, got shape {tuple(number.shape)}")
         if not number.is_floating_point():
@@ -139,6 +149,7 @@ def check_int64(name: str, indices: Tensor) -> None:
     """An int64 tensor of any shape."""
     if not isinstance(indices, Tensor):
         raise TypeError(f"{name}: expected an int64 tensor, got {type(indices).__name__}")
+    check_dense(name, indices)
     if indices.dtype != torch.int64:
         raise TypeError(f"{name}: expected int64, got {indices.dtype}; use {name}.long()")
 
@@ -180,6 +191,7 @@ def check_weights(queries: Tensor, weights: Tensor | None) -> None:
         return
     if not isinstance(weights, Tensor):
         raise TypeError(f"weights: expected a floating-point tensor, got {type(weights).__name__}")
+    check_dense("weights", weights)
     if not weights.is_floating_point():
         raise TypeError(f"weights: expected a floating-point tensor, got {weights.dtype}; use weights.float()")
     if weights.shape != queries.shape[:1]:

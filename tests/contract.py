@@ -78,6 +78,8 @@ def bad_pairs(*more: Any) -> dict[str, tuple[type[Exception], tuple, dict[str, A
         "queries: expected a tensor": (TypeError, ([1.0], k, *more), {}),
         "keys: expected float32, bfloat16": (TypeError, (q, k.long(), *more), {}),
         "keys: expected the dtype of queries": (TypeError, (q, k.half(), *more), {}),
+        "queries: expected a dense tensor, got layout torch.sparse_coo": (TypeError, (q.to_sparse(), k, *more), {}),
+        "keys: expected a dense tensor, got layout torch.sparse_coo": (TypeError, (q, k.to_sparse(), *more), {}),
         "queries: expected 2 dimensions": (ValueError, (q[0], k, *more), {}),
         "keys: expected 2 dimensions": (ValueError, (q, k[None], *more), {}),
         "queries: expected at least one row": (ValueError, (q[:0], k, *more), {}),

@@ -92,16 +92,16 @@ def beam_search_step(
     if forbidden is not None and (mask_first or not normalize):
         x = torch.where(forbidden, -torch.inf, x)
     log_probs = log_softmax(x) if normalize else x
-    wrong = (x.isnan() | (x == torch.inf)).any(-1).view(B, K) | scores.isnan() | (scores == torch.inf)
-    possible = (x > -torch.inf).view(B, K, V)
+    wrong = (x.isnan() | (x == torch.inf)).any(-1).reshape(B, K) | scores.isnan() | (scores == torch.inf)
+    possible = (x > -torch.inf).reshape(B, K, V)
     if forbidden is not None:
-        possible = possible & ~forbidden.view(B, K, V)
+        possible = possible & ~forbidden.reshape(B, K, V)
     if valid is not None:
         wrong, possible = wrong & valid, possible & valid[:, :, None]
     poisoned = wrong.any(-1)
-    possible = (possible & ~poisoned[:, None, None]).view(B, K * V)
+    possible = (possible & ~poisoned[:, None, None]).reshape(B, K * V)
 
-    totals = (scores[:, :, None] + log_probs.view(B, K, V)).view(B, K * V)
+    totals = (scores[:, :, None] + log_probs.reshape(B, K, V)).reshape(B, K * V)
     totals = torch.where(possible, totals, -torch.inf)
     # Stable sorts, the last criterion first.
     order = torch.where(possible, x.reshape(B, K * V), -torch.inf).sort(dim=1, descending=True, stable=True).indices

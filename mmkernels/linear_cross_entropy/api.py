@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mmkernels import _backends
 from mmkernels._checks import (
+    check_dense,
     check_device,
     check_indices,
     check_label_smoothing,
@@ -104,6 +105,7 @@ def _check(
     if bias is not None:
         if not isinstance(bias, Tensor):
             raise TypeError(f"bias: expected a tensor or None, got {type(bias).__name__}")
+        check_dense("bias", bias)
         if not bias.is_floating_point():
             raise TypeError(f"bias: expected a floating-point tensor, got {bias.dtype}")
         if bias.shape != weight.shape[:1]:

@@ -166,6 +166,18 @@ def test_same_bits_whatever_the_number_of_threads_and_the_strides():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("options", [{}, {"mask_first": True}, {"normalize": False}])
+def test_logits_scores_and_masks_may_be_column_major(impl, options):
+    logits, scores, masks = Case(3, 4, 50, options=of(valid="some", forbidden="rows")).inputs(torch.float32)
+    del masks["num_candidates"]
+    expected = step(logits, scores, **masks, **options, impl=impl)
+    for name in ("logits", "scores", "valid", "forbidden"):
+        given = {"logits": logits, "scores": scores, **masks}
+        given[name] = given[name].T.contiguous().T
+        assert_same(step(**given, **options, impl=impl), expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_poisoned_item_leaves_the_others_alone(impl, value):
     logits, scores, _ = Case(3, 4, 500).inputs(torch.float32)

@@ -45,6 +45,8 @@ def bad_inputs():
         "qkv: expected a tensor, got list": (TypeError, [1.0], {}),
         "qkv: expected float32, bfloat16": (TypeError, x.long(), {}),
         "qkv: expected 3 dimensions": (ValueError, x[0], {}),
+        "qkv: expected a dense tensor": (TypeError, x.to_sparse(), {}),
+        "frame_mask: expected a dense tensor": (TypeError, x, {"frame_mask": mask.to_sparse()}),
         "axis: expected one of 'time', 'space', 'joint', got 'depth'": (ValueError, x, {"axis": "depth"}),
         "cls_mode: expected one of .* got 'mean'": (ValueError, x, {"cls_mode": "mean"}),
         "token_order: expected one of 'nt', 'tn', got 'th'": (ValueError, x, {"token_order": "th"}),

@@ -67,6 +67,8 @@ def bad_inputs():
     return bad_pairs(1.0) | {
         "logit_scale: expected one element": (ValueError, (q, k, torch.ones(2)), {}),
         "logit_scale: expected a floating": (TypeError, (q, k, torch.tensor(3)), {}),
+        "logit_scale: expected a dense tensor": (TypeError, (q, k, torch.ones(1).to_sparse()), {}),
+        "weights: expected a dense tensor": (TypeError, (q, k, 1.0), {"weights": torch.ones(4).to_sparse()}),
         "logit_scale: expected a float or": (TypeError, (q, k, "3"), {}),
         "targets: 6 queries and 4 keys": (ValueError, (k, q, 1.0), {}),
         "targets: expected an int64 tensor": (TypeError, (q, k, 1.0), {"targets": [0, 1, 2, 3]}),
