@@ -96,13 +96,14 @@ def refuses(op: str, impl: str, device_type: str, dtype: torch.dtype, limit: str
 
     `limit`: why no compiled kernel can take this particular call, or None.
     """
-    reason = unavailable(impl, op)
-    if reason is not None or impl == "reference":
-        return reason
-    if limit is not None:
-        return limit
+    if impl == "reference":
+        return None
+    # A meta tensor goes to the fake kernel, whatever this machine has.
+    reason = None if device_type == "meta" else unavailable(impl, op)
+    if reason is not None or limit is not None:
+        return reason or limit
     device = "cpu" if impl == "cpu" or (impl == "triton" and triton_interprets()) else "cuda"
-    if device_type != device:
+    if device_type not in (device, "meta"):
         return f"it takes {device} tensors, and these are on {device_type}"
     if dtype not in _COMPILED_DTYPES:
         return f"it takes float32, bfloat16 and float16, and these are {dtype}"

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -199,17 +201,24 @@ def check_weights(queries: Tensor, weights: Tensor | None) -> None:
     check_device("weights", weights, "queries", queries)
 
 
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for `x`; never for a meta tensor, whose device torch's own question does not know."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Within it the products of float32 tensors stay float32 on the device of `x`."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 def in_autocast_dtype(x: Tensor) -> Tensor:
     """Cast to autocast's dtype where it is on and `x` is not float64; else unchanged."""
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device_type))
-    return x
+    return x.to(torch.get_autocast_dtype(x.device.type)) if is_autocast(x) else x
 
 
 def in_one_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> tuple[Tensor, Tensor]:
     """Both cast to autocast's dtype where it is on and they are not float64; else unchanged, and they must agree."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if is_autocast(x):
         x = in_autocast_dtype(x)
         return x, other.to(x.dtype)
     if x.dtype != other.dtype:
@@ -229,8 +238,8 @@ def as_scalar(number: Tensor | float, features: Tensor) -> Tensor:
 
 def check_targets(targets: Tensor, count: int, of: str, ignore_index: int | None = None) -> None:
     """Raise ValueError if a target is neither one of the `count` rows nor ignored. Waits for the device."""
-    if torch.compiler.is_compiling():
-        return  # tracing sees no values; the indexing itself fails at run time
+    if torch.compiler.is_compiling() or targets.is_meta:
+        return  # there are no values to see; the indexing itself fails at run time
     if ignore_index is not None:
         targets = targets[targets != ignore_index]
     if targets.numel() == 0:

@@ -4,11 +4,13 @@ the checks below on it."""
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmkernels.testing import peak_allocated
 from tests.op_arguments import op_calls
@@ -64,6 +66,7 @@ class Spec:
     differentiable: bool = True
     autocast: bool = True  # casts the features; False: takes them as they are
     one_graph: bool = True  # can be compiled without a graph break
+    backward_flops: Fraction = Fraction(1)  # what the backward pass counts, of what the reference's does
     traced: str = "keys: expected D = 8"  # the words of the bad input that is tried under torch.compile
 
     @property
@@ -94,7 +97,7 @@ def bad_pairs(*more: Any) -> dict[str, tuple[type[Exception], tuple, dict[str, A
 def total(outputs: tuple[Tensor, ...]) -> Tensor:
     """A number whose gradient arrives at every entry of the first output with a weight of its own."""
     first = outputs[0]
-    weights = torch.linspace(0.5, 1.5, first.numel(), dtype=torch.float64).view_as(first)
+    weights = torch.linspace(0.5, 1.5, first.numel(), dtype=torch.float64, device=first.device).view_as(first)
     return (first.double() * weights).sum()
 
 
@@ -261,6 +264,48 @@ def check_memory(spec: Spec, memory: Memory, dtype: torch.dtype, scratch: int) -
     allowed = memory.allowed([*leaves, *others], scratch) + (1 << 16)
     assert allowed < memory.unwanted([*leaves, *others])
     assert bytes_beyond_results(memory.call, leaves, others, spec.differentiable) <= allowed
+
+
+def on_meta(tensors: list[Tensor], needed: Callable[[int], bool] = lambda index: True) -> list[Tensor]:
+    floats = [x.is_floating_point() and needed(index) for index, x in enumerate(tensors)]
+    return [x.to("meta").requires_grad_(learns) for x, learns in zip(tensors, floats, strict=True)]
+
+
+def check_meta(spec: Spec, call: Call, impl: str, dtype: torch.dtype) -> None:
+    """Tensors without data: results and gradients have the shapes and dtypes that the reference has with data."""
+    results = []
+    for without_data in (False, True):
+        leaves, others = call.make(dtype, 70)
+        own = learning(leaves, lambda _: spec.differentiable)
+        if without_data:
+            own, others = on_meta(leaves, lambda _: spec.differentiable), on_meta(others, lambda _: False)
+        outputs = call.outputs(impl if without_data else "reference", *own, *others)
+        grads = torch.autograd.grad(total(outputs), own) if spec.differentiable else ()
+        results.append((*outputs, *grads))
+    for real, meta in zip(*results, strict=True):
+        assert meta.is_meta
+        assert (meta.shape, meta.dtype) == (real.shape, real.dtype)
+
+
+def flops(call: Call, impl: str, needed: Callable[[int], bool]) -> int:
+    """What torch counts for both passes with gradients to the tensors that need one."""
+    leaves, others = call.make(torch.float32, 70)
+    own, others = on_meta(leaves, needed), on_meta(others, lambda _: False)
+    with FlopCounterMode(display=False) as counter:
+        outputs = call.outputs(impl, *own, *others)
+        if outputs[0].requires_grad:
+            total(outputs).backward()
+    return counter.get_total_flops()
+
+
+def check_flops(spec: Spec, call: Call, impl: str) -> None:
+    """Every implementation counts the matrix products of the reference, whatever it makes again or leaves out."""
+    forward = flops(call, "reference", lambda _: False)
+    assert flops(call, impl, lambda _: False) == forward
+    for index in range(len(call.make(torch.float32, 70)[0])) if spec.differentiable else ():
+        for needed in (lambda at, index=index: at == index, lambda at, index=index: at != index):
+            backward = flops(call, "reference", needed) - forward
+            assert flops(call, impl, needed) - forward == spec.backward_flops * backward, index
 
 
 def check_float64(spec: Spec, call: Call) -> None:

@@ -1,5 +1,7 @@
 """Every op keeps the contract of tests/contract.py, on every implementation that runs on a CPU."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from tests import contract
 from tests.cpu_kernels import DTYPES, needs_library
 from tests.specs import CALLS, SPECS
 
+FAKE = ["triton", "cpu"]  # what runs on meta tensors through fake kernels
 IMPLS = [pytest.param("cpu", marks=needs_library), "reference"]
 LEARNING = [case for case in CALLS if case.values[0].differentiable]
 FIRST = [pytest.param(spec, next(iter(spec.calls.values())), id=spec.op) for spec in SPECS]
@@ -83,6 +86,22 @@ def test_what_is_not_finite_means_the_same(spec, call, entry):
 def test_memory_is_bounded(spec, memory, dtype, count, scratch, threads):
     threads(count)
     contract.check_memory(spec, memory, dtype, scratch)
+
+
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [*itertools.product(["auto", "reference"], [torch.float64, torch.bfloat16]), *itertools.product(FAKE, DTYPES[1:2])],
+    ids=str,
+)
+@pytest.mark.parametrize(("spec", "call"), GRAPHS)
+def test_meta_tensors_give_shapes_and_dtypes(spec, call, impl, dtype):
+    contract.check_meta(spec, call, impl, dtype)
+
+
+@pytest.mark.parametrize("impl", FAKE)
+@pytest.mark.parametrize(("spec", "call"), GRAPHS)
+def test_flops_are_those_of_the_reference(spec, call, impl):
+    contract.check_flops(spec, call, impl)
 
 
 @pytest.mark.parametrize(("spec", "call"), FIRST)

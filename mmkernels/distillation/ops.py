@@ -1,11 +1,13 @@
 """The registered ops, one pair per backend, their fake kernels, and the autograd.Function around them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmkernels._autograd import keeps_products, refuse_second_derivatives
+from mmkernels._flops import gradients, product
 from mmkernels._library import register
 
 _INPUTS = "Tensor queries, Tensor keys, Tensor scale, Tensor teacher_queries, Tensor teacher_keys, Tensor teacher_scale"
@@ -46,8 +48,23 @@ def _backward_fake(
     )
 
 
-_forward = register("distillation_{}_forward", _FORWARD, _forward_fake, __package__)
-_backward = register("distillation_{}_backward", _BACKWARD, _backward_fake, __package__)
+def _forward_flops(
+    queries: Sequence[int],
+    keys: Sequence[int],
+    _scale: Any,
+    teacher_queries: Sequence[int],
+    teacher_keys: Sequence[int],
+    *_: Any,
+) -> int:
+    return product(queries, keys) + product(teacher_queries, teacher_keys)
+
+
+def _backward_flops(_distilled: Any, _matched: Any, queries: Sequence[int], keys: Sequence[int], *rest: Any) -> int:
+    return gradients(queries, keys, *rest[-1])
+
+
+_forward = register("distillation_{}_forward", _FORWARD, _forward_fake, __package__, flops=_forward_flops)
+_backward = register("distillation_{}_backward", _BACKWARD, _backward_fake, __package__, flops=_backward_flops)
 
 
 class _Distillation(torch.autograd.Function):

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkernels._checks import without_autocast
+
 
 def distillation(
     queries: Tensor,  # [N, D]
@@ -20,7 +22,7 @@ def distillation(
 
     They come from the full matrices of logits in the dtype of `scale` (float32 or float64).
     """
-    with torch.autocast(queries.device.type, enabled=False):  # autocast would multiply in half precision
+    with without_autocast(queries):  # autocast would multiply in half precision
         logits = scale * queries.to(scale.dtype) @ keys.to(scale.dtype).T  # [N, M]
         with torch.no_grad():
             teacher = teacher_scale * teacher_queries.to(scale.dtype) @ teacher_keys.to(scale.dtype).T

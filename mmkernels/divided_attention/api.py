@@ -15,6 +15,7 @@ from mmkernels._checks import (
     check_mask,
     check_share,
     in_autocast_dtype,
+    without_autocast,
 )
 from mmkernels.divided_attention import ops, reference
 from mmkernels.divided_attention.layout import AXES, CLS_MODES, TOKEN_ORDERS, Layout, layout_of
@@ -102,7 +103,7 @@ def divided_attention(
     qkv = in_autocast_dtype(qkv)
     chosen = _backends.choose("divided_attention", impl, qkv.device.type, qkv.dtype, _limit(qkv, num_heads))
     if chosen == "reference":
-        with torch.autocast(qkv.device.type, enabled=False):  # which would multiply in half precision
+        with without_autocast(qkv):  # which would multiply in half precision
             out, lse = reference.divided_attention(qkv, frame_mask, seed, layout, num_heads, scale, dropout_p)
         lse = lse.detach()
     else:
@@ -148,13 +149,13 @@ def divided_attention_maps(
     if tokens.ndim != 1:
         raise ValueError(f"tokens: expected shape [Q], got {tuple(tokens.shape)}; use tokens.flatten()")
     check_device("tokens", tokens, "qkv", qkv)
-    if tokens.numel():
+    if tokens.numel() and not tokens.is_meta:
         low, high = (int(bound) for bound in tokens.aminmax())
         if low < 0 or high >= layout.num_tokens:
             last = layout.num_tokens - 1
             raise ValueError(f"tokens: expected indices of the tokens, 0 to {last}, got {low} to {high}")
     qkv = in_autocast_dtype(qkv)
-    with torch.autocast(qkv.device.type, enabled=False):
+    with without_autocast(qkv):
         return reference.attention_maps(qkv, tokens, frame_mask, layout, num_heads, scale)
 
 

@@ -1,6 +1,5 @@
 """The registered ops, one pair per backend, their fake kernels and FLOPs, and the autograd.Function around them."""
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,35 +31,23 @@ def _backward_fake(grad_out: Tensor, qkv: Tensor, *_: Any) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
 
-_forward = register("divided_attention_{}_forward", _FORWARD, _forward_fake, __package__)
-_backward = register("divided_attention_{}_backward", _BACKWARD, _backward_fake, __package__)
-
-
-def _pair_flops(qkv_shape: torch.Size, layout: Sequence[int]) -> int:
+def _pair_flops(qkv: Sequence[int], layout: Sequence[int]) -> int:
     """FLOPs of one product over all query-key pairs: a multiplication and an addition for each feature."""
-    return 2 * qkv_shape[0] * (qkv_shape[2] // 3) * Layout(*layout).pairs
+    return 2 * qkv[0] * (qkv[2] // 3) * Layout(*layout).pairs
 
 
-def _forward_flops(qkv: Any, _mask: Any, _seed: Any, layout: Sequence[int], *_: Any, **__: Any) -> int:
+def _forward_flops(qkv: Sequence[int], _mask: Any, _seed: Any, layout: Sequence[int], *_: Any) -> int:
     return 2 * _pair_flops(qkv, layout)  # scores, and values
 
 
 def _backward_flops(
-    _grad: Any, qkv: Any, _out: Any, _lse: Any, _mask: Any, _seed: Any, layout: Sequence[int], *_: Any, **__: Any
+    _grad: Any, qkv: Sequence[int], _out: Any, _lse: Any, _mask: Any, _seed: Any, layout: Sequence[int], *_: Any
 ) -> int:
     return 5 * _pair_flops(qkv, layout)  # scores again, and the gradients of p, v, q, k
 
 
-# At its first import the counter warns where Triton is missing, and those who count no FLOPs need no such warning. Only
-# that import is silenced: the logger is left as its owner set it.
-_log = logging.getLogger("torch.utils.flop_counter")
-_was_disabled, _log.disabled = _log.disabled, True
-from torch.utils.flop_counter import register_flop_formula
-
-_log.disabled = _was_disabled
-for _backend in ("cpu", "triton"):
-    register_flop_formula(getattr(torch.ops.mmkernels, f"divided_attention_{_backend}_forward"))(_forward_flops)
-    register_flop_formula(getattr(torch.ops.mmkernels, f"divided_attention_{_backend}_backward"))(_backward_flops)
+_forward = register("divided_attention_{}_forward", _FORWARD, _forward_fake, __package__, flops=_forward_flops)
+_backward = register("divided_attention_{}_backward", _BACKWARD, _backward_fake, __package__, flops=_backward_flops)
 
 
 class _DividedAttention(torch.autograd.Function):

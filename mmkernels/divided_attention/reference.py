@@ -101,7 +101,7 @@ def attention_maps(
     same = sequence_of[tokens, None] == sequence_of  # [Q, L]
     visible = (same | (is_cls & (layout.cls != APART))) & present[:, None]  # [B, Q, L]
     maps = softmax((visible & present[:, tokens, None] & ~is_cls[tokens, None])[:, None])
-    if layout.cls == APART or not bool(is_cls[tokens].any()):
+    if layout.cls == APART or not (tokens.is_meta or bool(is_cls[tokens].any())):
         return maps
     if layout.cls == GLOBAL:
         own = softmax(present[:, None, None])

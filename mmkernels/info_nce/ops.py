@@ -1,11 +1,13 @@
 """The registered ops, one pair per backend, their fake kernels, and the autograd.Function around them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmkernels._autograd import keeps_products, refuse_second_derivatives
+from mmkernels._flops import gradients, product
 from mmkernels._library import register
 from mmkernels.info_nce.options import Options
 
@@ -45,8 +47,16 @@ def _backward_fake(
     )
 
 
-_forward = register("info_nce_{}_forward", _FORWARD, _forward_fake, __package__)
-_backward = register("info_nce_{}_backward", _BACKWARD, _backward_fake, __package__)
+def _forward_flops(queries: Sequence[int], keys: Sequence[int], *_: Any) -> int:
+    return product(queries, keys)
+
+
+def _backward_flops(_grad: Any, queries: Sequence[int], keys: Sequence[int], *rest: Any) -> int:
+    return gradients(queries, keys, *rest[-1])
+
+
+_forward = register("info_nce_{}_forward", _FORWARD, _forward_fake, __package__, flops=_forward_flops)
+_backward = register("info_nce_{}_backward", _BACKWARD, _backward_fake, __package__, flops=_backward_flops)
 
 
 class _InfoNCE(torch.autograd.Function):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkernels._checks import check_targets
+from mmkernels._checks import check_targets, without_autocast
 from mmkernels.info_nce.groups import number_groups, require_groups
 from mmkernels.info_nce.options import Options
 
@@ -25,7 +25,7 @@ def info_nce(
         targets = own
     else:
         check_targets(targets, num_keys, "keys")
-    with torch.autocast(queries.device.type, enabled=False):  # autocast would multiply in half precision
+    with without_autocast(queries):  # autocast would multiply in half precision
         logits = scale * queries.to(scale.dtype) @ all_keys.to(scale.dtype).T  # [N, M + Q]
     row_targets, column_targets = targets, own
     if query_groups is not None and key_groups is not None:

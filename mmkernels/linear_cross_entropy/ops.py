@@ -1,11 +1,13 @@
 """The registered ops, one pair per backend, their fake kernels, and the autograd.Function around them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmkernels._autograd import FREE_BYTES, refuse_second_derivatives, wants_backward
+from mmkernels._flops import gradients, product
 from mmkernels._library import register
 from mmkernels.linear_cross_entropy.options import Options
 
@@ -56,8 +58,16 @@ def _backward_fake(
     )
 
 
-_forward = register("linear_cross_entropy_{}_forward", _FORWARD, _forward_fake, __package__)
-_backward = register("linear_cross_entropy_{}_backward", _BACKWARD, _backward_fake, __package__)
+def _forward_flops(hidden: Sequence[int], weight: Sequence[int], *_: Any) -> int:
+    return product(hidden, weight)
+
+
+def _backward_flops(_grad: Any, hidden: Sequence[int], weight: Sequence[int], *rest: Any) -> int:
+    return gradients(hidden, weight, *rest[-1][:2])
+
+
+_forward = register("linear_cross_entropy_{}_forward", _FORWARD, _forward_fake, __package__, flops=_forward_flops)
+_backward = register("linear_cross_entropy_{}_backward", _BACKWARD, _backward_fake, __package__, flops=_backward_flops)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

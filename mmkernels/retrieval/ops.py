@@ -1,8 +1,12 @@
 """The registered ops, one pair per backend, and their fake kernels. Nothing here is differentiable."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from mmkernels._flops import product
 from mmkernels._library import library, register
 from mmkernels.retrieval import reference
 
@@ -22,10 +26,14 @@ def _topk_fake(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return queries.new_empty(shape, dtype=dtype), queries.new_empty(shape, dtype=torch.int64)
 
 
+def _flops(queries: Sequence[int], keys: Sequence[int], _: Any) -> int:
+    return product(queries, keys)
+
+
 # The reference is an op, too: its sizes depend on the values, so that compiled code can only call it whole.
 _BACKENDS = ("cpu", "triton", "reference")
-_ranks = register("retrieval_ranks_{}", _RANKS, _ranks_fake, __package__, _BACKENDS)
-_topk = register("retrieval_topk_{}", _TOPK, _topk_fake, __package__, _BACKENDS)
+_ranks = register("retrieval_ranks_{}", _RANKS, _ranks_fake, __package__, _BACKENDS, _flops)
+_topk = register("retrieval_topk_{}", _TOPK, _topk_fake, __package__, _BACKENDS, _flops)
 library.impl("retrieval_ranks_reference", reference.retrieval_ranks, "CompositeExplicitAutograd")
 library.impl("retrieval_topk_reference", reference.retrieval_topk, "CompositeExplicitAutograd")
 

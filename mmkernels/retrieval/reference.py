@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mmkernels._checks import check_targets
+from mmkernels._checks import check_targets, without_autocast
 
 _CHUNK = 1 << 24  # scores held at once: 64 MiB of float32
 
@@ -19,7 +19,7 @@ def score_chunks(queries: Tensor, keys: Tensor) -> Iterator[Tensor]:
     distinct, place = torch.unique(keys, dim=0, return_inverse=True)
     distinct = distinct.to(dtype).T
     for part in queries.split(max(1, _CHUNK // len(keys))):
-        with torch.autocast(queries.device.type, enabled=False):
+        with without_autocast(queries):
             scores = part.to(dtype) @ distinct
         yield scores[:, place]
 

@@ -1,11 +1,13 @@
 """The registered ops, one pair per backend, their fake kernels, and the autograd.Functions around them."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mmkernels._autograd import refuse_second_derivatives
+from mmkernels._flops import gradients, product
 from mmkernels._library import register
 from mmkernels._reduction import reduced
 
@@ -41,8 +43,24 @@ def _gradients_fake(
     return scale.new_empty(queries.shape[0] if with_losses else 0), *grads
 
 
-_losses = register("siglip_{}_losses", _LOSSES, _losses_fake, __package__)
-_gradients = register("siglip_{}_gradients", _GRADIENTS, _gradients_fake, __package__)
+def _losses_flops(queries: Sequence[int], keys: Sequence[int], *_: Any) -> int:
+    return product(queries, keys)
+
+
+def _gradients_flops(
+    _weights: Any,
+    queries: Sequence[int],
+    keys: Sequence[int],
+    _scale: Any,
+    _bias: Any,
+    with_losses: bool,
+    output_mask: list[bool],
+) -> int:
+    return with_losses * product(queries, keys) + gradients(queries, keys, *output_mask[:3])
+
+
+_losses = register("siglip_{}_losses", _LOSSES, _losses_fake, __package__, flops=_losses_flops)
+_gradients = register("siglip_{}_gradients", _GRADIENTS, _gradients_fake, __package__, flops=_gradients_flops)
 
 
 class _LossOfRows(torch.autograd.Function):

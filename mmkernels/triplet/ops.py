@@ -1,11 +1,13 @@
 """The registered ops, three per backend, their fake kernels, and the autograd.Functions around them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmkernels._autograd import refuse_second_derivatives
+from mmkernels._flops import gradients, product
 from mmkernels._library import register
 from mmkernels._reduction import reduced
 from mmkernels.triplet.options import Options
@@ -52,9 +54,35 @@ def _worst_gradients_fake(
     return queries.new_empty(queries.shape if of_queries else 0), keys.new_empty(keys.shape if of_keys else 0)
 
 
-_forward = register("triplet_{}_forward", _FORWARD, _forward_fake, __package__)
-_hinge_gradients = register("triplet_{}_hinge_gradients", _HINGE_GRADIENTS, _hinge_gradients_fake, __package__)
-_worst_gradients = register("triplet_{}_worst_gradients", _WORST_GRADIENTS, _worst_gradients_fake, __package__)
+def _forward_flops(queries: Sequence[int], keys: Sequence[int], *_: Any) -> int:
+    return product(queries, keys)
+
+
+def _hinge_gradients_flops(
+    queries: Sequence[int],
+    keys: Sequence[int],
+    weights: Sequence[int] | None,
+    _margin: float,
+    _symmetric: bool,
+    output_mask: list[bool],
+) -> int:
+    # With weights it is a backward pass, whose forward pass has counted the similarities.
+    return (weights is None) * product(queries, keys) + gradients(queries, keys, *output_mask)
+
+
+def _worst_gradients_flops(
+    _grad: Any, _losses: Any, queries: Sequence[int], keys: Sequence[int], _worst: Any, output_mask: list[bool]
+) -> int:
+    return gradients(queries, keys, *output_mask)
+
+
+_forward = register("triplet_{}_forward", _FORWARD, _forward_fake, __package__, flops=_forward_flops)
+_hinge_gradients = register(
+    "triplet_{}_hinge_gradients", _HINGE_GRADIENTS, _hinge_gradients_fake, __package__, flops=_hinge_gradients_flops
+)
+_worst_gradients = register(
+    "triplet_{}_worst_gradients", _WORST_GRADIENTS, _worst_gradients_fake, __package__, flops=_worst_gradients_flops
+)
 
 
 def _finished(ctx: Any, grads: tuple[Tensor, ...], *sources: Tensor) -> tuple[Tensor | None, ...]:

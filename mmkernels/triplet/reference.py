@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkernels._checks import without_autocast
 from mmkernels.triplet.options import Options
 
 
@@ -14,7 +15,7 @@ def triplet(
 ) -> Tensor:  # [N]
     """One loss per query, from all similarities in float32 (float64 for float64 features)."""
     dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
-    with torch.autocast(queries.device.type, enabled=False):  # autocast would multiply in half precision
+    with without_autocast(queries):  # autocast would multiply in half precision
         similarities = queries.to(dtype) @ keys.to(dtype).T  # [N, M]
     margin, mining, symmetric = options
     losses = _losses_of_rows(similarities, margin, mining)

@@ -1,5 +1,7 @@
 """How divided_attention is called, and what it refuses: the spec that tests/contract.py holds it to."""
 
+from fractions import Fraction
+
 import torch
 
 import mmkernels
@@ -127,5 +129,6 @@ DIVIDED_ATTENTION = Spec(
     },
     # 392 patches: 12 matrices of [3137, 3137].
     memory={"joint": Memory(Call(a_clip, joint), 392, packed_heads, probabilities)},
+    backward_flops=Fraction(5, 4),  # with the scores that a fused attention makes again, as torch counts its own
     traced="num_frames: 13 tokens, the class token among them, are not a whole number of patches for each of 5 frames",
 )

@@ -357,6 +357,15 @@ def test_maps_under_autocast(dtype):
     assert torch.equal(maps, mmkernels.divided_attention_maps(qkv.to(dtype), tokens, **case.options))
 
 
+@pytest.mark.parametrize("case", EVERY_LAYOUT, ids=str)
+def test_maps_of_meta_tensors_have_the_shape(case):
+    qkv, tokens = case.inputs(torch.bfloat16), torch.tensor([0, 3, 17])
+    maps = mmkernels.divided_attention_maps(qkv.to("meta"), tokens.to("meta"), **case.options)
+    assert maps.is_meta
+    expected = mmkernels.divided_attention_maps(qkv, tokens, **case.options)
+    assert (maps.shape, maps.dtype) == (expected.shape, expected.dtype)
+
+
 def test_maps_refuse_bad_tokens():
     case = Case(4, 3, "space")
     qkv = case.inputs(torch.float32)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import mmkernels
 from mmkernels.retrieval import reference
@@ -21,6 +22,19 @@ def test_cpu(case, dtype):
 @pytest.mark.parametrize("case", CASES[::3], ids=str)
 def test_reference(case, dtype):
     check_case(case, dtype, "reference")
+
+
+@pytest.mark.parametrize("impl", ["triton", "cpu", "reference"])
+def test_flops_are_those_of_the_scores(impl):
+    """The reference is an op, too, and not counted by its lines."""
+    queries, keys = torch.empty(7, 5, device="meta"), torch.empty(9, 5, device="meta")
+    calls = (mmkernels.retrieval_ranks, ()), (mmkernels.retrieval_topk, (3,))
+    for call, options in calls:
+        with FlopCounterMode(display=False) as counter:
+            call(queries, keys, *options, impl=impl)
+        with FlopCounterMode(display=False) as eager:
+            queries @ keys.T
+        assert counter.get_total_flops() == eager.get_total_flops() == 2 * 7 * 9 * 5
 
 
 @pytest.mark.parametrize("d", [8, 256, 257, 600])
