@@ -51,9 +51,8 @@ def attentions(axis: Literal["time", "space"], frames: int, heads: int, impl: st
         return step(qkv, F.scaled_dot_product_attention, frames, heads)
 
     def fused(qkv: Tensor) -> Tensor:
-        out = mmkernels.divided_attention(qkv, num_frames=frames, num_heads=heads, axis=axis, impl=impl)  # type: ignore[arg-type]
-        assert isinstance(out, Tensor)
-        return out
+        options = {"num_frames": frames, "num_heads": heads, "axis": axis, "impl": impl}
+        return mmkernels.divided_attention(qkv, **options)  # type: ignore[call-overload]
 
     return {
         "mmkernels": fused,

@@ -1,6 +1,6 @@
 """The public calls: docstrings, validation, autocast, choice of implementation."""
 
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -25,8 +25,27 @@ _LARGEST_HEAD = 256  # of the compiled kernels
 Axis = Literal["time", "space", "joint"]
 ClsMode = Literal["timesformer", "global_cls", "paper", "none"]
 TokenOrder = Literal["nt", "tn"]
+Impl = Literal["auto", "triton", "cpu", "reference"]
 
 
+@overload
+def divided_attention(
+    qkv: Tensor, *, num_frames: int, num_heads: int, axis: Axis, cls_mode: ClsMode = ..., token_order: TokenOrder = ...,
+    scale: float | None = ..., frame_mask: Tensor | None = ..., dropout_p: float = ...,
+    dropout_seed: int | Tensor | None = ..., return_lse: Literal[False] = ..., impl: Impl = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def divided_attention(
+    qkv: Tensor, *, num_frames: int, num_heads: int, axis: Axis, cls_mode: ClsMode = ..., token_order: TokenOrder = ...,
+    scale: float | None = ..., frame_mask: Tensor | None = ..., dropout_p: float = ...,
+    dropout_seed: int | Tensor | None = ..., return_lse: Literal[True], impl: Impl = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def divided_attention(
+    qkv: Tensor, *, num_frames: int, num_heads: int, axis: Axis, cls_mode: ClsMode = ..., token_order: TokenOrder = ...,
+    scale: float | None = ..., frame_mask: Tensor | None = ..., dropout_p: float = ...,
+    dropout_seed: int | Tensor | None = ..., return_lse: bool, impl: Impl = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def divided_attention(
     qkv: Tensor,
     *,
@@ -40,7 +59,7 @@ def divided_attention(
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     return_lse: bool = False,
-    impl: Literal["auto", "triton", "cpu", "reference"] = "auto",
+    impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Self-attention of video tokens along one axis: over time, over space, or over both jointly.
 

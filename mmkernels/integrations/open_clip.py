@@ -1,6 +1,6 @@
 """open_clip's losses on the fused kernels: the same constructors and calls."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,21 @@ class ClipLoss(nn.Module):
         self.world_size = world_size
         self.use_horovod = use_horovod
 
+    @overload
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = ..., output_dict: Literal[False] = ...
+    ) -> Tensor: ...  # fmt: skip
+    @overload
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = ..., *, output_dict: Literal[True]
+    ) -> dict[str, Tensor]: ...  # fmt: skip
+    @overload
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = ..., output_dict: bool = ...
+    ) -> Tensor | dict[str, Tensor]: ...  # fmt: skip
     def forward(
         self,
         image_features: Tensor,  # [N, D]
@@ -71,7 +86,7 @@ class ClipLoss(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
-    ) -> Tensor | dict[str, Any]:
+    ) -> Tensor | dict[str, Tensor]:
         """The mean loss, float32, or {"contrastive_loss": loss} for output_dict=True."""
         _check_shapes(image_features, text_features)
         loss = info_nce(image_features, text_features, logit_scale)
@@ -80,6 +95,9 @@ class ClipLoss(nn.Module):
             # gradient 0 that the eager loss gives it, and lets a NaN through.
             loss = loss + 0.0 * (logit_bias.sum() if isinstance(logit_bias, torch.Tensor) else logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    if TYPE_CHECKING:
+        __call__ = forward  # torch's own returns Any
 
 
 class DistillClipLoss(ClipLoss):
@@ -96,7 +114,22 @@ class DistillClipLoss(ClipLoss):
     The constructor and the call are open_clip's; the teacher gets no gradient. World size 1.
     """
 
-    def forward(  # type: ignore[override]
+    @overload  # type: ignore[override]
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, dist_image_features: Tensor,
+        dist_text_features: Tensor, dist_logit_scale: Tensor | float, output_dict: Literal[False] = ...
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    @overload
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, dist_image_features: Tensor,
+        dist_text_features: Tensor, dist_logit_scale: Tensor | float, *, output_dict: Literal[True]
+    ) -> dict[str, Tensor]: ...  # fmt: skip
+    @overload
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, dist_image_features: Tensor,
+        dist_text_features: Tensor, dist_logit_scale: Tensor | float, output_dict: bool = ...
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]: ...  # fmt: skip
+    def forward(
         self,
         image_features: Tensor,  # [N, D]
         text_features: Tensor,  # [N, D]
@@ -115,6 +148,9 @@ class DistillClipLoss(ClipLoss):
         if output_dict:
             return {"contrastive_loss": contrastive_loss, "distill_loss": distill_loss}
         return contrastive_loss, distill_loss
+
+    if TYPE_CHECKING:
+        __call__ = forward  # type: ignore[assignment]
 
 
 class SigLipLoss(nn.Module):
@@ -157,6 +193,21 @@ class SigLipLoss(nn.Module):
         self.world_size = world_size
         self.dist_impl = dist_impl or "bidir"
 
+    @overload
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None, output_dict: Literal[False] = ...
+    ) -> Tensor: ...  # fmt: skip
+    @overload
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None, *, output_dict: Literal[True]
+    ) -> dict[str, Tensor]: ...  # fmt: skip
+    @overload
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None, output_dict: bool = ...
+    ) -> Tensor | dict[str, Tensor]: ...  # fmt: skip
     def forward(
         self,
         image_features: Tensor,  # [N, D]
@@ -164,11 +215,14 @@ class SigLipLoss(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None,
         output_dict: bool = False,
-    ) -> Tensor | dict[str, Any]:
+    ) -> Tensor | dict[str, Tensor]:
         """The sum over all pairs divided by N, float32, or {"contrastive_loss": loss} for output_dict=True."""
         _check_shapes(image_features, text_features)
         loss = siglip(image_features, text_features, logit_scale, 0.0 if logit_bias is None else logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 def _check_shapes(image_features: Tensor, text_features: Tensor) -> None:

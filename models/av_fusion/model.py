@@ -145,7 +145,6 @@ class ModalityAttention(nn.Module):
             frame_mask=present,
             impl=self.impl,
         )
-        assert isinstance(y, Tensor)
         return self.proj(y)
 
     def class_shares(self, x: Tensor, present: Tensor) -> Tensor:

@@ -105,7 +105,6 @@ class DividedAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             impl=self.impl,
         )
-        assert isinstance(y, Tensor)
         # The op averages the class token over the frames. The projection is linear, so it may follow the mean.
         return self.proj(y)
 
