@@ -308,6 +308,27 @@ def check_flops(spec: Spec, call: Call, impl: str) -> None:
             assert flops(call, impl, needed) - forward == spec.backward_flops * backward, index
 
 
+# Where the entries of a tensor lie: as columns, apart from each other, all rows at one place.
+STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
+    "columns": lambda x: x.mT.contiguous().mT if x.ndim > 1 else x,
+    "apart": lambda x: torch.stack([x, x], -1)[..., 0],
+    "rows of stride 0": lambda x: x[:1].expand_as(x) if x.ndim > 0 else x,
+}
+
+
+def check_strides(spec: Spec, call: Call, impl: str, strides: str) -> None:
+    """Results and gradients do not depend on where the entries lie."""
+    results = []
+    for lies in (STRIDES[strides], lambda x: STRIDES[strides](x).contiguous()):
+        leaves, others = call.make(torch.float32, 70)
+        own = learning(leaves, lambda _: spec.differentiable)
+        outputs = call.outputs(impl, *map(lies, [*own, *others]))
+        grads = torch.autograd.grad(total(outputs), own) if spec.differentiable else ()
+        results.append((*outputs, *grads))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
 def check_float64(spec: Spec, call: Call) -> None:
     """impl="auto" takes the reference, an explicit choice raises with every backend's reason."""
     leaves, others = call.make(torch.float64, 20)

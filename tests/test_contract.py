@@ -104,6 +104,13 @@ def test_flops_are_those_of_the_reference(spec, call, impl):
     contract.check_flops(spec, call, impl)
 
 
+@pytest.mark.parametrize("strides", contract.STRIDES)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("spec", "call"), CALLS)
+def test_strides_do_not_matter(spec, call, impl, strides):
+    contract.check_strides(spec, call, impl, strides)
+
+
 @pytest.mark.parametrize(("spec", "call"), FIRST)
 @needs_library
 def test_float64_runs_in_the_reference(spec, call):

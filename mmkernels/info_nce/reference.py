@@ -21,23 +21,27 @@ def info_nce(
     num_keys = keys.shape[0]
     all_keys = keys if key_queue is None else torch.cat([keys, key_queue])
     own = torch.arange(queries.shape[0], device=queries.device)
-    if targets is None:
-        targets = own
-    else:
+    if targets is not None:
         check_targets(targets, num_keys, "keys")
     with without_autocast(queries):  # autocast would multiply in half precision
         logits = scale * queries.to(scale.dtype) @ all_keys.to(scale.dtype).T  # [N, M + Q]
-    row_targets, column_targets = targets, own
+
+    def of_matched_keys(x: Tensor) -> Tensor:
+        """The columns of a matrix that belong to the matched keys, as rows [N, N]."""
+        # A slice is a view of the columns. An index copies them, forward and backward.
+        return x.T[: len(own)] if targets is None else x.T[targets]
+
+    row_targets, column_targets = own if targets is None else targets, own
     if query_groups is not None and key_groups is not None:
         if not torch.compiler.is_compiling():  # tracing sees no values
             numbered = number_groups(query_groups, key_groups)
             require_groups(numbered, query_groups, key_groups, targets, symmetric)
         row_targets = F.pad(query_groups[:, None] == key_groups[None, :], (0, len(all_keys) - num_keys))  # [N, M + Q]
-        column_targets = row_targets.T[targets]  # [N, N], of the matched keys
+        column_targets = of_matched_keys(row_targets)
     rows = _cross_entropies(logits, row_targets, label_smoothing)
     if not symmetric:
         return rows
-    return (rows + _cross_entropies(logits.T[targets], column_targets, label_smoothing)) / 2
+    return (rows + _cross_entropies(of_matched_keys(logits), column_targets, label_smoothing)) / 2
 
 
 def _cross_entropies(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
