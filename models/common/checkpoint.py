@@ -55,6 +55,13 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping
         raise CheckpointError(f"could not save {path} ({reason}); {kept}. Free some space and resume.") from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file of a run: a kill leaves the old one or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def _digest(tensors: Mapping[str, Tensor], state: str) -> str:
     """A checksum of all that a checkpoint holds: a disk or a copy may change a byte that no format notices."""
     found = hashlib.sha256(state.encode())
@@ -126,7 +133,7 @@ def load_newest(
 
 def remove_temporaries(folder: Path) -> None:
     """Delete what killed runs had begun to write; no other run may be at work in the folder."""
-    for path in folder.glob(".*.safetensors.*.tmp"):
+    for path in folder.glob(".*.*.tmp"):
         path.unlink(missing_ok=True)
 
 

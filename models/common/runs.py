@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from models.common.checkpoint import CheckpointError, load_checkpoint, load_newest, remove_temporaries
+from models.common.checkpoint import CheckpointError, load_checkpoint, load_newest, remove_temporaries, write_text
 from models.common.console import say, warn
 
 BEST = "best.safetensors"  # the weights that did best in validation, where a run has any
@@ -31,6 +31,11 @@ def read_history(run_dir: Path, name: str = "history.jsonl") -> list[dict[str, f
             except json.JSONDecodeError:
                 break
     return rows
+
+
+def write_history(rows: Sequence[Mapping[str, float]], run_dir: Path, name: str = "history.jsonl") -> None:
+    """Replace the rows of a log of a run."""
+    write_text(run_dir / name, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def clear_run(run_dir: Path) -> None:

@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import json
 import math
-import os
 import random
 import signal
 import sys
@@ -40,7 +39,7 @@ from models.common.checkpoint import (
     step_path,
 )
 from models.common.console import console, say, warn
-from models.common.runs import BEST, clear_run, only_run, read_history
+from models.common.runs import BEST, clear_run, only_run, read_history, write_history
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
 
@@ -359,10 +358,7 @@ class Trainer:
         self.step, self.seconds = metadata["step"], metadata["seconds"]
         self.history = [row for row in read_history(self.run_dir) if row["step"] < self.step]
         # Rows beyond the checkpoint belong to steps that will be taken again.
-        history = self.run_dir / "history.jsonl"
-        temporary = history.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.history), encoding="utf-8")
-        os.replace(temporary, history)
+        write_history(self.history, self.run_dir)
         say(f"resumed from {path} at step {self.step}")
         return True
 
@@ -503,8 +499,7 @@ class EarlyStopping:
             tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
             save_checkpoint(trainer.run_dir / BEST, tensors, described)
         self.rows.append({"step": trainer.step, "score": value})
-        text = "".join(json.dumps(row) + "\n" for row in self.rows)
-        (trainer.run_dir / "validation.jsonl").write_text(text, encoding="utf-8")
+        write_history(self.rows, trainer.run_dir, "validation.jsonl")
         trainer.stop = self._over()
         note = ", the best so far" if value > best else f" (best {best:.3f})"
         console.print(f"step {trainer.step}: validation {value:.3f}{note}{'; stopped' if trainer.stop else ''}")

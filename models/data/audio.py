@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -104,24 +106,79 @@ def mix(channels: np.ndarray) -> np.ndarray:
     return channels[:, power.argmax()] if cancel else mean
 
 
+def fault_of_ogg(data: bytes) -> str | None:
+    """What its own checksums and page numbers say against an OGG file; None if it is whole.
+
+    Decoders pass over a bad page without a word.
+    """
+    at = data.find(b"OggS")
+    expected: dict[int, int] = {}  # by stream: the number of its next page
+    ended: dict[int, bool] = {}
+    while at >= 0 and at + 27 <= len(data):
+        size = 27 + data[at + 26] + sum(data[at + 27 : at + 27 + data[at + 26]])
+        page = data[at : at + size]
+        serial, number, checksum = (int.from_bytes(page[i : i + 4], "little") for i in (14, 18, 22))
+        # The sum of zlib with the bits of each byte, and of the result, in the other order.
+        mirrored = (page[:22] + bytes(4) + page[26:]).translate(_MIRRORED)
+        found = ~zlib.crc32(mirrored, 0xFFFFFFFF) & 0xFFFFFFFF
+        if len(page) < size or int(f"{found:032b}"[::-1], 2) != checksum or number != expected.get(serial, number):
+            return "is damaged: a page is lost, cut or of another checksum"
+        expected[serial], ended[serial] = number + 1, bool(page[5] & 4)
+        at = data.find(b"OggS", at + size)
+    return None if all(ended.values()) else "breaks off: the page that ends it is missing"
+
+
+def fault_of_wav(data: bytes) -> str | None:
+    """Where the header of a WAV file announces more samples than follow; None if they are there, or it does not say."""
+    at = 12
+    while data.startswith(b"RIFF") and at + 8 <= len(data):
+        name, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        if name == b"data":
+            there = len(data) - at - 8
+            # A recorder that was stopped leaves 0 or nearly 2^31 or 2^32.
+            return f"breaks off after {there} of {size} bytes of sound" if there < size < 0x7FFF_0000 else None
+        at += 8 + size + size % 2
+    return None
+
+
+_MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+_FAULTS = {"OGG": fault_of_ogg, "WAV": fault_of_wav, "WAVEX": fault_of_wav}
+RATES = range(1000, 384_001)  # samples a second that a file may have: to resample others takes gigabytes
+
+
+def decode_audio(data: bytes) -> tuple[np.ndarray, int]:
+    """The samples of a file's bytes, float64 [n, C], and how many a second has; a ValueError says what is wrong."""
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            if (fault := _FAULTS.get(file.format, lambda _: None)(data)) is not None:
+                raise ValueError(fault)
+            if file.samplerate not in RATES:
+                raise ValueError(f"has {file.samplerate} samples a second; {RATES[0]} to {RATES[-1]} can be read")
+            parts = [np.zeros((0, file.channels))]
+            # Part by part: a header may announce more samples than there is memory for.
+            while len(part := file.read(1 << 16, dtype="float64", always_2d=True)):
+                parts.append(part)
+            return np.concatenate(parts), file.samplerate
+    except soundfile.LibsndfileError as error:
+        raise ValueError(error.error_string) from error
+
+
 def read_audio(path: Path, samples: int, rate: int = RATE) -> tuple[Tensor, int]:
     """A sound file (WAV, FLAC, OGG, MP3) at ``rate``, its channels mixed, as :func:`fit_clip` gives it.
 
     Raises :class:`BadDataError` that names the file.
     """
-    import soundfile
-
     try:
-        data, own = soundfile.read(path, dtype="float64", always_2d=True)
-    except (soundfile.LibsndfileError, OSError) as error:
-        reason = "is not there" if not path.exists() else getattr(error, "error_string", None) or str(error)
+        data = path.read_bytes()
+        found, own = decode_audio(data)
+        if not len(found):
+            cut = data.startswith(b"RIFF") and len(data) > 1024
+            raise ValueError("holds no sound" + (": its header gives the data a size of 0" if cut else ""))
+        if not np.isfinite(found).all():
+            raise ValueError("holds values that are not finite")
+        return fit_clip(resample(mix(found), own, rate), samples)
+    except (OSError, ValueError) as error:  # a ValueError, too, for a path with a NUL
+        reason = "is not there" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None) or error
         raise BadDataError(f"{path}: {reason}") from error
-    if not len(data):
-        cut = path.suffix.lower() == ".wav" and path.stat().st_size > 1024
-        raise BadDataError(f"{path}: holds no sound" + (": its header gives the data a size of 0" if cut else ""))
-    if not np.isfinite(data).all():
-        raise BadDataError(f"{path}: holds values that are not finite")
-    try:
-        return fit_clip(resample(mix(data), own, rate), samples)
-    except ValueError as error:
-        raise BadDataError(f"{path}: {error}") from error

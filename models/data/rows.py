@@ -62,6 +62,14 @@ def lines_of(text: str) -> list[str]:
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
+def fields_of(line: str, separator: str) -> list[str]:
+    """The fields of one line of CSV; none where the module csv refuses it, as it does a field of 131,073 signs."""
+    try:
+        return next(csv.reader([line], delimiter=separator), [])
+    except csv.Error:
+        return []
+
+
 def header_of(text: str, needed: Sequence[Sequence[str]] = ()) -> tuple[str, list[str]]:
     """The separator of CSV text and its column names in lower case, as its first line has them.
 
@@ -70,7 +78,7 @@ def header_of(text: str, needed: Sequence[Sequence[str]] = ()) -> tuple[str, lis
     first = next((line for line in lines_of(text) if line.strip()), "")
 
     def names(separator: str) -> list[str]:
-        return [name.strip().lower() for name in next(csv.reader([first], delimiter=separator), [])]
+        return [name.strip().lower() for name in fields_of(first, separator)]
 
     def worth(separator: str) -> tuple[int, int]:
         found = names(separator)
@@ -112,7 +120,7 @@ def _swallows(record: list[str], used: list[str], separator: str, width: int) ->
     """Whether a record that spans lines holds rows of their own: all of ``used`` are rows that name such a file."""
 
     def is_row(line: str) -> bool:
-        own = next(csv.reader([line], delimiter=separator), [])
+        own = fields_of(line, separator)
         suffixes = ((Path(a).suffix, Path(b).suffix) for a, b in zip(record, own, strict=False))
         return len(own) == width and any(a == b != "" for a, b in suffixes)
 
@@ -144,8 +152,9 @@ def _json_lines(path: Path, text: str, lists: Sequence[str]) -> Iterator[tuple[i
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise BadDataError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', 'too deep')})") from error
+        except (ValueError, RecursionError) as error:  # a ValueError of its own for numbers of thousands of digits
+            reason = "too deep" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
+            raise BadDataError(f"{path}, line {number}: not JSON ({reason})") from error
         yield from _object_rows(f"{path}, line {number}", number, row, lists)
 
 
@@ -153,7 +162,7 @@ def _whole_json(text: str) -> dict[str, Any] | list[Any] | None:
     """The one array or object that a file is; None if it has an object on each line."""
     try:
         whole = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return None
     return whole if isinstance(whole, dict | list) else None
 

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 BadDataPolicy = Literal["skip", "raise"]
+_LARGEST = 4096  # pixels: the square round a longer drawing, however thin this is, would take gigabytes
 
 
 class BadDataError(ValueError):
@@ -217,6 +218,9 @@ class BadDataLog:
 def open_image(data: bytes, *, name: str) -> Image.Image:
     """Decode an image file's bytes; raises :class:`BadDataError`, naming ``name``, where they are no whole image."""
     try:
+        if data.startswith(b"\x89PNG"):  # load() decodes pixels without a look at their checksums
+            with Image.open(io.BytesIO(data)) as image:
+                image.verify()
         with Image.open(io.BytesIO(data)) as image:
             image.load()  # decodes all of it: a truncated file shows only now
             return in_8_bits(ImageOps.exif_transpose(image)).convert("RGBA")
@@ -263,6 +267,10 @@ def fit_square(image: Image.Image, size: int, *, margin: float = 0.04) -> Tensor
         box = image.getchannel("A").point([255 if a >= 16 else 0 for a in range(256)]).getbbox()
         if box is not None:
             image = image.crop(box)
+        if max(image.size) > _LARGEST:
+            image = image.convert("RGBa")
+            image.thumbnail((_LARGEST, _LARGEST))
+            image = image.convert("RGBA")
         side = max(1, round(max(image.size) * (1 + 2 * margin)))
         square = Image.new("RGBA", (side, side))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -273,6 +281,6 @@ def read_image(path: Path, size: int) -> Tensor:
     """Read an image file to uint8 [4, size, size]; raises :class:`BadDataError` that names it."""
     try:
         data = path.read_bytes()
-    except OSError as error:
-        raise BadDataError(f"{path}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # a ValueError for a path with a NUL
+        raise BadDataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     return decode_image(data, size, name=str(path))

@@ -11,7 +11,7 @@ Frames are decoded by PyAV, whose wheel brings FFmpeg with it. A file is opened 
 
 from __future__ import annotations
 
-import csv
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,7 +23,17 @@ import torch
 from torch import Tensor
 
 from models.data.folder import IMAGE_COLUMNS
-from models.data.rows import SPLIT_NAMES, Row, column, header_of, known_split, lines_of, read_rows, read_text
+from models.data.rows import (
+    SPLIT_NAMES,
+    Row,
+    column,
+    fields_of,
+    header_of,
+    known_split,
+    lines_of,
+    read_rows,
+    read_text,
+)
 from models.data.sets import BadDataError, BadDataLog, hash_share
 from models.data.video import VideoSet, VideoSplits
 
@@ -31,6 +41,7 @@ VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv
 VIDEO_COLUMNS = ("video", *IMAGE_COLUMNS)
 LABEL_COLUMNS = ("label", "class")
 KINETICS_COLUMNS = ("youtube_id", "time_start", "time_end")
+_LONGEST_PATH = 4096  # signs, on Linux: no comma behind them ends the path of a line
 
 Sampling = Literal["uniform", "dense"]
 
@@ -44,21 +55,24 @@ def frame_times(path: Path) -> list[float]:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise BadDataError(f"{path}: holds no video stream")
             stream = container.streams.video[0]
-            held = [packet for packet in container.demux(stream) if packet.size]
+            # Of a packet its numbers alone are kept: together packets are the whole file.
+            held = [
+                (packet.pts, packet.duration, packet.is_discard) for packet in container.demux(stream) if packet.size
+            ]
             if len(held) < stream.frames:
                 raise BadDataError(f"{path}: breaks off after {len(held)} of {stream.frames} frames")
-            packets = [packet for packet in held if not packet.is_discard]
+            packets = [(pts, duration) for pts, duration, discarded in held if not discarded]
             if not packets:
                 raise BadDataError(f"{path}: holds no frame")
-            shown = sorted(packet.pts for packet in packets if packet.pts is not None)
+            shown = sorted(pts for pts, _ in packets if pts is not None)
             if len(set(shown)) < len(packets) or stream.time_base is None:
                 return [float(i) for i in range(len(packets) + 1)]
             span = (shown[-1] - shown[0]) / max(1, len(shown) - 1)
-            last = max((packet.duration or 0 for packet in packets if packet.pts == shown[-1]), default=0) or span or 1
+            last = max((duration or 0 for pts, duration in packets if pts == shown[-1]), default=0) or span or 1
             return [float(time * stream.time_base) for time in (*shown, shown[-1] + last)]
     except (av.FFmpegError, OSError) as error:
         raise BadDataError(f"{path}: cannot be opened ({_reason(error)})") from error
@@ -82,7 +96,7 @@ def read_frames(path: Path, indices: Sequence[int], short_side: int | None = Non
 
     wanted, found, seen = set(indices), {}, 0
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             for seen, frame in enumerate(container.decode(stream), 1):
@@ -265,7 +279,7 @@ def _kinetics_file(source: Path, row: Row, label: str, split: str) -> str:
     start, end = (row[name].partition(".")[0].zfill(6) for name in KINETICS_COLUMNS[1:])
     name = f"{row['youtube_id']}_{start}_{end}.mp4"
     places = [Path(name), Path(split, name), Path(label, name), Path(split, label, name)]
-    return str(next((place for place in places if (source.parent / place).is_file()), places[0]))
+    return str(next((place for place in places if os.path.isfile(source.parent / place)), places[0]))
 
 
 def _lines_without_header(source: Path, text: str, bad: BadDataLog) -> list[tuple[Path, str, str]]:
@@ -278,12 +292,12 @@ def _lines_without_header(source: Path, text: str, bad: BadDataLog) -> list[tupl
         line = line.strip()
         if not line:
             continue
-        ways = [tuple(fields) for mark in "\t,;" if len(fields := next(csv.reader([line], delimiter=mark))) == 2]
-        ways += [(line[:i], line[i + 1 :]) for i, sign in enumerate(line) if sign == ","]
+        ways = [tuple(fields) for mark in "\t,;" if len(fields := fields_of(line, mark)) == 2]
+        ways += [(line[:i], line[i + 1 :]) for i, sign in enumerate(line[:_LONGEST_PATH]) if sign == ","]
         ways += [(file, label) for file, blank, label in [line.rpartition(" ")] if blank]
         ways = [(file.strip(), label.strip()) for file, label in ways if file.strip() and label.strip()]
         if ways:
-            file, label = next((way for way in ways if (source.parent / way[0]).is_file()), ways[0])
+            file, label = next((way for way in ways if os.path.isfile(source.parent / way[0])), ways[0])
             entries.append((source.parent / file, label, ""))
         else:
             bad.report(f"{source}, line {number}", "is no 'path label' or 'path,label'")
@@ -305,7 +319,7 @@ def load_video_files(
     entries = []
     for path, label, split in listed:
         place = known_split(source, split) if split else split_by_hash(name_below(path, source))
-        if path.is_file():
+        if os.path.isfile(path):  # Path.is_file raises for names that no file can have
             entries.append((path, label, place))
         else:
             bad.report(str(path), "is not there")

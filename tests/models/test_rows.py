@@ -77,6 +77,21 @@ def test_what_is_no_text_is_no_caption(tmp_path: Path, value: str) -> None:
     assert all(caption == "" for _, caption in found)
 
 
+@pytest.mark.parametrize("name", ["list.json", "list.jsonl"])
+def test_numbers_too_long_for_python_are_no_json(tmp_path: Path, name: str) -> None:
+    with pytest.raises(BadDataError, match=r"line 1: not JSON \(Exceeds the limit"):
+        read(tmp_path / name, '{"image": "a.png", "caption": ' + "9" * 5000 + "}\n")
+
+
+def test_fields_too_long_for_csv(tmp_path: Path) -> None:
+    long = "x" * 200_000
+    found, said = read(tmp_path / "list.csv", f"image,caption\na.png,{long}\nb.png,two\n")
+    assert found == [("b.png", "two")]
+    assert len(said) == 1
+    with pytest.raises(BadDataError, match="has no column image or filepath"):
+        read(tmp_path / "list.csv", f"image,caption,{long}\na.png,one\n")
+
+
 def test_coco_and_karpathy(tmp_path: Path) -> None:
     coco = {
         "images": [{"id": 7, "file_name": "a.jpg"}],

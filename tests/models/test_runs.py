@@ -31,7 +31,7 @@ from models.common.checkpoint import (
 )
 from models.common.cli import run_app
 from models.common.plots import save_figure
-from models.common.runs import clear_run, only_run
+from models.common.runs import clear_run, only_run, read_history, write_history
 from models.common.training import StoppedError, Task, TrainConfig, Trainer, differences
 from models.data.config import DataConfig
 
@@ -148,6 +148,22 @@ def test_a_killed_write_leaves_nothing_behind(tmp_path: Path) -> None:
     left.write_bytes(b"half")
     clear_run(tmp_path)
     assert not left.exists()
+
+
+def test_a_kill_within_a_write_leaves_the_old_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scores tell a resumed run which weights are the best so far: without them the next ones would be."""
+    write_history([{"step": 1.0, "score": 0.5}], tmp_path, "validation.jsonl")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_history([{"step": 2.0, "score": 0.1}], tmp_path, "validation.jsonl")
+    assert read_history(tmp_path, "validation.jsonl") == [{"step": 1.0, "score": 0.5}]
+    clear_run(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

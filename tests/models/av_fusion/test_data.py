@@ -123,6 +123,55 @@ def test_a_recording_that_was_cut_off_is_named(tmp_path: Path) -> None:
         read_audio(tmp_path / "cut.wav", RATE)
 
 
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_every_flipped_byte_and_every_cut_of_an_ogg_file_is_found(tmp_path: Path, subtype: str) -> None:
+    whole, path = tmp_path / "whole.ogg", tmp_path / "damaged.ogg"
+    soundfile.write(whole, tone(440, 2), RATE, subtype, format="OGG")
+    data = whole.read_bytes()
+    expected = read_audio(whole, 2 * RATE)[0]
+    for at in range(0, len(data), 7):
+        damaged = [data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :], data[:at], data[:at] + data[at + 1 :]]
+        for changed in damaged:
+            path.write_bytes(changed)
+            with pytest.raises(BadDataError, match=r"damaged\.ogg: "):
+                read_audio(path, 2 * RATE)
+    path.write_bytes(data + b"TAG" + bytes(125))  # what a tagger appends is no damage
+    assert torch.equal(read_audio(path, 2 * RATE)[0], expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_wav_file_that_breaks_off_is_named(tmp_path: Path, channels: int) -> None:
+    path = tmp_path / "cut.wav"
+    soundfile.write(path, np.stack([tone(440)] * channels, 1), RATE, "PCM_16")
+    data = path.read_bytes()
+    path.write_bytes(data[:-1001])
+    size = 2 * channels * len(tone(440))
+    with pytest.raises(BadDataError, match=rf"cut\.wav: breaks off after {size - 1001} of {size} bytes of sound"):
+        read_audio(path, RATE)
+    at = data.index(b"data") + 4
+    for unfinished in (0x7FFF_FFFF, 0xFFFF_FFFF):  # what a recorder writes that cannot seek
+        path.write_bytes(data[:at] + unfinished.to_bytes(4, "little") + data[at + 4 :])
+        assert read_audio(path, RATE)[1] > 2000
+
+
+@pytest.mark.parametrize("rate", [1, 999, 384_001, 2**31 - 1])
+def test_a_rate_that_no_sound_has_is_named(tmp_path: Path, rate: int) -> None:
+    soundfile.write(tmp_path / "odd.wav", tone(440), rate)
+    with pytest.raises(BadDataError, match=rf"odd\.wav: has {rate} samples a second; 1000 to 384000 can be read"):
+        read_audio(tmp_path / "odd.wav", RATE)
+
+
+def test_a_header_that_announces_more_than_memory_holds(tmp_path: Path) -> None:
+    path = tmp_path / "long.flac"
+    soundfile.write(path, tone(440), RATE, "PCM_16")
+    data = bytearray(path.read_bytes())
+    data[21] |= 0x0F  # with the four bytes behind it the number of samples, 36 bits
+    data[22:26] = b"\xff\xff\xff\xff"
+    path.write_bytes(bytes(data))
+    with pytest.raises(BadDataError, match=r"long\.flac: "):
+        read_audio(path, RATE)
+
+
 def test_bad_sound_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.wav").write_text("no sound")
     soundfile.write(tmp_path / "silent.wav", np.zeros(1000), RATE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -24,7 +25,7 @@ from models.data.emoji.catalogue import catalogue, code_of, family_of
 from models.data.emoji.splits import EmojiConfig, load_emoji, near_copies, unseen_families
 from models.data.emoji.styles import DEMO_STYLES, Drawing, load_style
 from models.data.folder import load_folder
-from models.data.sets import BadDataLog, Concept, ImageTextSet, decode_image, fit_square
+from models.data.sets import BadDataLog, Concept, ImageTextSet, decode_image, fit_square, open_image
 from models.data.synthetic import load_synthetic
 
 
@@ -229,6 +230,24 @@ def test_frame_cuts_transparent_borders_and_centres() -> None:
     assert (opaque[3] == 255).all()
 
 
+@pytest.mark.parametrize("size", [(20_000, 2), (3, 20_000)])
+def test_the_square_round_a_long_thin_drawing_is_bounded(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    new = Image.new
+
+    def watched(mode: str, size: tuple[int, int], *color: object) -> Image.Image:
+        made.append(size[0] * size[1])
+        return new(mode, size, *color) if made[-1] < 2**25 else new(mode, (1, 1))
+
+    monkeypatch.setattr(Image, "new", watched)
+    framed = fit_square(new("RGBA", size, (255, 0, 0, 128)), 32)
+    assert max(made) < 2**25
+    assert framed[3].any()
+    assert framed[3, 0, 0] == 0
+
+
 def _folder(path: Path, rows: list[dict[str, str]], kind: str) -> Path:
     path.mkdir(exist_ok=True)
     for i in range(6):
@@ -290,6 +309,29 @@ def test_folder_names_bad_rows_and_files(tmp_path: Path) -> None:
     ]
     with pytest.raises(BadDataError, match=r"cut.png: not an image"):
         load_folder(folder, 16, BadDataLog("raise"))
+
+
+def test_a_png_with_a_wrong_byte_is_never_read_as_another_image(tmp_path: Path) -> None:
+    pixels = 5 * np.add.outer(np.arange(20), np.arange(24)).astype(np.uint8)
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG")
+    whole = open_image(data.getvalue(), name="whole.png").tobytes()
+    for at, bit in itertools.product(range(8, len(data.getvalue())), range(8)):
+        damaged = bytearray(data.getvalue())
+        damaged[at] ^= 1 << bit
+        try:
+            found = open_image(bytes(damaged), name="damaged.png").tobytes()
+        except BadDataError:
+            continue
+        assert found == whole, (at, bit)
+
+
+def test_names_that_no_file_can_have_are_bad_rows(tmp_path: Path) -> None:
+    rows = [{**ROWS[0], "image": "a\0.jpg"}, {**ROWS[0], "image": "x" * 5000 + ".jpg"}, *ROWS]
+    messages: list[str] = []
+    splits = load_folder(_folder(tmp_path / "data", rows, "jsonl"), 16, BadDataLog(warn=messages.append))
+    assert len(splits.train) == 3
+    assert [m.rpartition(": ")[2] for m in messages] == ["embedded null byte", "File name too long"]
 
 
 def test_folder_errors_say_where(tmp_path: Path) -> None:

@@ -330,6 +330,19 @@ def test_lists_with_commas_quotes_and_tabs(tmp_path: Path, lines: str, classes: 
     assert splits.notes[0].endswith("list.csv: 2 videos of 2 classes")
 
 
+@pytest.mark.parametrize("name", ["a\0.mp4", "x" * 5000 + ".mp4", "," * 100_000])
+@pytest.mark.parametrize("header", ["", "path,label\n", "label,youtube_id,time_start,time_end\n"])
+def test_names_that_no_file_can_have_are_bad_rows(tmp_path: Path, header: str, name: str) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    (tmp_path / "a_000001_000002.mp4").write_bytes(b"x")
+    rows = ["jump,a,1,2", f"jump,{name},1,2"] if "youtube" in header else ["a.mp4,jump", f"{name},jump"]
+    (tmp_path / "list.csv").write_text(header + "\n".join(rows) + "\n")
+    bad = BadDataLog()
+    train = load_video_files(tmp_path / "list.csv", 16, 4, bad=bad).train
+    assert len(train) == 1
+    assert len(bad) == 1
+
+
 @pytest.mark.parametrize("place", ["", "train", "abseiling"])
 def test_lists_of_kinetics(tmp_path: Path, place: str) -> None:
     (tmp_path / place).mkdir(exist_ok=True)
