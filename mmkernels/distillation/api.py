@@ -17,6 +17,7 @@ from mmkernels._checks import (
 )
 from mmkernels._reduction import reduced
 from mmkernels.distillation import ops, reference
+from mmkernels.distillation.options import Options
 
 
 def distillation(
@@ -103,10 +104,10 @@ def distillation_losses(
     _, teacher_keys = in_one_dtype("queries", given, "teacher_keys", teacher_keys.detach())
     chosen = _backends.choose("distillation", impl, queries.device.type, queries.dtype)
     scale, teacher_scale = as_scalar(logit_scale, queries), as_scalar(teacher_scale, queries).detach()
-    arguments = (queries, keys, scale, teacher_queries, teacher_keys, teacher_scale, symmetric)
+    options = Options(teacher_queries, teacher_keys, teacher_scale, symmetric)
     if chosen == "reference":
-        return reference.distillation(*arguments)
-    return ops.distillation(*arguments, chosen)
+        return reference.distillation(queries, keys, scale, options)
+    return ops.distillation(queries, keys, scale, options, chosen)
 
 
 def _check_teacher(

@@ -9,6 +9,7 @@ from torch import Tensor
 from mmkernels._autograd import keeps_products, refuse_second_derivatives
 from mmkernels._flops import gradients, product
 from mmkernels._library import register
+from mmkernels.distillation.options import Options
 
 _INPUTS = "Tensor queries, Tensor keys, Tensor scale, Tensor teacher_queries, Tensor teacher_keys, Tensor teacher_scale"
 _STATISTICS = "Tensor row_lse, Tensor col_lse, Tensor teacher_row_lse, Tensor teacher_col_lse"
@@ -29,7 +30,8 @@ _BACKWARD = (
 
 
 def _forward_fake(queries: Tensor, keys: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    symmetric, keep_products = rest[-2:]
+    *options, keep_products = rest
+    symmetric = Options(*options).symmetric
     num_queries, num_keys = queries.shape[0], keys.shape[0]
     losses = (scale.new_empty(num_queries) for _ in range(2))
     counts = (num_queries, num_keys if symmetric else 0)
@@ -74,17 +76,13 @@ class _Distillation(torch.autograd.Function):
         queries: Tensor,
         keys: Tensor,
         scale: Tensor,
-        teacher_queries: Tensor,
-        teacher_keys: Tensor,
-        teacher_scale: Tensor,
-        symmetric: bool,
+        options: Options,
         backend: str,
         keep_products: bool,
     ) -> tuple[Tensor, Tensor]:
-        inputs = (queries, keys, scale, teacher_queries, teacher_keys, teacher_scale)
-        distilled, matched, *kept = _forward[backend](*inputs, symmetric, keep_products)
-        ctx.save_for_backward(*inputs, *kept)
-        ctx.symmetric, ctx.backend = symmetric, backend
+        distilled, matched, *kept = _forward[backend](queries, keys, scale, *options, keep_products)
+        ctx.save_for_backward(queries, keys, scale, *options[:3], *kept)
+        ctx.numbers, ctx.backend = options[3:], backend
         return distilled, matched
 
     @staticmethod
@@ -92,27 +90,16 @@ class _Distillation(torch.autograd.Function):
         saved = ctx.saved_tensors
         mask = list(ctx.needs_input_grad[:3])
         with torch.no_grad():
-            grads = _backward[ctx.backend](grad_distilled, grad_matched, *saved, ctx.symmetric, mask)
+            grads = _backward[ctx.backend](grad_distilled, grad_matched, *saved, *ctx.numbers, mask)
         if torch.is_grad_enabled():  # create_graph=True
             grads = refuse_second_derivatives("distillation", grads, grad_distilled, grad_matched, *saved[:3])
-        return *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), *(None,) * 6
+        return *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), *(None,) * 3
 
 
-def distillation(
-    queries: Tensor,
-    keys: Tensor,
-    scale: Tensor,
-    teacher_queries: Tensor,
-    teacher_keys: Tensor,
-    teacher_scale: Tensor,
-    symmetric: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def distillation(queries: Tensor, keys: Tensor, scale: Tensor, options: Options, backend: str) -> tuple[Tensor, Tensor]:
     """The loss of each query under the teacher and that against its own key, [N] float32 each, on the backend named.
 
     Differentiable in queries, keys and scale; the teacher gets no gradient.
     """
-    inputs = (queries, keys, scale, teacher_queries, teacher_keys, teacher_scale)
     keep = backend == "cpu" and keeps_products(2 * queries.shape[0] * keys.shape[0], queries, keys, scale)
-    distilled, matched = _Distillation.apply(*inputs, symmetric, backend, keep)
-    return distilled, matched
+    return _Distillation.apply(queries, keys, scale, options, backend, keep)

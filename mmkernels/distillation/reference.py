@@ -7,21 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels._checks import without_autocast
+from mmkernels.distillation.options import Options
 
 
 def distillation(
     queries: Tensor,  # [N, D]
     keys: Tensor,  # [M, D]
     scale: Tensor,  # []
-    teacher_queries: Tensor,  # [N, D']
-    teacher_keys: Tensor,  # [M, D']
-    teacher_scale: Tensor,  # []
-    symmetric: bool,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:  # [N], [N]
     """The losses of each query: under the teacher's softmax, and against the key of its number (NaN if there is none).
 
     They come from the full matrices of logits in the dtype of `scale` (float32 or float64).
     """
+    teacher_queries, teacher_keys, teacher_scale, symmetric = options
     with without_autocast(queries):  # autocast would multiply in half precision
         logits = scale * queries.to(scale.dtype) @ keys.to(scale.dtype).T  # [N, M]
         with torch.no_grad():
