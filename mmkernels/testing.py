@@ -12,6 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 # The unit roundoff of each dtype.
 _ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
+# How far 2^x of a GPU's unit may be off, of itself: what PTX allows ex2.approx.
+EXP2_ERROR = 2.0**-22
+
 
 def features(
     rows: int,
@@ -36,18 +39,25 @@ def features(
 
 
 def error_budget(
-    eager: Tensor, exact: Tensor, dtype: torch.dtype, *, terms: float = 0.0, bits: float = 3.0
+    eager: Tensor,
+    exact: Tensor,
+    dtype: torch.dtype,
+    *,
+    terms: float = 0.0,
+    bits: float = 3.0,
+    arithmetic: float = 0.0,
 ) -> tuple[float, float]:
     """How far an implementation may be off: (largest error, root mean square error).
 
     Twice the error of eager in the same precision plus a rounding band: 2^bits units of roundoff of the largest
     exact value, half of that for the root mean square. Where the result is a difference of larger terms, `terms` is
-    their size, and the band is relative to it.
+    their size, and the band is relative to it. `arithmetic` is added: what the units of the implementation's device may
+    be off where eager's here are not, as 2^x by EXP2_ERROR.
     """
     exact = exact.double()
     off = eager.double() - exact
-    unit = _ROUNDING[dtype] * max(exact.abs().max().item(), terms)
-    return 2 * off.abs().max().item() + 2**bits * unit, 2 * off.square().mean().sqrt().item() + 2 ** (bits - 1) * unit
+    band = 2**bits * _ROUNDING[dtype] * max(exact.abs().max().item(), terms) + arithmetic
+    return 2 * off.abs().max().item() + band, 2 * off.square().mean().sqrt().item() + band / 2
 
 
 def assert_within_budget(
@@ -57,6 +67,7 @@ def assert_within_budget(
     *,
     dtype: torch.dtype | None = None,
     terms: float = 0.0,
+    arithmetic: float = 0.0,
     name: str = "result",
 ) -> None:
     """Raise AssertionError unless `actual` is finite and within the error budget around `exact`.
@@ -67,13 +78,14 @@ def assert_within_budget(
         exact: the result in float64 for the same inputs.
         dtype: the precision of the computation; default: the dtype of `actual`.
         terms: the size of the terms that the result is a difference of, if they are larger than it.
+        arithmetic: what the units of the implementation's device may be off where eager's here are not.
         name: names the tensor in the message.
     """
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     assert torch.isfinite(actual).all(), f"{name}: {int((~torch.isfinite(actual)).sum())} values are not finite"
     if actual.numel() == 0:
         return
-    largest, rms = error_budget(eager, exact, dtype or actual.dtype, terms=terms)
+    largest, rms = error_budget(eager, exact, dtype or actual.dtype, terms=terms, arithmetic=arithmetic)
     off = actual.double() - exact.double()
     got, got_rms = off.abs().max().item(), off.square().mean().sqrt().item()
     assert got <= largest, f"{name}: largest error {got:.3g}, budget {largest:.3g}"

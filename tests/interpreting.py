@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from mmkernels.testing import EXP2_ERROR
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GUARD = 1 << 15  # bytes, more than any block
 NAN = 0xFF  # bytes that are a NaN in every floating dtype
@@ -28,13 +30,17 @@ OPERATIONS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 def product_in_order(x: np.ndarray, y: np.ndarray, acc: np.ndarray) -> np.ndarray:
-    """x y + acc of matrices, in acc's dtype: rounds each product, adds them in the order of k, adds acc at the end."""
+    """acc + x y of matrices, in acc's dtype: rounds each product and adds it to acc, one k after the other.
+
+    That is a GPU's order, whose units have one accumulator for an element: sums of D products are D additions, where a
+    CPU's library adds in blocks.
+    """
     columns = np.ascontiguousarray(x.T, acc.dtype)  # [K, M]
     rows = np.ascontiguousarray(y, acc.dtype)  # [K, N]
-    total, term = np.zeros_like(acc), np.empty_like(acc)
+    total, term = acc.copy(), np.empty_like(acc)
     for column, row in zip(columns, rows, strict=True):
         total += np.multiply(column[:, None], row, out=term)
-    return total + acc
+    return total
 
 
 def _create_dot(self, x, y, acc, input_precision, max_num_imprecise_acc):
@@ -69,6 +75,21 @@ if INTERPRETED and importlib.util.find_spec("triton"):
     from triton.runtime import interpreter
 
     _patch_interpreter()
+
+
+def inexact_exp2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2^x is off by all that PTX allows ex2.approx: 2^-22 of itself, up or down by the bits of x, and exact at 0."""
+    plain = interpreter.InterpreterBuilder.create_exp2
+
+    def create_exp2(self, x):
+        exact = plain(self, x)
+        if exact.data.dtype != np.float32:
+            return exact
+        upwards = (np.asarray(x.data).view(np.uint32) * np.uint32(2654435761)) >> np.uint32(31)
+        error = np.where(x.data == 0, 0.0, np.where(upwards, 1.0, -1.0)) * EXP2_ERROR
+        return interpreter.TensorHandle((exact.data * (1 + error)).astype(np.float32), exact.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_exp2", create_exp2)
 
 
 def run_interpreted(file: Path | str, *options: str) -> None:

@@ -13,7 +13,9 @@ from mmkernels.info_nce import reference, triton_kernels
 from mmkernels.info_nce.groups import Groups
 from mmkernels.info_nce.options import Options
 from mmkernels.testing import assert_within_budget, features
-from tests.interpreting import DTYPES, FAST_IN_FP16, guarded_allocations, guarded_rows
+from tests.info_nce.cases import arithmetic_of
+from tests.interpreting import DTYPES, FAST_IN_FP16, guarded_allocations, guarded_rows, inexact_exp2
+from tests.sums import sums_as_in
 
 TILE = configs.CONFIGS["interpreter"]["half"].forward.block_m
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -111,7 +113,8 @@ def check(
     options = (targets, query_groups, key_groups, symmetric, label_smoothing)
     arguments = (queries, keys, scale, *options, grad_losses)
     exact = run_autograd(exactly, torch.float64, *arguments)
-    peer = run_autograd(eager, queries.dtype, *arguments)
+    with sums_as_in("triton"):
+        peer = run_autograd(eager, queries.dtype, *arguments)
     names = ("losses", "grad_queries", "grad_keys", "grad_scale")
     results = run_kernels(*arguments)
     # The scale's gradient is a sum of terms of either sign: their size rounds it, not what is left of them.
@@ -119,12 +122,13 @@ def check(
     logits = (scale.double() * dots).detach().requires_grad_()
     (cross_entropies(logits, *options) * grad_losses.double()).sum().backward()
     terms = (logits.grad * dots).abs().sum()
-    for name, actual, rough, right in zip(names, results, peer, exact, strict=True):
+    arithmetic = arithmetic_of(queries, keys, scale.item())
+    for name, actual, rough, right, units in zip(names, results, peer, exact, arithmetic, strict=True):
         # The losses keep float32 throughout; a gradient passes through the dtype of the features.
         dtype = torch.float32 if name == "losses" else queries.dtype
         if name == "grad_scale":
             actual, rough, right = (torch.stack([x.double(), terms]) for x in (actual, rough, right))
-        assert_within_budget(actual, rough, right, dtype=dtype, name=name)
+        assert_within_budget(actual, rough, right, dtype=dtype, arithmetic=units, name=name)
     return results
 
 
@@ -170,6 +174,15 @@ def test_several_groups_strips_and_splits(dtype, monkeypatch):
 @pytest.mark.parametrize("mean_cosine", [-0.2, 0.3, 0.98])
 def test_temperature_of_a_hundredth(dtype, mean_cosine):
     check(*batch(50, 50, 64, dtype, mean_cosine=mean_cosine), 100.0)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("scale", "mean_cosine"), [(20.0, 0.5), (100.0, 0.3), (100.0, 0.95)])
+def test_exponentials_as_inexact_as_a_gpu_may_take_them(scale, mean_cosine, symmetric, monkeypatch):
+    inexact_exp2(monkeypatch)
+    check(*batch(77, 77, 64, FP32, mean_cosine=mean_cosine), scale, symmetric=symmetric)
+    if symmetric:
+        check(*batch(77, 77, 64, FP32, mean_cosine=mean_cosine), scale, **dealt(77, 77, 41))
 
 
 def test_all_logits_equal():

@@ -9,8 +9,9 @@ import torch
 
 import mmkernels
 from mmkernels._tiles import configs, launch, products
-from tests.interpreting import DTYPES, FAST_IN_FP16, guarded_allocations, guarded_rows
+from tests.interpreting import DTYPES, FAST_IN_FP16, guarded_allocations, guarded_rows, inexact_exp2
 from tests.linear_cross_entropy.cases import Case, assert_results, run, run_eager
+from tests.sums import sums_as_in
 
 TILE = configs.CONFIGS["interpreter"]["half"].forward.block_m
 CASES = [
@@ -41,7 +42,8 @@ def check(case, dtype):
     hidden, weight, bias, targets = case.inputs(dtype)
     in_double = (hidden.double(), weight.double(), None if bias is None else bias.double(), targets)
     exact = run(*in_double, "reference", **case.options)
-    eager = run_eager(hidden, weight, bias, targets, **case.options)
+    with sums_as_in("triton"):
+        eager = run_eager(hidden, weight, bias, targets, **case.options)
     given = [None if x is None else guarded_rows(x) for x in (hidden, weight, bias, targets)]
     assert_results(run(*given, "triton", **case.options), eager, exact, hidden, weight)
 
@@ -50,6 +52,12 @@ def check(case, dtype):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cases(case, dtype):
     check(case, dtype)
+
+
+@pytest.mark.parametrize("scale", [10.0, 100.0])
+def test_exponentials_as_inexact_as_a_gpu_may_take_them(scale, monkeypatch):
+    inexact_exp2(monkeypatch)
+    check(Case(77, 100, 64, scale=scale), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", FAST_IN_FP16)

@@ -10,8 +10,9 @@ import torch
 import mmkernels
 from mmkernels._tiles import configs, products
 from mmkernels.siglip import triton_kernels
-from tests.interpreting import DTYPES, FAST_IN_FP16, guarded_allocations, guarded_rows
+from tests.interpreting import DTYPES, FAST_IN_FP16, guarded_allocations, guarded_rows, inexact_exp2
 from tests.siglip.cases import REDUCTIONS, Case, assert_results, oracles, row_weights, run
+from tests.sums import sums_as_in
 
 TILE = configs.CONFIGS["interpreter"]["half"].grad_logits.block_m
 CASES = [
@@ -39,7 +40,9 @@ def guards(monkeypatch):
 def check(case, dtype, reduction):
     queries, keys, *numbers = case.inputs(dtype)
     actual = run(guarded_rows(queries), guarded_rows(keys), *numbers, "triton", reduction)
-    assert_results(actual, *oracles(queries, keys, *numbers, reduction), queries, keys, *numbers, reduction)
+    with sums_as_in("triton"):
+        eager, exact = oracles(queries, keys, *numbers, reduction)
+    assert_results(actual, eager, exact, queries, keys, *numbers, reduction)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -47,6 +50,13 @@ def check(case, dtype, reduction):
 def test_cases(case, dtype):
     for reduction in ("none", "mean"):
         check(case, dtype, reduction)
+
+
+@pytest.mark.parametrize("scale", [10.0, 100.0])
+def test_exponentials_as_inexact_as_a_gpu_may_take_them(scale, monkeypatch):
+    inexact_exp2(monkeypatch)
+    for reduction in ("none", "mean"):
+        check(Case(77, 100, 64, scale=scale), torch.float32, reduction)
 
 
 @pytest.mark.parametrize("dtype", FAST_IN_FP16)
