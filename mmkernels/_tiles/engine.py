@@ -12,7 +12,8 @@ import triton.language as tl
 from mmkernels._tiles.triton import LOG2E, LOWEST, dot
 
 # If every row and column of a tile sums to over 2^-32 of its largest exponential, one exponential per entry serves
-# both: s - peak then rounds away no more than the logits were already rounded by.
+# both: s - peak then rounds away no more than the logits were already rounded by. The log-sum-exps are then off by the
+# rounding of 2^x, 2^-22 of PTX's, where those from the maxima of rows and columns are exact for a sum of 1.
 LEAST_SUM = tl.constexpr(2.0**-32)
 # If the log-sum-exps of a tile lie within 32 of each other, one exponential per entry serves the backward pass, for the
 # same reason.
@@ -50,6 +51,13 @@ def partials_of_block(row_partials, col_partials, group, split, N, M, num_groups
     row_plane = tl.cast(num_splits, tl.int64) * N
     col_plane = tl.cast(num_groups, tl.int64) * M
     return row_partials + split.to(tl.int64) * N, row_plane, col_partials + group.to(tl.int64) * M, col_plane
+
+
+@triton.jit
+def all_have_read():
+    """Between the loads of what a program keeps in memory for its columns and the stores of the new values: warps may
+    hold copies of a column, and one of them stores for all."""
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -108,8 +116,12 @@ def _scaled(peak, total):
 
 
 @triton.jit
-def tile_statistics(s, row_ok, col_ok, COLUMNS: tl.constexpr):
-    """(m, z), z = sum of 2^(s - m), of every row and column of a tile; masked entries of s are -inf."""
+def tile_statistics(s, row_ok, col_ok, exact, COLUMNS: tl.constexpr):
+    """(m, z), z = sum of 2^(s - m), of every row and column of a tile; masked entries of s are -inf.
+
+    `exact` > 0 takes m as the maximum of each row and column: the loss m - s + log2 z of an entry s that outweighs all
+    others is then as small as they are, and not the rounding of 2^(s - m).
+    """
     if COLUMNS:
         peak = tl.maximum(tl.max(tl.max(s, 1), 0), LOWEST)
         e = tl.exp2(s - peak)
@@ -118,7 +130,7 @@ def tile_statistics(s, row_ok, col_ok, COLUMNS: tl.constexpr):
         least = tl.minimum(tl.min(tl.where(row_ok, row_z, 1.0), 0), tl.min(tl.where(col_ok, col_z, 1.0), 0))
         # One exponential serves rows and columns if all of them come near the maximum of the tile. A NaN makes the
         # comparison false, or stays in its own row and column.
-        if least > LEAST_SUM:
+        if (least > LEAST_SUM) & (exact == 0):
             row_m, row_z = _scaled(peak, row_z)
             col_m, col_z = _scaled(peak, col_z)
         else:

@@ -22,6 +22,7 @@ from torch import Tensor
 from mmkernels._tiles.configs import choose, choose_distillation
 from mmkernels._tiles.engine import (
     LEAST_SUM,
+    all_have_read,
     block_of_tiles,
     halves,
     partials_of_block,
@@ -91,7 +92,8 @@ def _add_to_sums(
     col_ok = cols < M
     ok = row_ok[:, None] & col_ok[None, :]
     here = rows[:, None] == cols[None, :]
-    if tl.max(tl.max(here.to(tl.int32), 1), 0) > 0:
+    matches = tl.max(tl.max(here.to(tl.int32), 1), 0)
+    if matches > 0:
         tl.store(
             positives + rows,
             tl.sum(tl.where(here, s, 0.0), 1),
@@ -100,7 +102,7 @@ def _add_to_sums(
     s = tl.where(ok, s, float("-inf"))
     t = tl.where(ok, t, float("-inf"))
 
-    row_m, row_z, col_m, col_z = tile_statistics(s, row_ok, col_ok, SYMMETRIC)
+    row_m, row_z, col_m, col_z = tile_statistics(s, row_ok, col_ok, matches, SYMMETRIC)
     peak = tl.maximum(tl.max(tl.max(t, 1), 0), LOWEST)
     row_y, row_a = _teacher_sums(s, t, row_m, peak, ok, 1)
     row_n = tl.full((rows.shape[0],), 0.0, tl.float32) + peak
@@ -125,6 +127,7 @@ def _add_to_sums(
         col_m, col_z, col_n, col_y, col_a = _join(
             old_m, old_z, old_n, old_y, old_a, col_m, col_z, col_n, col_y, col_a
         )  # fmt: skip
+        all_have_read()
         _store_sums(at, col_plane, col_m, col_z, col_n, col_y, col_a, col_ok)
     return m, z, n, y, a
 

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from mmkernels._tiles.engine import (
+    all_have_read,
     block_of_tiles,
     halves,
     merge,
@@ -38,7 +39,9 @@ def _add_to_statistics(
     s = with_bias(s, bias, cols, M, BIAS)
     s = tl.where(row_ok[:, None] & col_ok[None, :], s, float("-inf"))
     if GROUPS:
-        of_group = tl.where(_same_group(target, key_groups, cols, num_grouped), s, 0.0)
+        same = _same_group(target, key_groups, cols, num_grouped)
+        matches = tl.max(tl.max(same.to(tl.int32), 1), 0)
+        of_group = tl.where(same, s, 0.0)
         p += tl.sum(of_group, 1)
         if SYMMETRIC:
             # One plane of a pair is used, for the reason given at the pairs below.
@@ -46,14 +49,16 @@ def _add_to_statistics(
             one = tl.arange(0, 2)[None, :] == 0
             at_p = col_out + 2 * col_plane + cols[:, None] + tl.arange(0, 2)[None, :]  # [BN, 2]
             old_p = tl.load(at_p, mask=(cols < tl.where(first, 0, M))[:, None] & one, other=0.0)
+            all_have_read()
             tl.store(at_p, tl.join(col_p, col_p) + old_p, mask=col_ok[:, None] & one)
     else:
         here = (target >= col_start) & (target < col_start + WIDTH)
-        if tl.max(here.to(tl.int32), 0) > 0:
+        matches = tl.max(here.to(tl.int32), 0)
+        if matches > 0:
             positive = tl.sum(tl.where(cols[None, :] == target[:, None], s, 0.0), 1)
             tl.store(positives + rows, positive, mask=here)
 
-    row_m, row_z, tile_m, tile_z = tile_statistics(s, row_ok, col_ok, SYMMETRIC)
+    row_m, row_z, tile_m, tile_z = tile_statistics(s, row_ok, col_ok, matches, SYMMETRIC)
     m, z = merge(m, z, row_m, row_z)
     if SYMMETRIC:
         old = cols < tl.where(first, 0, M)
@@ -63,6 +68,7 @@ def _add_to_statistics(
         none = tl.where(pair == 0, LOWEST, 0.0)
         col_m, col_z = tl.split(tl.load(at, mask=old[:, None], other=none[None, :]))
         col_m, col_z = merge(col_m, col_z, tile_m, tile_z)
+        all_have_read()
         tl.store(at, tl.join(col_m, col_z), mask=col_ok[:, None])
     return m, z, p
 

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from mmkernels._tiles.engine import block_of_tiles, halves, program_tile, similarities
+from mmkernels._tiles.engine import all_have_read, block_of_tiles, halves, program_tile, similarities
 from mmkernels._tiles.triton import dot
 
 _INFINITY = tl.constexpr(float("inf"))
@@ -65,11 +65,14 @@ def _add_hinges(
         # A column without a positive has no hinge above 0.
         positive = tl.load(positives + cols, mask=matched, other=_INFINITY)
         cost, counts = _costs(s, positive[None, :], margin)
-        tl.store(col_sums + cols, tl.load(col_sums + cols, mask=old, other=0.0) + tl.sum(cost, 0), mask=matched)
+        total = tl.load(col_sums + cols, mask=old, other=0.0) + tl.sum(cost, 0)
         if GRADIENT:
             count = tl.load(col_counts + cols, mask=old, other=0.0) + tl.sum(counts, 0)
-            tl.store(col_counts + cols, count, mask=matched)
             grad += counts * tl.load(weights + cols, mask=matched, other=0.0)[None, :]
+        all_have_read()
+        tl.store(col_sums + cols, total, mask=matched)
+        if GRADIENT:
+            tl.store(col_counts + cols, count, mask=matched)
     if GRADIENT:
         # A strip has less than 2^31 entries.
         in_strip = rows - first_row
@@ -266,6 +269,7 @@ def _add_worst(
         index = tl.min(tl.where(value == best[None, :], rows[:, None], _LAST), 0)
         old_best = tl.load(col_best + cols, mask=old, other=-_INFINITY)
         old_index = tl.load(col_index + cols, mask=old, other=0)
+        all_have_read()
         tl.store(col_index + cols, tl.where(best > old_best, index, old_index), mask=matched)
         tl.store(col_best + cols, tl.maximum(old_best, best), mask=matched)
     return row_best, row_index
