@@ -41,7 +41,7 @@ format: env ## Let ruff and clang-format rewrite the files
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/clang-format -i $(FORMATTED)
 
-demo: env ## Train CLIP on emoji in under 15 minutes on two cores, evaluate it, draw pictures
+demo: env ## Train CLIP on emoji in 10 minutes on two cores, evaluate it, compare the losses, draw pictures
 	$(PY) -m models.clip demo
 
 # The same command goes on where a stopped run was; more drawing styles come by npm where it is installed.

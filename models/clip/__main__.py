@@ -23,6 +23,7 @@ from models.clip.demo import run_demo
 from models.clip.evaluate import clip_encoder, evaluate_run
 from models.clip.export import export_model
 from models.clip.model import PRESETS, PresetName
+from models.clip.text import TextEncoderName
 from models.clip.train import LossName, load_clip, train_run
 from models.common.cli import announce, bad_log, run_app
 from models.common.console import console, say, warn
@@ -43,6 +44,9 @@ EVALUATION = EvalOptions()
 def train(
     run: RunOptions = RUN,
     preset: Annotated[PresetName, MODEL_SIZE] = "tiny",
+    text_encoder: Annotated[
+        TextEncoderName, typer.Option(help="Train one, or all-MiniLM-L6-v2 as it is (frozen).")
+    ] = "trained",
     data: DataConfig = DATA,
     schedule: TrainConfig = SCHEDULE,
     image_weight: Annotated[float, typer.Option(min=0, help="Weight of the loss between two views.")] = 0.0,
@@ -56,6 +60,7 @@ def train(
         data.settle(PRESETS[preset].vision.image_size, schedule.seed, warn),
         schedule,
         run.out,
+        text_encoder=text_encoder,
         loss=loss,
         image_weight=image_weight,
         scale_lr=scale_lr,
@@ -76,12 +81,13 @@ def other_data(run: DataConfig, source: str) -> DataConfig:
 @options
 def eval_command(checkpoint: Checkpoint, evaluation: EvalOptions = EVALUATION) -> None:
     """Zero-shot accuracy and retrieval on every test set, with tables, a JSON report and pictures."""
-    model, run = load_clip(checkpoint)
+    model, run, reader = load_clip(checkpoint)
     bad = bad_log(evaluation.on_bad_data)
     splits = load_data(other_data(run, evaluation.data), bad)
     announce(splits.notes, bad)
     folder = evaluation.folder(checkpoint)
-    evaluate_run(model, splits, folder, validation=evaluation.validation, batch_size=run.batch_size)
+    encoder = clip_encoder(model, reader)
+    evaluate_run(encoder, splits, folder, validation=evaluation.validation, batch_size=run.batch_size)
 
 
 @app.command()
@@ -97,11 +103,11 @@ def retrieve(
     """Search the first test set's images by a text, or its captions by an image."""
     if bool(text) == (image is not None):
         raise typer.BadParameter("give either --text or --image")
-    model, run = load_clip(checkpoint)
+    model, run, reader = load_clip(checkpoint)
     splits = load_data(other_data(run, evaluation.data), BadDataLog())
     name, found = next(iter(splits.tests.items())) if splits.tests else ("train", splits.train)
     gallery = found.gallery()
-    encoder = clip_encoder(model)
+    encoder = clip_encoder(model, reader)
     if image is not None:
         pixels = read_image(image, gallery.size)
         scores = encoder.texts(gallery.names()) @ encoder.images(pixels.unsqueeze(0))[0]
@@ -123,7 +129,7 @@ def retrieve(
 @app.command()
 def export(checkpoint: Checkpoint, path: Annotated[Path, typer.Argument(help="Where to save, e.g. clip.pt2.")]) -> None:
     """Save a torch.export program of both encoders, checked against eager."""
-    model, _ = load_clip(checkpoint)
+    model, *_ = load_clip(checkpoint)
     error = export_model(model, path)
     if error > 1e-4:
         raise RuntimeError(f"{path}: the exported program differs from eager by {error:.1e}; it should not be used")
@@ -133,7 +139,7 @@ def export(checkpoint: Checkpoint, path: Annotated[Path, typer.Argument(help="Wh
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
-    budget: Annotated[float, typer.Option(min=0.1, help="Minutes for everything; training takes what is left.")] = 13.5,
+    budget: Annotated[float, typer.Option(min=0.1, help="Minutes for everything; training takes what is left.")] = 9.5,
     data: Annotated[str, typer.Option(help="'emoji' or, for a quick look, 'synthetic'.")] = "emoji",
 ) -> None:
     """Build, train and evaluate a small CLIP within the budget, and compare the fused loss with the eager one."""

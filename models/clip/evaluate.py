@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from models.clip.model import CLIP, trim_padding
+from models.clip.text import FrozenText
 from models.common.console import console, say
 from models.common.gallery import (
     Baselines,
@@ -31,11 +33,11 @@ from models.common.runs import announce_files, read_history
 from models.data import ImageTextSet, Splits, Tokenizer
 
 
-def clip_encoder(model: CLIP) -> Encoder:
-    """The encoder of a trained CLIP."""
-    text = model.config.text
-    tokenizer = Tokenizer(text.context_length, text.vocab_size)
-    return Encoder(model, lambda texts: trim_padding(tokenizer(texts)), model.config.vision.image_size)
+def clip_encoder(model: CLIP, reader: Tokenizer | FrozenText) -> Encoder:
+    """The encoder of a trained CLIP; ``reader`` is its :func:`models.clip.text.text_reader`."""
+    if isinstance(reader, FrozenText):
+        return Encoder(model, reader, model.config.vision.image_size)
+    return Encoder(model, lambda texts: trim_padding(reader(texts)), model.config.vision.image_size)
 
 
 def class_features(encoder: Encoder, words: Mapping[str, Sequence[str]], templates: Sequence[str]) -> Tensor:
@@ -47,15 +49,24 @@ def class_features(encoder: Encoder, words: Mapping[str, Sequence[str]], templat
     return torch.stack(rows)
 
 
-def evaluate(encoder: Encoder, splits: Splits, sets: Mapping[str, ImageTextSet] | None = None) -> dict[str, Any]:
+def evaluate(
+    encoder: Encoder,
+    splits: Splits,
+    sets: Mapping[str, ImageTextSet] | None = None,
+    until: float = math.inf,
+) -> dict[str, Any]:
     """The report: for every test set its galleries and label sets, as plain numbers.
 
     ``sets`` defaults to the test sets; hyper-parameters are chosen on ``{"validation": splits.validation}`` alone.
+    After ``until``, by ``time.monotonic()``, no further set is begun, and a note says so.
     """
     baselines = Baselines(splits.train)
     report: dict[str, Any] = {"data": splits.name, "notes": list(splits.notes), "sets": {}}
     prototypes = {name: class_features(encoder, words, splits.templates) for name, words in splits.label_sets.items()}
     for name, data in (splits.tests if sets is None else sets).items():
+        if report["sets"] and time.monotonic() > until:
+            report["notes"].append(f"not evaluated, for the time was over: {name}")
+            continue
         full = data.gallery()
         images, texts = encoder.images(full.images), encoder.texts(full.names())
         found = evaluate_galleries(data, splits.gallery_limit, images, texts, baselines)
@@ -89,20 +100,12 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         say(note, "dim")
 
 
-def evaluate_run(
-    model: CLIP, splits: Splits, out: Path, *, validation: bool = False, batch_size: int | None = None
-) -> dict[str, Any]:
-    """Print the tables of a model, and write ``report.json`` and the pictures to ``out``.
+def draw(encoder: Encoder, data: ImageTextSet, limit: int, out: Path, batch_size: int | None) -> None:
+    """The pictures of a run in ``out``: the headline gallery of a set, and the curves of the training.
 
     ``batch_size``, the captions in a training batch, places the chance line in the plot of the loss.
     """
-    encoder = clip_encoder(model)
-    sets = pick_sets(splits, validation)
-    report = evaluate(encoder, splits, sets)
-    out.mkdir(parents=True, exist_ok=True)
-    save_report(report, out / "report.json")
-    print_report(report, console)
-    draw_gallery(encoder, next(iter(sets.values())), splits.gallery_limit, out)
+    draw_gallery(encoder, data, limit, out)
     if history := read_history(out):
         curves(
             history,
@@ -111,5 +114,17 @@ def evaluate_run(
             chance=math.log(batch_size) if batch_size else None,
             second=("scale", "logit scale (1 / temperature)", "Temperature"),
         )
+
+
+def evaluate_run(
+    encoder: Encoder, splits: Splits, out: Path, *, validation: bool = False, batch_size: int | None = None
+) -> dict[str, Any]:
+    """Print the tables of a model, and write ``report.json`` and the pictures to ``out``."""
+    sets = pick_sets(splits, validation)
+    report = evaluate(encoder, splits, sets)
+    out.mkdir(parents=True, exist_ok=True)
+    save_report(report, out / "report.json")
+    print_report(report, console)
+    draw(encoder, next(iter(sets.values())), splits.gallery_limit, out, batch_size)
     announce_files(out, "curves.png", "similarity.png", "retrieval.png", "report.json")
     return report

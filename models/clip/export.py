@@ -12,7 +12,7 @@ from models.data import Tokenizer
 
 
 class ExportClip(nn.Module):
-    """What is exported: images and tokens to unit features and the logit scale."""
+    """What is exported: images and tokens (or a frozen encoder's features) to unit features and the logit scale."""
 
     def __init__(self, model: CLIP) -> None:
         super().__init__()
@@ -27,12 +27,13 @@ def export_model(model: CLIP, path: Path) -> float:
     """Save a torch.export program with free batch sizes; returns its largest difference from the eager model."""
     model = model.eval()
     size, text = model.config.vision.image_size, model.config.text
-    tokenizer = Tokenizer(text.context_length, text.vocab_size)
+    tokenizer = None if text.frozen else Tokenizer(text.context_length, text.vocab_size)
 
     def inputs(images: int, texts: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(images)
         words = ["a red apple", "grinning face", "flag", "dog", "sun behind cloud"]
-        return torch.randn(images, 3, size, size, generator=generator), tokenizer(words[:texts])
+        read = tokenizer(words[:texts]) if tokenizer else torch.randn(texts, text.width, generator=generator)
+        return torch.randn(images, 3, size, size, generator=generator), read
 
     shapes = ({0: torch.export.Dim("images")}, {0: torch.export.Dim("texts")})
     program = torch.export.export(ExportClip(model), inputs(3, 4), dynamic_shapes=shapes)

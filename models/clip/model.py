@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.common.layers import ConvStem, Transformer
+from models.common.layers import MLP, ConvStem, Transformer
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,19 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text encoder."""
+    """The text encoder, or ``frozen``: the name of one that is trained already and stays as it is.
+
+    A frozen encoder is no part of the model: its unit features, ``width`` numbers for each text, come in the place of
+    tokens (locked-text tuning: Zhai et al. 2022, arXiv:2111.07991). The model adapts them by a residual MLP, which
+    starts as nothing, and a projection (:meth:`CLIP.spread_texts`): names of things that look alike can part.
+    """
 
     context_length: int = 77
     vocab_size: int = 49408
     width: int = 512
     layers: int = 12
     heads: int = 8
+    frozen: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,10 +85,10 @@ PRESETS: dict[PresetName, ClipConfig] = {
         scale=10.0,
         centred=True,
     ),
-    # What two CPU cores train in ten minutes.
+    # What two CPU cores train in five minutes.
     "tiny": ClipConfig(
         embed_dim=256,
-        vision=VisionConfig(48, 16, 256, 1, 4, (32, 64, 128, 256), (0, 1, 1, 1), "grid"),
+        vision=VisionConfig(32, 16, 256, 1, 4, (32, 64, 128, 256), (0, 1, 1, 1), "grid"),
         text=TextConfig(32, 16384, 192, 2, 3),
         scale=20.0,
         centred=True,
@@ -143,18 +149,28 @@ class CLIP(nn.Module):
         self.config = config
         text = config.text
         self.visual = VisionTransformer(config.vision, config.embed_dim, config.quick_gelu)
-        self.transformer = Transformer(text.width, text.layers, text.heads, quick_gelu=config.quick_gelu)
-        self.token_embedding = nn.Embedding(text.vocab_size, text.width)
-        self.positional_embedding = nn.Parameter(torch.empty(text.context_length, text.width))
-        self.ln_final = nn.LayerNorm(text.width)
+        if text.frozen:
+            self.adapter = nn.Sequential(nn.LayerNorm(text.width), MLP(text.width, 4 * text.width))
+        else:
+            self.transformer = Transformer(text.width, text.layers, text.heads, quick_gelu=config.quick_gelu)
+            self.token_embedding = nn.Embedding(text.vocab_size, text.width)
+            self.positional_embedding = nn.Parameter(torch.empty(text.context_length, text.width))
+            self.ln_final = nn.LayerNorm(text.width)
         self.text_projection = nn.Parameter(torch.empty(text.width, config.embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(config.scale)))
         if config.centred:
             self.image_norm = nn.BatchNorm1d(config.embed_dim, affine=False)
             self.text_norm = nn.BatchNorm1d(config.embed_dim, affine=False)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.positional_embedding, std=0.01)
-        nn.init.normal_(self.text_projection, std=text.width**-0.5)
+        if text.frozen:
+            nn.init.orthogonal_(self.text_projection)
+            mlp = self.adapter[1]
+            assert isinstance(mlp, MLP)
+            nn.init.zeros_(mlp.c_proj.weight)
+            nn.init.zeros_(mlp.c_proj.bias)
+        else:
+            nn.init.normal_(self.token_embedding.weight, std=0.02)
+            nn.init.normal_(self.positional_embedding, std=0.01)
+            nn.init.normal_(self.text_projection, std=text.width**-0.5)
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
         """images [B, 3, S, S] -> [B, E], unit vectors unless ``normalize`` is False."""
@@ -166,21 +182,40 @@ class CLIP(nn.Module):
     def encode_text(self, tokens: Tensor | Sequence[Tensor], normalize: bool = True) -> Tensor:
         """tokens [B, L], or parts of a batch of lengths of their own -> [B, E].
 
-        The features are read at the end token, whose id is the highest of all.
+        Where the text encoder is frozen, ``tokens`` are its features [B, width].
         """
-        pooled = []
-        for part in [tokens] if isinstance(tokens, Tensor) else tokens:
-            x = self.token_embedding(part) + self.positional_embedding[: part.shape[1]]
-            x = self.ln_final(self.transformer(x, causal=True))
-            pooled.append(x[torch.arange(x.shape[0], device=x.device), part.argmax(-1)])
-        features = torch.cat(pooled) @ self.text_projection
+        parts = [tokens] if isinstance(tokens, Tensor) else list(tokens)
+        if self.config.text.frozen:
+            read = torch.cat(parts)
+            read = read * self.config.text.width**0.5 + self.adapter(read)
+        else:
+            read = torch.cat([self.read_tokens(part) for part in parts])
+        features = read @ self.text_projection
         if self.config.centred:
             features = self.text_norm(features.float())
         return F.normalize(features.float(), dim=-1) if normalize else features
 
+    def read_tokens(self, tokens: Tensor) -> Tensor:
+        """tokens [B, L] -> [B, width], read at the end token, whose id is the highest of all."""
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+        x = self.ln_final(self.transformer(x, causal=True))
+        return x[torch.arange(x.shape[0], device=x.device), tokens.argmax(-1)]
+
     def forward(self, images: Tensor, tokens: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Unit image features, unit text features, and the logit scale."""
         return self.encode_image(images), self.encode_text(tokens), self.logit_scale.exp()
+
+    @torch.no_grad()
+    def spread_texts(self, features: Tensor, power: float = 0.35) -> None:
+        """Start the projection of a frozen encoder's features from the captions' own [n, width], partly whitened.
+
+        Captions differ much in few directions and little in many; a caption is told from its like by the latter, which
+        this lengthens by (variance + a tenth of the mean variance) ** -power. The whole of it, a power of 0.5, would
+        forget which captions are alike.
+        """
+        variances, axes = torch.linalg.eigh(torch.cov(features.double().T))
+        whitening = axes * (variances + 0.1 * variances.mean()) ** -power @ axes.T
+        self.text_projection.copy_(whitening / whitening.square().sum(0).mean().sqrt())
 
     @torch.no_grad()
     def clamp_scale(self, largest: float = 100.0) -> None:

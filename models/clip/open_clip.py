@@ -24,7 +24,9 @@ def from_open_clip(state: dict[str, Tensor], config: ClipConfig = PRESETS["vit-b
 
 
 def to_open_clip(model: CLIP) -> dict[str, Tensor]:
-    """The state dict under open_clip's names; a convolutional stem has no counterpart there and is refused."""
+    """The state dict under open_clip's names; what has no counterpart there (a stem, frozen text) is refused."""
     if model.config.vision.stem:
         raise ValueError("open_clip's ViT has no convolutional stem: only models with patches can be saved to it")
+    if model.config.text.frozen:
+        raise ValueError(f"open_clip's model holds its text encoder; {model.config.text.frozen} is not in this one")
     return model.state_dict()

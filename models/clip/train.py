@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mmkernels
-from models.clip.model import CLIP, PRESETS, ClipConfig, PresetName, trim_padding
+from models.clip.model import CLIP, PRESETS, ClipConfig, PresetName, TextConfig, trim_padding
+from models.clip.text import FrozenText, TextEncoderName, text_reader
+from models.common.checkpoint import CheckpointError
 from models.common.cli import announce
-from models.common.console import console
+from models.common.console import console, say
 from models.common.runs import load_run
-from models.common.training import Task, TrainConfig, Trainer
+from models.common.training import Task, TrainConfig, Trainer, differences
 from models.data import Batch, BatchPlan, Splits, Tokenizer
 from models.data.config import DataConfig, batch_plan, load_data
 from models.data.sets import BadDataLog
@@ -30,6 +33,9 @@ def eager_info_nce(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
 
 
 LossName = Literal["fused", "eager"]
+
+# Captions of each emoji that a frozen text encoder reads: enough for most of its keywords to be met.
+FIXED_CAPTIONS = 8
 
 
 @dataclass
@@ -69,10 +75,14 @@ class ClipTask(Task):
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The loss of a batch, with the scale to log."""
         views, size = batch.images.shape[:2]
-        # Four parts in order of length: most captions are short, and one part would pad them to the longest of all.
-        order = batch.tokens.argmax(-1).argsort(stable=True)
-        parts = [trim_padding(part) for part in batch.tokens[order].chunk(4)]
-        images, texts, scale = model(batch.images[:, order].flatten(0, 1), parts)
+        tokens: Tensor | list[Tensor] = batch.tokens
+        drawings = batch.images
+        if not batch.tokens.is_floating_point():  # features of a frozen encoder come as they are
+            # Four parts in order of length: most captions are short, and one part would pad them to the longest of all.
+            order = batch.tokens.argmax(-1).argsort(stable=True)
+            tokens = [trim_padding(part) for part in batch.tokens[order].chunk(4)]
+            drawings = drawings[:, order]
+        images, texts, scale = model(drawings.flatten(0, 1), tokens)
         # The loss runs in float32 under autocast too: the temperature multiplies rounding errors by up to 100.
         with torch.autocast(images.device.type, enabled=False):
             loss = self.losses(images.unflatten(0, (views, size)), texts, scale)
@@ -92,21 +102,49 @@ class ClipTask(Task):
         return [decayed, plain, scale]
 
 
-def load_clip(path: Path) -> tuple[CLIP, DataConfig]:
-    """The model of a run folder or a checkpoint file, with averaged weights where there are any, ready to evaluate."""
+def load_clip(path: Path) -> tuple[CLIP, DataConfig, Tokenizer | FrozenText]:
+    """The model of a run folder or a checkpoint file, its data, and what reads texts for it.
+
+    Averaged weights are taken where there are any. A frozen text encoder must be the one that the model was trained on.
+    """
     run = load_run(path, "clip")
     with run.fitting():
         model = CLIP(ClipConfig.from_dict(run.described["clip"]))
         model.load_state_dict(run.weights)
-        return model.eval(), DataConfig.from_dict(run.described["data"])
+        data = DataConfig.from_dict(run.described["data"])
+        trained_on: dict[str, str] = run.described["text"] if model.config.text.frozen else {}
+    reader = text_reader(model.config.text, Path(data.cache_dir))
+    if isinstance(reader, FrozenText) and reader.identity != trained_on:
+        raise CheckpointError(
+            f"{run.path} was trained on another text encoder than the one installed ("
+            f"{'; '.join(differences(reader.identity, trained_on))}): install that one, or train again"
+        )
+    return model.eval(), data, reader
 
 
-def train_run(
+def with_reader(
+    preset: PresetName, text_encoder: TextEncoderName, cache_dir: Path
+) -> tuple[ClipConfig, Tokenizer | FrozenText]:
+    """The config of a preset, and what reads texts for it.
+
+    With a frozen text encoder images and texts meet in its space: the features have its width.
+    """
+    config = PRESETS[preset]
+    if text_encoder == "trained":
+        return config, text_reader(config.text, cache_dir)
+    reader = text_reader(TextConfig(frozen=text_encoder), cache_dir)
+    assert isinstance(reader, FrozenText)
+    text = TextConfig(frozen=text_encoder, width=reader.width)
+    return replace(config, embed_dim=reader.width, text=text), reader
+
+
+def clip_trainer(
     preset: PresetName,
     data: DataConfig,
     train: TrainConfig,
     out: Path,
     *,
+    text_encoder: TextEncoderName = "trained",
     loss: LossName = "fused",
     image_weight: float = 0.0,
     scale_lr: float = 1.0,
@@ -115,31 +153,63 @@ def train_run(
     compile_model: bool = False,
     cpu: bool = False,
 ) -> tuple[Trainer, Splits]:
-    """Read the data, train, and leave checkpoints and logs in ``out``."""
+    """Read the data, and make everything ready to train in ``out``, or to go on there."""
     bad = bad if bad is not None else BadDataLog()
     splits = load_data(data, bad)
     announce(splits.notes, bad)
     torch.manual_seed(train.seed)
     random.seed(train.seed)
-    config = PRESETS[preset]
+    config, reader = with_reader(preset, text_encoder, Path(data.cache_dir))
+    described: dict[str, Any] = {"name": "clip", "clip": asdict(config), "preset": preset, "loss": loss}
+    if isinstance(reader, FrozenText):
+        described["text"] = reader.identity
+        data = replace(data, fixed_captions=data.fixed_captions or FIXED_CAPTIONS)
     model = CLIP(config).to(memory_format=torch.channels_last)
-    tokenizer = Tokenizer(config.text.context_length, config.text.vocab_size)
-    plan = batch_plan(splits, data, tokenizer, config.vision.image_size)
+    plan = batch_plan(splits, data, reader, config.vision.image_size)
+    if isinstance(reader, FrozenText):
+        found = (splits.train.concepts[concept] for concept in plan.rows)
+        names = [concept.name for concept in found if not concept.variant]
+        reader.learn(names)
+        model.spread_texts(reader(names))
     task = ClipTask(plan, loss, image_weight, scale_lr)
     trainer = Trainer(
         model,
         task,
         train,
         out,
-        model_config={"name": "clip", "clip": asdict(config), "data": asdict(data), "preset": preset, "loss": loss},
+        model_config=described | {"data": asdict(data)},
         compile_model=compile_model,
         cpu=cpu,
     )
     trainer.begin(resume)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     console.print(
-        f"{preset}: {parameters:.1f} M parameters, {len(splits.train)} images of {len(plan.rows)} captions, "
-        f"{plan.steps_per_epoch} steps an epoch, {trainer.device}, precision {trainer.config.precision}, loss {loss}"
+        f"{preset}: {parameters:.1f} M parameters, text encoder {text_encoder}, {len(splits.train)} images of "
+        f"{len(plan.rows)} captions, {plan.steps_per_epoch} steps an epoch, {trainer.device}, precision "
+        f"{trainer.config.precision}, loss {loss}"
     )
+    return trainer, splits
+
+
+def read_ahead(trainer: Trainer, until: float | None = None) -> None:
+    """Let a frozen text encoder read all captions before training, until a time at most; see ``FrozenText.learn``."""
+    assert isinstance(trainer.task, ClipTask)
+    plan = trainer.task.plan
+    if not isinstance(plan.tokenizer, FrozenText):
+        return
+    captions = plan.captions()
+    began = time.monotonic()
+    known = plan.tokenizer.learn(captions, until)
+    say(
+        f"{plan.tokenizer.name} has read {known} of {len(captions)} captions in {time.monotonic() - began:.0f} s", "dim"
+    )
+
+
+def train_run(
+    preset: PresetName, data: DataConfig, train: TrainConfig, out: Path, **options: Any
+) -> tuple[Trainer, Splits]:
+    """Read the data, train, and leave checkpoints and logs in ``out``; the options are :func:`clip_trainer`'s."""
+    trainer, splits = clip_trainer(preset, data, train, out, **options)
+    read_ahead(trainer)
     trainer.fit()
     return trainer, splits

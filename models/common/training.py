@@ -95,6 +95,9 @@ def keep_freed_memory() -> None:
         libc.mallopt(-2, 2**26)  # M_TOP_PAD: grow in steps of 64 MiB
 
 
+# A log file gets a line of progress after so many seconds at the latest, if a step takes no longer.
+LINE_SECONDS = 15
+
 # Columns of the history that the progress line leaves out.
 _UNSHOWN = ("step", "grad_norm", "lr", "seconds")
 
@@ -429,8 +432,9 @@ class Trainer:
         )
         history = open(self.run_dir / "history.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self.model.train()
-        # A terminal gets a moving bar; a log file gets a line now and then.
+        # A terminal gets a moving bar; a log file gets a line now and then, and on a slow machine in time too.
         quiet = not console.is_terminal
+        said = -math.inf
         with history, Progress(*columns, console=console, disable=quiet) as bar:
             job = bar.add_task("training", total=self.config.steps, completed=self.step, note="")
             while not (self.stop or signals) and self.step < self.config.steps and self.progress() < 1:
@@ -448,7 +452,9 @@ class Trainer:
                 if self.step % self.config.log_every == 0:
                     history.flush()
                     self.accelerator.log({f"train/{k}": v for k, v in row.items() if k != "step"}, step=self.step)
-                if quiet and (self.step % (10 * self.config.log_every) == 0 or self.step == 1):
+                now = time.monotonic()
+                if quiet and (self.step % (10 * self.config.log_every) == 0 or now - said >= LINE_SECONDS):
+                    said = now
                     console.print(f"step {self.step}/{self.config.steps}  {100 * self.progress():.0f} %  {note}")
                 if on_step is not None:
                     on_step(self)

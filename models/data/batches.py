@@ -26,7 +26,10 @@ def generator_of(seed: int, *key: int) -> torch.Generator:
 
 @dataclass
 class Batch:
-    """``images`` [V, B, 3, S, S] (V views of each concept), ``tokens`` [T B, L] (T texts), ``concept_ids`` [B]."""
+    """``images`` [V, B, 3, S, S] (V views of each concept), ``tokens`` [T B, L] (T texts), ``concept_ids`` [B].
+
+    Where a frozen encoder takes the place of a tokenizer, ``tokens`` are its features.
+    """
 
     images: Tensor
     tokens: Tensor
@@ -45,7 +48,8 @@ class BatchPlan:
     more concepts have than an epoch has batches tells none of them apart and is not trained on, unless it is a name.
 
     Each also has ``texts`` captions, drawn one by one; the tokens of a batch hold the first of every concept, then the
-    second, and so on.
+    second, and so on. ``fixed_captions`` bounds how many different ones a concept ever has (:meth:`captions`), for
+    encoders that read each text once.
 
     An epoch is one pass over the concepts in a fresh order; of a group's variants (the skin tones of an emoji) one in
     ``variant_divisor`` takes part in each epoch, another one each time, so that they do not crowd out the rest.
@@ -62,11 +66,13 @@ class BatchPlan:
         texts: int = 1,
         variant_divisor: int = 1,
         keyword_share: float = 0.0,
+        fixed_captions: int = 0,
         seed: int = 0,
     ) -> None:
         self.data, self.tokenizer, self.augment = data, tokenizer, augment
         self.batch_size, self.views, self.texts, self.seed = batch_size, views, texts, seed
         self.variant_divisor, self.keyword_share = variant_divisor, keyword_share
+        self.fixed_captions = fixed_captions
         self.rows = data.rows_by_concept()
         self._plain = [c for c in self.rows if not data.concepts[c].variant]
         self._variants = [c for c in self.rows if data.concepts[c].variant]
@@ -141,6 +147,23 @@ class BatchPlan:
         rest = iter(concept for concept in concepts if not self._shared[concept])
         return [own + list(itertools.islice(rest, size - len(own))) for own in batches]
 
+    def _draw(self, concept: int, generator: torch.Generator) -> str:
+        """A caption of a concept: any, or one of the fixed ones."""
+        if not self.fixed_captions:
+            return sample_caption(self._named[concept], generator, self.keyword_share)
+        return self._fixed(concept, int(torch.randint(self.fixed_captions, (), generator=generator)))
+
+    def _fixed(self, concept: int, number: int) -> str:
+        """The fixed caption of a number; those with keywords are the last ``keyword_share`` of them."""
+        with_keywords = number >= round((1 - self.keyword_share) * self.fixed_captions)
+        generator = generator_of(self.seed, 3, concept, number)
+        return sample_caption(self._named[concept], generator, float(with_keywords))
+
+    def captions(self) -> list[str]:
+        """Every caption that a batch may hold, where they are fixed: the first of every concept, then the second..."""
+        numbers = itertools.product(range(self.fixed_captions), self.rows)
+        return list(dict.fromkeys(self._fixed(concept, number) for number, concept in numbers))
+
     def __call__(self, step: int) -> Batch:
         """The batch of one step."""
         epoch, index = divmod(step, self.steps_per_epoch)
@@ -152,8 +175,7 @@ class BatchPlan:
             own = self.rows[concept]
             order = torch.randperm(len(own), generator=generator).tolist()
             rows.append([own[order[view % len(own)]] for view in range(self.views)])
-            named = self._named[concept]
-            captions.append([sample_caption(named, generator, self.keyword_share) for _ in range(self.texts)])
+            captions.append([self._draw(concept, generator) for _ in range(self.texts)])
         flat = torch.tensor(rows).T.reshape(-1)  # view after view
         images = self.augment(self.data.images[flat], generator)
         tokens = self.tokenizer([own[text] for text in range(self.texts) for own in captions])

@@ -40,6 +40,7 @@ class DataConfig:
     views: int = field(default=2, metadata={"help": "Images of each caption in a batch.", "min": 1})
     variant_divisor: int = field(default=5, metadata={"help": "One in so many variants an epoch.", "min": 1})
     keyword_share: float = field(default=0.3, metadata={"help": "Share of captions with keywords.", "min": 0, "max": 1})
+    fixed_captions: int = 0  # how many captions an image's concept has at most, drawn once; 0: new ones at every step
     augment: float = field(default=1.0, metadata={"help": "Strength of the augmentation.", "min": 0})
     seed: int = 0
     cache_dir: str = "runs/cache"
@@ -112,6 +113,7 @@ def batch_plan(
         texts=texts,
         variant_divisor=config.variant_divisor,
         keyword_share=config.keyword_share,
+        fixed_captions=config.fixed_captions,
         seed=config.seed,
     )
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import models.common.checkpoint
+import models.common.training
 from models.clip.train import load_clip, train_run
 from models.common.checkpoint import CheckpointError, checkpoints, load_checkpoint, load_newest, save_checkpoint
 from models.common.runs import read_history
@@ -94,6 +95,16 @@ def test_time_budget_ends_the_run(tmp_path: Path, nano_data: DataConfig) -> None
     assert 0 < trainer.step < 10**4
     assert trainer.progress() >= 1
     assert len(checkpoints(tmp_path)) == 1
+
+
+def test_log_file_gets_a_line_in_time(
+    tmp_path: Path, nano_data: DataConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_run("nano", nano_data, replace(CONFIG, steps=3), tmp_path / "fast")
+    assert "step 2/3" not in capsys.readouterr().out
+    monkeypatch.setattr(models.common.training, "LINE_SECONDS", 0)
+    train_run("nano", nano_data, replace(CONFIG, steps=3), tmp_path / "slow")
+    assert "step 2/3" in capsys.readouterr().out
 
 
 def test_weight_average_starts_fast_and_copies_counters() -> None:
