@@ -1,9 +1,12 @@
 """Which tokens may follow: masks over the vocabulary, from the options and the tokens so far."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+_NO_TOKENS = (type(None), bool, float, str, list, tuple)
 
 
 def repeated_ngrams(history: Tensor, size: int, vocabulary: int) -> Tensor | None:
@@ -42,24 +45,24 @@ def completed_words(history: Tensor, words: Sequence[Tensor], vocabulary: int) -
 
 def outside(allowed: Callable[[int, Tensor], Sequence[int]], history: Tensor, beams: int, vocabulary: int) -> Tensor:
     """Tokens that the function does not allow: [rows, V]; `beams` rows per item."""
-    chosen = [_ids(allowed(row // beams, tokens)) for row, tokens in enumerate(history)]
-    tokens = torch.cat(chosen)
-    wrong = (tokens < 0) | (tokens >= vocabulary)
-    if wrong.any():
-        raise ValueError(f"allowed_tokens: expected tokens of 0 to {vocabulary - 1}, got {tokens[wrong][0]}")
-    rows = torch.arange(len(chosen)).repeat_interleave(torch.tensor([len(ids) for ids in chosen]))
-    marks = torch.ones(len(chosen), vocabulary, dtype=torch.bool)
-    marks[rows, tokens] = False
+    places = []
+    for row, tokens in enumerate(history):
+        chosen = _ids(allowed(row // beams, tokens))
+        if chosen and not 0 <= min(chosen) <= max(chosen) < vocabulary:
+            wrong = min(chosen) if min(chosen) < 0 else max(chosen)
+            raise ValueError(f"allowed_tokens: expected tokens of 0 to {vocabulary - 1}, got {wrong}")
+        first = row * vocabulary
+        places += [first + token for token in chosen]
+    marks = torch.ones(history.shape[0], vocabulary, dtype=torch.bool)
+    marks.view(-1)[torch.tensor(places, dtype=torch.int64)] = False
     return marks.to(history.device)
 
 
-def _ids(chosen: Sequence[int]) -> Tensor:
-    """What `allowed_tokens` returned, as int64 on the CPU; nothing else is cast: a mask would become tokens 0 and 1."""
-    try:
-        ids = torch.as_tensor(chosen, device="cpu")
-    except (TypeError, ValueError, RuntimeError):
-        ids = torch.empty(())
-    if ids.ndim != 1 or (len(ids) and (ids.is_floating_point() or ids.dtype == torch.bool)):
-        kind = f"{chosen.dtype}" if isinstance(chosen, Tensor) else type(chosen).__name__
+def _ids(chosen: Any) -> list[int]:
+    """What `allowed_tokens` returned, a sequence of whole numbers: a mask, say, would pass for tokens 0 and 1."""
+    found = chosen.tolist() if hasattr(chosen, "tolist") else chosen
+    ids: list[Any] = list(found) if isinstance(found, Iterable) else [None]
+    if any(isinstance(token, _NO_TOKENS) for token in ids):
+        kind = chosen.dtype if isinstance(chosen, Tensor) else type(chosen).__name__
         raise TypeError(f"allowed_tokens: expected a sequence of token ids, got {kind}")
-    return ids.long()
+    return ids

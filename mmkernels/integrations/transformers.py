@@ -292,6 +292,7 @@ def beam_search(
 
     def reorder(state: Any, index: Tensor) -> Any:
         ids, kwargs = state
+        rows = len(ids)
         cached = next((name for name in ALL_CACHE_NAMES if kwargs.get(name) is not None), "")
         if ids.shape[1] == prompt_length:  # after the prompt: `index` holds items
             if one_per_item:
@@ -303,6 +304,9 @@ def beam_search(
                 kwargs[cached] = model._reorder_cache(kwargs[cached], index)
             elif hasattr(kwargs[cached], "reorder_cache"):
                 kwargs[cached].reorder_cache(index)
+                for name, value in vars(kwargs[cached]).items():
+                    if name != "layers":  # what a cache keeps beside them, such as MiniMax's, nobody else reorders
+                        setattr(kwargs[cached], name, _rows(value, index, rows))
             else:
                 raise ValueError(
                     f"model: expected a cache that can be reordered, got {type(kwargs[cached]).__name__} of "
@@ -322,8 +326,7 @@ def beam_search(
         (None, None),
         batch_size=B,
         num_beams=K,
-        # The token before the first step, which `step` does not read; with inputs_embeds there is none.
-        bos_token_id=prompts[:, -1] if prompt_length else prompts.new_zeros(B),
+        bos_token_id=prompts.new_zeros(B),  # `step` does not read it
         eos_token_id=eos,
         pad_token_id=pad,
         max_length=c.max_length - prompt_length,

@@ -565,7 +565,7 @@ def test_tokens_may_be_of_any_integer_type():
         )  # fmt: skip
 
     expected = run(lambda tokens: tokens)
-    for kind in (torch.tensor, np.array):
+    for kind in (torch.tensor, np.array, lambda tokens: iter(tokens) if isinstance(tokens, list) else tokens):
         assert torch.equal(run(kind).sequences, expected.sequences)
 
 

@@ -96,11 +96,20 @@ def language_models():
         "Mamba": transformers.MambaConfig(state_size=4, **sizes),
         "Mamba2": transformers.Mamba2Config(state_size=4, num_heads=4, head_dim=8, n_groups=1, chunk_size=8, **sizes),
         "Llama": transformers.LlamaConfig(intermediate_size=32, num_attention_heads=2, **sizes),
+        "MiniMax": transformers.MiniMaxConfig(
+            intermediate_size=32,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_local_experts=2,
+            layer_types=["linear_attention", "full_attention"],
+            **sizes,
+        ),
         "Rwkv": transformers.RwkvConfig(attention_hidden_size=16, intermediate_size=32, context_length=64, **sizes),
     }
 
 
-@pytest.mark.parametrize("kind", ["Mamba", "Mamba2", "Rwkv"])
+@pytest.mark.parametrize("kind", ["Mamba", "Mamba2", "MiniMax", "Rwkv"])
 def test_states_of_recurrent_models_follow_their_beams(kind):
     model = randomised(transformers.AutoModelForCausalLM.from_config(language_models()[kind]), 0.4)
     options = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 8, "do_sample": False}
