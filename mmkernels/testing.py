@@ -56,7 +56,9 @@ def error_budget(
     """
     exact = exact.double()
     off = eager.double() - exact
-    band = 2**bits * _ROUNDING[dtype] * max(exact.abs().max().item(), terms) + arithmetic
+    # Below the normal numbers of a dtype the units stay as large as there.
+    size = max(exact.abs().max().item(), terms, torch.finfo(dtype).smallest_normal)
+    band = 2**bits * _ROUNDING[dtype] * size + arithmetic
     return 2 * off.abs().max().item() + band, 2 * off.square().mean().sqrt().item() + band / 2
 
 

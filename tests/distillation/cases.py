@@ -1,5 +1,6 @@
 """The cases that every implementation of distillation is held to, and the two oracles beside it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -124,14 +125,22 @@ def check_case(case: Case, dtype: torch.dtype, impl: str, device: Device = "cpu"
 
 
 def assert_results(
-    actual: list[Tensor], eager: list[Tensor], exact: list[Tensor], inputs: tuple[Tensor, ...], scale: float
+    actual: list[Tensor],
+    eager: list[Tensor],
+    exact: list[Tensor],
+    inputs: tuple[Tensor, ...],
+    scale: float,
+    terms: Sequence[float] | None = None,
 ) -> None:
-    """Each within its budget. A gradient is a difference of probabilities times features: its terms set the band."""
+    """Each within its budget. A gradient is a difference of probabilities times features: its terms set the band.
+
+    ``terms`` are their sizes where those of unit features, each with one match, do not hold.
+    """
     queries, keys = inputs[:2]
     largest = [x.double().abs().max().item() for x in (queries, keys)]
     all_rows = len(queries) ** 0.5 * largest[0] * largest[1]
     # The weights of a row's softmaxes and of its match add up to 2.
-    terms = [0.0, 0.0, 2 * abs(scale) * largest[1], 2 * abs(scale) * largest[0], 2 * all_rows]
+    terms = terms or [0.0, 0.0, 2 * abs(scale) * largest[1], 2 * abs(scale) * largest[0], 2 * all_rows]
     # What a GPU's exponentials may be off: of both softmaxes one in the sum and one beside it.
     longest = [x.double().norm(dim=1).max().item() for x in (queries, keys)]
     arithmetic = [2 * 2 * EXP2_ERROR * term for term in (*terms[:4], 2 * len(queries) ** 0.5 * longest[0] * longest[1])]

@@ -1,6 +1,7 @@
 """The cases that every implementation of divided_attention is held to, and the two oracles beside it."""
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,12 +209,18 @@ def check_case(case: Case, dtype: torch.dtype, impl: str, device: Device = "cpu"
 
 
 def assert_results(
-    actual: tuple[Tensor, ...], eager: tuple[Tensor, ...], exact: tuple[Tensor, ...], qkv: Tensor, case: Case
+    actual: tuple[Tensor, ...],
+    eager: tuple[Tensor, ...],
+    exact: tuple[Tensor, ...],
+    qkv: Tensor,
+    case: Case,
+    terms: Mapping[str, float] | None = None,
 ) -> None:
     """Each within its budget.
 
     A score is a sum of products, and the gradients to queries and keys are differences of such sums: their size sets
-    the band. They are accumulated in float32 whatever the inputs, so it is a band of float32.
+    the band. They are accumulated in float32 whatever the inputs, so it is a band of float32. ``terms`` are sizes for
+    cases for which these do not hold.
     """
     q, k, v = (part.unflatten(-1, (case.heads, case.head)).double() for part in qkv.chunk(3, -1))
     grad_out = weights_of(exact[0]).unflatten(-1, (case.heads, case.head))
@@ -226,12 +233,14 @@ def assert_results(
     infinite = exact[1] == float("-inf")
     assert torch.equal(actual[1] == float("-inf"), infinite), "lse: -inf for other rows"
     finite = [x[1].masked_fill(infinite, 0.0) for x in (actual, eager, exact)]
-    named = {
-        "out": ([x[0] for x in (actual, eager, exact)], 0.0),
-        "lse": (finite, abs(case.effective_scale) * longest(q) * longest(k) * sums),
-    }
-    terms = {"grad_q": products * k.abs().max().item(), "grad_k": products * q.abs().max().item(), "grad_v": 0.0}
+    sizes = {
+        "out": 0.0,
+        "lse": abs(case.effective_scale) * longest(q) * longest(k) * sums,
+        "grad_q": products * k.abs().max().item(),
+        "grad_k": products * q.abs().max().item(),
+        "grad_v": 0.0,
+    } | dict(terms or {})
     gradients = zip(*(x[2].chunk(3, -1) for x in (actual, eager, exact)), strict=True)
-    named |= {name: (list(parts), terms[name]) for name, parts in zip(terms, gradients, strict=True)}
-    for name, (parts, size) in named.items():
+    results = [[x[0] for x in (actual, eager, exact)], finite, *gradients]
+    for (name, size), parts in zip(sizes.items(), results, strict=True):
         assert_within_budget(*parts, dtype=qkv.dtype, terms=size, name=name)

@@ -1,5 +1,6 @@
 """The cases that every implementation of linear_cross_entropy is held to, and the two oracles beside it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,10 +112,19 @@ def check_case(case: Case, dtype: torch.dtype, impl: str, device: Device = "cpu"
 
 
 def assert_results(
-    actual: tuple[Tensor, ...], eager: tuple[Tensor, ...], exact: tuple[Tensor, ...], hidden: Tensor, weight: Tensor
+    actual: tuple[Tensor, ...],
+    eager: tuple[Tensor, ...],
+    exact: tuple[Tensor, ...],
+    hidden: Tensor,
+    weight: Tensor,
+    terms: Sequence[float] | None = None,
 ) -> None:
-    """Each within its budget. A gradient is a difference of probabilities times features: its terms set the band."""
-    terms = [0.0, weight.double().abs().max().item(), hidden.double().abs().max().item() if len(hidden) else 0.0, 1.0]
+    """Each within its budget. A gradient is a difference of probabilities times features: its terms set the band.
+
+    ``terms`` are their sizes where those of weights of unit length, each class a target once, do not hold.
+    """
+    of_hidden = hidden.double().abs().max().item() if len(hidden) else 0.0
+    terms = terms or [0.0, weight.double().abs().max().item(), of_hidden, 1.0]
     # What a GPU's exponentials may be off: of a probability one in the sum and one beside it, under weights up to 1.5.
     arithmetic = [1.5 * 2 * EXP2_ERROR * term for term in terms]
     names = ("losses", "grad_hidden", "grad_weight", "grad_bias")

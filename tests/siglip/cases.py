@@ -122,12 +122,16 @@ def assert_results(
     scale: float,
     bias: float,
     reduction: str = "none",
+    alike: float = 1.0,
 ) -> None:
-    """Each within its budget. A gradient is a sum of positive and negative terms: their size sets the band."""
+    """Each within its budget. A gradient is a sum of positive and negative terms: their size sets the band.
+
+    ``alike``: by how much the rounding errors of a sum exceed independent ones, where its terms are alike.
+    """
     q, k = queries.double(), keys.double()
     products = q @ k.T
     probabilities = torch.sigmoid(scale * products + bias)
-    grads = (probabilities - torch.eye(*products.shape)).abs() / (len(q) if reduction == "mean" else 1)
+    grads = alike * (probabilities - torch.eye(*products.shape)).abs() / (len(q) if reduction == "mean" else 1)
     one = grads.max().item() * abs(scale)
     terms = [
         0.0,
