@@ -139,7 +139,9 @@ def export(checkpoint: Checkpoint, path: Annotated[Path, typer.Argument(help="Wh
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
-    budget: Annotated[float, typer.Option(min=0.1, help="Minutes for everything; training takes what is left.")] = 9.5,
+    budget: Annotated[
+        float, typer.Option(min=0.1, help="Minutes for everything; a third more beside other jobs.")
+    ] = 9.5,
     data: Annotated[str, typer.Option(help="'emoji' or, for a quick look, 'synthetic'.")] = "emoji",
 ) -> None:
     """Build, train and evaluate a small CLIP within the budget, and compare the fused loss with the eager one."""

@@ -17,6 +17,7 @@ from models.clip.__main__ import main
 from models.clip.demo import Clock, Threads, compare_losses, conclusions, demo_configs, draw_styles
 from models.clip.evaluate import clip_encoder, evaluate
 from models.clip.model import CLIP, PRESETS, TextConfig
+from models.common.training import TrainConfig
 from models.data import Splits
 from models.data.sets import BadDataLog
 from tests.models.clip.conftest import WIDTH, WordSums
@@ -111,7 +112,7 @@ def test_training_takes_the_threads_that_are_faster(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch, "get_num_threads", lambda: counts[-1])
     monkeypatch.setattr(torch, "set_num_threads", counts.append)
     seconds = {1: 0.5, 2: 0.3}
-    choose, trainer = Threads(), SimpleNamespace(step=0, history=[])
+    choose, trainer = Threads(3.0), SimpleNamespace(step=0, history=[], config=TrainConfig(minutes=5.0))
 
     def steps(number: int) -> list[int]:
         taken = []
@@ -123,10 +124,20 @@ def test_training_takes_the_threads_that_are_faster(monkeypatch: pytest.MonkeyPa
         return taken
 
     assert steps(6) == [2, 2, 1, 2, 2, 2]
+    assert choose.lost == 0
     choose.tried = -math.inf
     assert steps(4) == [2, 1, 2, 2], "the slower is tried again"
     seconds[2] = 20.0  # another job has taken a core
     assert steps(3) == [2, 1, 1]
+    choose.tried = time.monotonic() - 100
+    assert steps(3) == [1, 1, 1], "a trial that takes long comes seldom"
+    assert trainer.config.minutes == 5
+    choose.tried = -math.inf
+    assert steps(4) == [1, 2, 1, 1]
+    assert trainer.config.minutes == 8, "one thread was faster twice"
+    choose.tried = -math.inf
+    assert steps(4) == [1, 2, 1, 1]
+    assert trainer.config.minutes == 8
 
 
 def test_evaluation_begins_no_further_set_when_time_is_over(words: WordSums, synthetic: Splits) -> None:
@@ -137,3 +148,19 @@ def test_evaluation_begins_no_further_set_when_time_is_over(words: WordSums, syn
     report = evaluate(encoder, synthetic, until=time.monotonic() - 1)
     assert list(report["sets"]) == ["new style (dotted)"], "the first is evaluated in any case"
     assert "not evaluated, for the time was over: unseen concepts" in report["notes"]
+
+
+def test_two_comparisons_give_a_busy_machine_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = [2]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: counts[-1])
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    choose, trainer = Threads(3.0), SimpleNamespace(step=0, history=[], config=TrainConfig(minutes=5.0))
+    for _ in range(8):
+        trainer.step += 1
+        trainer.history.append({"seconds": {1: 0.5, 2: 0.9}[counts[-1]]})
+        choose(trainer)  # type: ignore[arg-type]
+        if trainer.step == 3:
+            assert trainer.config.minutes == 5
+            choose.tried = -math.inf
+    assert counts[1:] == [1, 1, 2, 1, 1, 1, 1]
+    assert trainer.config.minutes == 8

@@ -124,6 +124,7 @@ def test_stopped_run_goes_on_with_the_same_losses(words: WordSums, tmp_path: Pat
     losses = [[row["loss"] for row in read_history(tmp_path / name)] for name in ("whole", "stopped")]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 8
+    assert words.loads == 1, "the first run left all features on the disk"
 
 
 def test_the_image_encoder_learns_a_space_that_it_did_not_make(
