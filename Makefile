@@ -1,6 +1,7 @@
 # make help lists the targets. Everything runs in .venv, which each target makes and fills by itself.
 PYTHON ?= python3
 VENV := .venv
+TORCH ?=
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 # pytest-xdist runs a worker on each core, of some 2 GB. pytest-benchmark times nothing here and would warn of them.
@@ -9,7 +10,7 @@ SOURCES := $(wildcard csrc/*/*.h csrc/*/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 FORMATTED := $(SOURCES) $(wildcard tests/*.h tests/*/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: demo train-clip train-timesformer train-captioning train-retrieval train-av-fusion help env test test-slow lint format bench \
+.PHONY: demo train-clip train-timesformer train-captioning train-retrieval train-av-fusion help env test test-slow test-torch lint format bench \
 	gpu-check docs clean
 
 help: ## List the targets
@@ -20,7 +21,7 @@ env: $(STAMP) ## Make .venv, install the dependencies, build the kernels
 # Built against the torch that is installed: build isolation would fetch a second one.
 $(STAMP): pyproject.toml setup.py $(SOURCES)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q "torch>=2.13" torchvision numpy "setuptools>=77"
+	$(PY) -m pip install -q "torch$(if $(TORCH),==$(TORCH),>=2.10)" torchvision numpy "setuptools>=77"
 	$(PY) -m pip install -q --no-build-isolation -e ".[bench,dev,models]"
 	touch $@
 
@@ -29,6 +30,13 @@ test: env ## Run the fast tests: parity, memory, compile checks, models
 
 test-slow: env ## Run the rest: every compiled form, every dtype in the interpreter
 	$(PYTEST) tests -m slow
+
+# In a clone of its own, whose environment and build stay for the next time.
+test-torch: ## Run both sets on the last commit under another torch: make test-torch TORCH=2.10.0
+	$(if $(TORCH),,$(error name the release: make test-torch TORCH=2.10.0))
+	test -d build/torch-$(TORCH) || git clone -q . build/torch-$(TORCH)
+	git -C build/torch-$(TORCH) pull -q
+	$(MAKE) -C build/torch-$(TORCH) test test-slow
 
 lint: env ## ruff, mypy and clang-format, without changing a file
 	$(VENV)/bin/ruff format --check .

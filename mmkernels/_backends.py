@@ -1,6 +1,7 @@
 """Which implementation of an op can run here, and why another cannot: loads the compiled library, looks for Triton."""
 
 import functools
+import importlib
 import importlib.util
 import logging
 import os
@@ -71,6 +72,23 @@ def _cuda_unavailable() -> str | None:
     return None
 
 
+def is_older_triton(version: str) -> bool:
+    """Whether a Triton is 3.6 or 3.7, under which kernels take more registers than under later ones."""
+    return tuple(map(int, version.split(".")[:2])) < (3, 8)
+
+
+@functools.cache
+def _triton_is_too_old() -> str | None:
+    """Why this Triton cannot compile for the GPU; None if it can."""
+    if torch.version.hip is not None or torch.cuda.get_device_capability()[0] != 10:
+        return None
+    version = importlib.import_module("triton").__version__
+    if is_older_triton(version):
+        # Some kernels do not compile for it, and others spill up to 2,032 bytes.
+        return f"a GPU of compute capability 10 needs Triton 3.8 or newer (torch 2.14), this is {version}"
+    return None
+
+
 def triton_interprets() -> bool:
     """Whether Triton kernels run in the interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -88,7 +106,7 @@ def unavailable(impl: str, op: str | None = None) -> str | None:
         return "the package triton is not installed"
     if not torch.cuda.is_available() and not triton_interprets():
         return "no GPU is visible to torch (TRITON_INTERPRET=1, set before the start, runs the kernels slowly on a CPU)"
-    return None
+    return None if triton_interprets() else _triton_is_too_old()
 
 
 def refuses(op: str, impl: str, device_type: str, dtype: torch.dtype, limit: str | None = None) -> str | None:

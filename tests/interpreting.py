@@ -64,6 +64,8 @@ def _patch_interpreter() -> None:
     interpreter.InterpreterBuilder.create_dot = _create_dot
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
+    # That of Triton 3.6 and 3.7 makes a number of an array of one dimension, which numpy 2.4 refuses.
+    tl.tensor.__index__ = lambda self: int(self.handle.data.squeeze())
     of_scalar = functools.cache(interpreter._get_np_dtype)
     interpreter._get_np_dtype = lambda dtype: POINTER if dtype.scalar.is_ptr() else of_scalar(dtype.scalar)
     TritonSemantic.binary_op_sanitize_overflow_impl = _refuse_overflow

@@ -55,6 +55,28 @@ def test_import_is_quiet_and_loads_no_kernels(triton):
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
+@pytest.mark.parametrize(
+    ("version", "older"), [("3.6.0", True), ("3.7.1+git2b8a9c1", True), ("3.8.0", False), ("3.10.0", False)]
+)
+def test_a_triton_too_old_for_the_gpu_is_named(version, older, monkeypatch):
+    """Such a machine runs the reference, with a warning, and no kernel that spills or does not compile."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for major in (10, 9):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda major=major: (major, 0))
+        _backends._triton_is_too_old.cache_clear()
+        reason = _backends.unavailable("triton", "siglip")
+        assert (
+            reason is None
+            if not (older and major == 10)
+            else f"needs Triton 3.8 or newer (torch 2.14), this is {version}" in reason
+        )
+    _backends._triton_is_too_old.cache_clear()
+
+
 def test_choice_is_logged_once_at_debug():
     code = (
         "import logging, torch, mmkernels\n"

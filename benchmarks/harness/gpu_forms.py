@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 from triton.backends.compiler import GPUTarget
 
+from mmkernels._tiles.triton import OLDER_TRITON
+
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
@@ -40,6 +42,8 @@ GPUS: dict[str, Gpu] = {
         {"half": 1307e12, "ieee": 163.4e12}, 5.3e12, r"\bv_mfma_", r"\bv_mfma_",
     ),
 }  # fmt: skip
+if OLDER_TRITON:
+    del GPUS["sm_100"]  # mmkernels._backends refuses it
 
 
 @dataclasses.dataclass(frozen=True)

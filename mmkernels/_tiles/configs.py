@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmkernels._tiles.triton import Tile, family_of
+from mmkernels._tiles.triton import OLDER_TRITON, Tile, family_of
 
 
 class Config(NamedTuple):
@@ -25,7 +25,8 @@ class Config(NamedTuple):
         return self.grouped_grad_logits if groups and self.grouped_grad_logits is not None else self.grad_logits
 
 
-# The largest tiles tried that spill under neither Triton 3.8 nor 3.9. The inner key "half" stands for bf16 and fp16.
+# The largest tiles tried that spill under neither Triton 3.8 nor 3.9; those for older ones follow below. The inner key
+# "half" stands for bf16 and fp16.
 CONFIGS: dict[str, dict[str, Config]] = {
     # Shared memory stays below 99 KB: chips of compute capability 8.6, 8.9 and 12.0 have no more.
     "sm_80": {
@@ -118,6 +119,18 @@ _OWN_TILES: dict[str, dict[tuple[str, str], Tile]] = {
     },
     "retrieval": {("sm_100", "ieee"): Tile(64, 64, 16, 8, 2)},
 }
+
+if OLDER_TRITON:  # under which the tiles above would spill
+    _sm_80, _gfx942, _distillation = CONFIGS["sm_80"], CONFIGS["gfx942"], DISTILLATION_CONFIGS["sm_80"]
+    _sm_80["tf32x3"] = _sm_80["tf32x3"]._replace(forward=Tile(128, 64, 16, 8, 3))
+    _gfx942["half"] = _gfx942["half"]._replace(grad_logits=Tile(128, 64, 64, 8, 2))
+    _gfx942["ieee"] = _gfx942["ieee"]._replace(grad_logits=Tile(128, 64, 32, 8, 2))
+    _distillation["half"] = _distillation["half"]._replace(forward=Tile(64, 64, 32, 8, 4))
+    _distillation["tf32x3"] = _distillation["tf32x3"]._replace(forward=Tile(64, 64, 16, 8, 2))
+    for _op in ("triplet", "retrieval"):
+        _OWN_TILES[_op]["sm_80", "half"] = Tile(128, 64, 32, 8, 4)
+    _OWN_TILES["triplet"]["sm_80", "tf32x3"] = Tile(64, 64, 16, 8, 3)
+    _OWN_TILES["siglip"]["sm_80", "tf32x3"] = Tile(128, 64, 32, 8, 3)
 
 
 def tile_of(op: str, family: str, precision: str) -> Tile:

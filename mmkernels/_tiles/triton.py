@@ -10,11 +10,15 @@ import torch
 import triton
 import triton.language as tl
 
+from mmkernels._backends import is_older_triton
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Where a running maximum starts: finite, so that the first rescaling is 2^(LOWEST - m) = 0 and never inf - inf.
 LOWEST = tl.constexpr(-3.0e38)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# The tables of tiles have smaller ones for it.
+OLDER_TRITON = is_older_triton(triton.__version__)
 
 
 class Tile(NamedTuple):

@@ -30,7 +30,7 @@ def assert_noticed(form, fault: str) -> None:
     assert any(fault in found for found in gpu_bounds.faults(form, gpu_bounds.compile_case(form)))
 
 
-@pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("gpu", [gpu for gpu in gpu_bounds.GPUS if gpu.startswith("sm_")])
 def test_tf32(gpu):
     assert_noticed(plain_form("product_kernel", gpu, "ieee", PRECISION="tf32"), "TF32")
 

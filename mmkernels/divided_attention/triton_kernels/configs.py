@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmkernels._tiles.triton import Tile, family_of
+from mmkernels._tiles.triton import OLDER_TRITON, Tile, family_of
 
 
 class Config(NamedTuple):
@@ -112,6 +112,12 @@ CONFIGS: dict[str, dict[tuple[str, bool], dict[int, Config]]] = {
     "gfx942": _table(_spread(_HALF, 4), _GFX942_MASKED, _spread(_SINGLE, 4), _spread(_SINGLE, 4)),
     "interpreter": _table(*[_INTERPRETED] * 4),
 }
+if OLDER_TRITON:  # under which these would spill
+    _wide = {256: _HALF[256]._replace(forward=Tile(32, 32, 256, 8, 1))}
+    for _gpu in ("sm_80", "sm_90"):
+        CONFIGS[_gpu] |= {("half", False): _HALF | _wide, ("half", True): _HALF_MASKED | _wide}
+    CONFIGS["sm_80"]["half", False][64] = _HALF[64]._replace(grad_keys=Tile(64, 32, 64, 8, 2))
+    CONFIGS["gfx942"]["half", False][256] = CONFIGS["gfx942"]["half", True][256]
 
 
 def choose(qkv: Tensor, head_size: int, masked: bool) -> Config:
