@@ -173,5 +173,25 @@ struct TileOfSoftmaxes {
   };
 };
 
+// Turns a tile of products into the gradients of its logits, and adds <gradients, products> to `product_of_logits`.
+// `prepare(c)` reads what column c needs, and returns what makes gradients of a vector of the column's products, which
+// begins at row r.
+template <class Prepare>
+MMK_INLINE void differentiate(float* s, int64_t cols, int64_t padded_rows, const Prepare& prepare,
+                              double& product_of_logits) {
+  for (int64_t c = 0; c < cols; ++c) {
+    float* line = s + c * kTileStride;
+    const auto gradients = prepare(c);
+    Vec sum = Vec::set1(0.f);
+    for (int64_t r = 0; r < padded_rows; r += Vec::kLanes) {
+      const Vec product = Vec::load(line + r);
+      const Vec g = gradients(product, r);
+      sum = fma(g, product, sum);
+      g.store(line + r);
+    }
+    product_of_logits += sum.sum();
+  }
+}
+
 }  // namespace MMK_VARIANT
 }  // namespace mmkernels

@@ -218,31 +218,26 @@ struct DistillationGradient final : Epilogue {
     if (one && teacher_one && !on_diagonal) {
       of_student.find_factors(col0, cols);
       of_teacher.find_factors(col0, cols);
-      differentiate<true>(s, t, col0, cols);
+      differentiate_tile<true>(s, t, col0, cols);
     } else {
-      differentiate<false>(s, t, col0, cols);
+      differentiate_tile<false>(s, t, col0, cols);
     }
     for_each_target(nullptr, row0, rows, col0, cols, s,
                     [&](int64_t r, float& grad) { grad -= problem.positive_weight[row0 + r]; });
   }
 
   template <bool kOne>
-  void differentiate(float* s, const float* t, int64_t col0, int64_t cols) {
+  void differentiate_tile(float* s, const float* t, int64_t col0, int64_t cols) {
     using Column = typename TileOfSoftmaxes<kColumns>::template Column<kOne>;
     const Vec last_edge = edge_of(rows);
-    for (int64_t c = 0; c < cols; ++c) {
-      float* line = s + c * kTileStride;
+    const auto prepare = [&](int64_t c) {
       const float* teacher_line = t + c * kTileStride;
-      const Column student(of_student, col0, c), target(of_teacher, col0, c);
-      Vec sum = Vec::set1(0.f);
-      for (int64_t r = 0; r < padded_rows; r += Vec::kLanes) {
-        const Vec product = Vec::load(line + r);
-        const Vec g = student.of(product, r, last_edge) - target.of(Vec::load(teacher_line + r), r, last_edge);
-        sum = fma(g, product, sum);
-        g.store(line + r);
-      }
-      product_of_logits += sum.sum();
-    }
+      return [&, student = Column(of_student, col0, c), target = Column(of_teacher, col0, c), teacher_line](Vec product,
+                                                                                                            int64_t r) {
+        return student.of(product, r, last_edge) - target.of(Vec::load(teacher_line + r), r, last_edge);
+      };
+    };
+    differentiate(s, cols, padded_rows, prepare, product_of_logits);
   }
 
   void end_panel(int64_t panel) override {

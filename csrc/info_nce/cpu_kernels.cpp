@@ -181,9 +181,9 @@ struct InfoNceGradient final : Epilogue {
     visit_positives([&](float weight, float& product) { product_of_logits -= static_cast<double>(weight) * product; });
     if (softmaxes.begin_tile(col0, cols)) {
       softmaxes.find_factors(col0, cols);
-      differentiate<true>(s, col0, cols);
+      differentiate_tile<true>(s, col0, cols);
     } else {
-      differentiate<false>(s, col0, cols);
+      differentiate_tile<false>(s, col0, cols);
     }
     visit_positives([](float weight, float& grad) { grad -= weight; });
   }
@@ -193,23 +193,18 @@ struct InfoNceGradient final : Epilogue {
   }
 
   template <bool kOne>
-  void differentiate(float* s, int64_t col0, int64_t cols) {
+  void differentiate_tile(float* s, int64_t col0, int64_t cols) {
     using Column = typename TileOfSoftmaxes<kColumns>::template Column<kOne>;
     const Vec last_edge = edge_of(rows);
-    for (int64_t c = 0; c < cols; ++c) {
-      float* row = s + c * kTileStride;
-      const Column column(softmaxes, col0, c);
-      const Vec shift = Vec::set1(kColumns && kShift ? problem.col_shift[col0 + c] : 0.f);
-      Vec sum = Vec::set1(0.f);
-      for (int64_t r = 0; r < padded_rows; r += Vec::kLanes) {
-        const Vec product = Vec::load(row + r);
-        Vec g = column.of(product, r, last_edge);
-        if constexpr (kShift) g = g - (Vec::load(row_shift + r) + shift);
-        sum = fma(g, product, sum);
-        g.store(row + r);
-      }
-      product_of_logits += sum.sum();
-    }
+    const auto prepare = [&](int64_t c) {
+      const Vec col_shift = Vec::set1(kColumns && kShift ? problem.col_shift[col0 + c] : 0.f);
+      return [&, column = Column(softmaxes, col0, c), col_shift](Vec product, int64_t r) {
+        const Vec g = column.of(product, r, last_edge);
+        if constexpr (kShift) return g - (Vec::load(row_shift + r) + col_shift);
+        return g;
+      };
+    };
+    differentiate(s, cols, padded_rows, prepare, product_of_logits);
   }
 };
 
