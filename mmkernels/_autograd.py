@@ -8,7 +8,9 @@ from torch import Tensor
 # A CPU op may hold this much beside inputs and gradients, even where they are smaller: 4,096 x 4,096 float32, as
 # kFreeBytes in csrc/common/engine.cpp, which bounds the scratch of the threads.
 FREE_BYTES = 64 << 20
-# Below this many bytes per row of features it is faster to recompute the products than to store and load them.
+# Below this many bytes per row of features it is faster to recompute the products than to store and load them. A row of
+# 512 bytes is 8 vectors of 64: at two multiply-adds a cycle its product takes 4 cycles, and one of 256 bytes 2. What
+# storing and loading one takes lies between: keeping them was slower at 256 bytes and faster at 512 (docs/info_nce.md).
 _LEAST_ROW_BYTES = 512
 
 
