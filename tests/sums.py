@@ -39,5 +39,5 @@ def product_in_order(x: Tensor, y: Tensor) -> Tensor:
     """x y, [..., N, D] times [..., D, M]: one addition for each k, from the first to the last."""
     total = x.new_zeros(*x.shape[:-1], y.shape[-1])
     for k in range(x.shape[-1]):
-        total += x[..., k, None] * y[..., k, None, :]
+        total.addcmul_(x[..., k, None], y[..., k, None, :])
     return total
