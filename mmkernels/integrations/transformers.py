@@ -230,9 +230,9 @@ def beam_search(
     prompt runs once per item, not once per beam, unless images stand in it or it comes with a cache. All options of
     `generate` that act through logits processors work, and so do `early_stopping`, `length_penalty`,
     `num_return_sequences`, several EOS ids and `return_dict_in_generate`: its `sequences`, `sequences_scores` and
-    `beam_indices` are filled, asked for or not; its `scores`, the [B K, V] of every step that `output_scores` asks for,
-    are never kept. A `pad_token_id` of 0 is honoured, which transformers 5.23 takes for none. Items with NaN logits are
-    named in a warning.
+    `beam_indices` are filled, asked for or not; its `scores`, [B K, V] for every step, with `output_scores=True` alone,
+    which makes the step write log-probabilities out; once an item is done its rows there mean nothing. A `pad_token_id`
+    of 0 is honoured, which transformers 5.23 takes for none. Items with NaN logits are named in a warning.
 
     Raises:
         ValueError: sampling, groups, forced words, contrastive, assisted or DoLa decoding, a static cache, a cache that
@@ -314,10 +314,17 @@ def beam_search(
                 )
         return ids[index], kwargs
 
+    keeps_scores = c.return_dict_in_generate and c.output_scores
+    scores: list[Tensor] = []
+
     def process(history: Tensor, log_probs: Tensor) -> Tensor:
-        if len(log_probs) == B:  # processors expect one row per beam
-            return logits_processor(history.repeat_interleave(K, 0), log_probs.repeat_interleave(K, 0))[first]
-        return logits_processor(history, log_probs)
+        is_first = len(log_probs) == B
+        if is_first:  # processors expect one row per beam
+            history, log_probs = history.repeat_interleave(K, 0), log_probs.repeat_interleave(K, 0)
+        processed = logits_processor(history, log_probs)
+        if keeps_scores:
+            scores.append(processed)
+        return processed[first] if is_first else processed
 
     eos = [] if c._eos_token_tensor is None else c._eos_token_tensor.tolist()
     pad = None if c._pad_token_tensor is None else int(c._pad_token_tensor)
@@ -334,7 +341,7 @@ def beam_search(
         early_stopping=c.early_stopping,
         num_return_sequences=c.num_return_sequences,
         prompt=prompts,
-        log_prob_processor=process if len(logits_processor) else None,
+        log_prob_processor=process if len(logits_processor) or keeps_scores else None,
         reorder=reorder,
     )
     for item, fault in result.faults().items():
@@ -347,4 +354,9 @@ def beam_search(
     offsets = torch.arange(B, device=sequences.device)[:, None, None] * K
     beams = torch.where(past, -1, result.beams + offsets).flatten(0, 1).int()
     output: Any = GenerateBeamDecoderOnlyOutput if is_decoder_only else GenerateBeamEncoderDecoderOutput
-    return output(sequences=sequences, sequences_scores=result.scores.flatten(), beam_indices=beams)
+    return output(
+        sequences=sequences,
+        sequences_scores=result.scores.flatten(),
+        scores=tuple(scores) if keeps_scores else None,
+        beam_indices=beams,
+    )

@@ -72,12 +72,32 @@ def test_the_same_beams(kind, options):
         **inputs, "num_beams": 3, "max_new_tokens": 7, "num_return_sequences": 2, "do_sample": False,
         "return_dict_in_generate": True, "output_scores": True, **options,
     }  # fmt: skip
-    theirs, ours = model.generate(**common), model.generate(**common, custom_generate=beam_search)
+    theirs = model.generate(**common)
+    ours = model.generate(**(common | {"output_scores": False}), custom_generate=beam_search)
     torch.testing.assert_close(ours.sequences_scores, theirs.sequences_scores, rtol=1e-5, atol=1e-5)
     assert torch.equal(ours.beam_indices, theirs.beam_indices)
     own = ours.sequences == theirs.sequences
     assert (own | (ours.sequences == 0)).all()  # past its end: transformers takes a padding id of 0 for none
     assert type(ours) is type(theirs)
+
+
+@pytest.mark.parametrize("kind", ["decoder-only", "encoder-decoder"])
+@pytest.mark.parametrize("options", [{}, {"no_repeat_ngram_size": 2}], ids=["plain", "processed"])
+def test_scores_of_every_step(kind, options):
+    model, inputs = models()[kind]
+    model = randomised(model)
+    common = {
+        **inputs, "num_beams": 3, "max_new_tokens": 7, "min_new_tokens": 7, "num_return_sequences": 2,
+        "do_sample": False, "return_dict_in_generate": True, "output_scores": True, **options,
+    }  # fmt: skip
+    theirs, ours = model.generate(**common), model.generate(**common, custom_generate=beam_search)
+    assert len(ours.scores) == len(theirs.scores) == 7
+    for own, other in zip(ours.scores, theirs.scores, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
+    added = model.compute_transition_scores(ours.sequences, ours.scores, ours.beam_indices)
+    torch.testing.assert_close(added.sum(1) / 7, ours.sequences_scores)
+    common["output_scores"] = False
+    assert model.generate(**common, custom_generate=beam_search).scores is None
 
 
 def test_what_it_cannot_do_is_refused_by_name():
