@@ -54,8 +54,8 @@ demo: env ## Train CLIP on emoji in 10 minutes on two cores, evaluate it, compar
 
 # The same command goes on where a stopped run was; more drawing styles come by npm where it is installed.
 train-clip: env ## Train the larger CLIP for as long as it takes (resumable), then evaluate it
-	$(PY) -m models.clip train --out runs/clip --preset small --styles all --steps 1500 --batch-size 512 --views 1 --lr 2e-3 \
-		--warmup 60 --ema 0.998 --augment 0.5 --checkpoint-every 100
+	$(PY) -m models.clip train --out runs/clip --preset small --text-encoder minilm --styles all --steps 1500 --batch-size 512 \
+		--views 1 --lr 2e-3 --warmup 60 --ema 0.998 --augment 0.5 --checkpoint-every 100
 	$(PY) -m models.clip eval runs/clip
 
 # Each command goes on where a stopped run was.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,48 @@ def clip_encoder(model: CLIP, reader: Tokenizer | FrozenText) -> Encoder:
     return Encoder(model, lambda texts: trim_padding(reader(texts)), model.config.vision.image_size)
 
 
-def class_features(encoder: Encoder, words: Mapping[str, Sequence[str]], templates: Sequence[str]) -> Tensor:
+def class_features(
+    read: Callable[[Sequence[str]], Tensor], words: Mapping[str, Sequence[str]], templates: Sequence[str]
+) -> Tensor:
     """One unit vector per class: the mean over all its words in all templates, [classes, E]."""
     rows = []
     for own in words.values():
-        features = encoder.texts([template.format(word) for word in own for template in templates])
+        features = read([template.format(word) for word in own for template in templates])
         rows.append(F.normalize(features.mean(0), dim=0))
     return torch.stack(rows)
+
+
+class ZeroShot:
+    """Finds the class of an image by the words of the classes; no label is seen.
+
+    With a frozen text encoder images and classes meet in that encoder's own space: training bent the model's space to
+    tell captions apart, and never met the words of the classes there. An image's place is the mean meaning of the
+    training captions (names with keywords) that the model finds in it, weighted by their softmax (convex combination of
+    semantic embeddings: Norouzi et al. 2014, arXiv:1312.5650).
+    """
+
+    def __init__(self, encoder: Encoder, splits: Splits) -> None:
+        self.keys: Tensor | None = None
+        read: Callable[[Sequence[str]], Tensor] = encoder.texts
+        if isinstance(encoder.tokenize, FrozenText):
+            assert isinstance(encoder.model, CLIP)
+            read = encoder.tokenize
+            trained = [splits.train.concepts[concept] for concept in splits.train.rows_by_concept()]
+            known = [concept for concept in trained if not concept.variant]
+            self.keys = float(encoder.model.logit_scale.detach().exp()) * encoder.texts(
+                [concept.name for concept in known]
+            )
+            meanings = read([", ".join([concept.name, *concept.keywords]) for concept in known])
+            self.meanings = meanings - meanings.mean(0)
+        self.classes = {
+            name: class_features(read, words, splits.templates) for name, words in splits.label_sets.items()
+        }
+
+    def __call__(self, images: Tensor, label_set: str) -> Tensor:
+        """Unit features of images [n, E] -> the index of each one's class, [n]."""
+        if self.keys is not None:
+            images = (images @ self.keys.T).softmax(1) @ self.meanings
+        return (images @ self.classes[label_set].T).argmax(1)
 
 
 def evaluate(
@@ -62,7 +97,7 @@ def evaluate(
     """
     baselines = Baselines(splits.train)
     report: dict[str, Any] = {"data": splits.name, "notes": list(splits.notes), "sets": {}}
-    prototypes = {name: class_features(encoder, words, splits.templates) for name, words in splits.label_sets.items()}
+    zero_shot = ZeroShot(encoder, splits)
     for name, data in (splits.tests if sets is None else sets).items():
         if report["sets"] and time.monotonic() > until:
             report["notes"].append(f"not evaluated, for the time was over: {name}")
@@ -75,7 +110,7 @@ def evaluate(
         for label_set, words in splits.label_sets.items():
             index = {label: i for i, label in enumerate(words)}
             truth = torch.tensor([index[label] for label in full.labels(label_set)])
-            guess = (images @ prototypes[label_set].T).argmax(1)
+            guess = zero_shot(images, label_set)
             by_pixel = torch.tensor([index[data.concepts[c].labels[label_set]] for c in nearest])
             model = accuracy(guess, truth, len(index))
             base = accuracy(by_pixel, truth, len(index))

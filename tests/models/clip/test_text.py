@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from models.clip.__main__ import main
-from models.clip.evaluate import clip_encoder
+from models.clip.evaluate import ZeroShot, class_features, clip_encoder
 from models.clip.model import CLIP, PRESETS, TextConfig
 from models.clip.open_clip import to_open_clip
 from models.clip.text import FROZEN, FrozenText, minilm, text_reader
@@ -211,3 +211,24 @@ def test_minilm_knows_what_no_caption_says(tmp_path: Path) -> None:
     # A text's features are its own, whatever it was padded to.
     long = "a dog that runs over a very wide field in the early morning light of a cold day"
     torch.testing.assert_close(minilm(None)(["dog", long])[0], dog, rtol=0, atol=1e-5)
+
+
+def test_classes_are_found_by_what_the_captions_mean(words: WordSums, synthetic: Splits) -> None:
+    """A model whose text space is bent beyond recognition still finds captions, and these have meanings."""
+    config = replace(PRESETS["nano"], embed_dim=WIDTH, text=TextConfig(frozen="minilm", width=WIDTH), scale=80.0)
+    model = CLIP(config).eval()
+    torch.nn.init.normal_(model.text_projection)
+    mlp = model.adapter[1].c_proj  # type: ignore[union-attr]
+    torch.nn.init.normal_(mlp.weight, std=5.0)  # type: ignore[arg-type]
+    encoder = clip_encoder(model, words.reader(None))
+    classify = ZeroShot(encoder, synthetic)
+    gallery = synthetic.train.gallery()
+    found = encoder.texts(gallery.names())  # images that are where their captions are
+    for label_set, least in (("shape", 0.9), ("colour", 0.9)):
+        classes = list(synthetic.label_sets[label_set])
+        truth = gallery.labels(label_set)
+        right = [classes[i] == label for i, label in zip(classify(found, label_set).tolist(), truth, strict=True)]
+        assert sum(right) > least * len(right)
+        bent = class_features(encoder.texts, synthetic.label_sets[label_set], synthetic.templates)
+        direct = [classes[i] == label for i, label in zip((found @ bent.T).argmax(1).tolist(), truth, strict=True)]
+        assert sum(direct) < 0.6 * len(direct)
