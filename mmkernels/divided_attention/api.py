@@ -223,7 +223,7 @@ def _check(
             f"qkv: expected a last dimension of 3 * num_heads * D = {3 * num_heads} D, got {width} "
             f"for num_heads={num_heads}"
         )
-    patches = L - (cls_mode != "none")
+    patches = L - int(cls_mode != "none")
     if patches < 1 or patches % num_frames:
         what = f"{L} tokens" + (", the class token among them," if patches < L else "")
         raise ValueError(

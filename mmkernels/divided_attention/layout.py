@@ -45,7 +45,7 @@ class Layout(NamedTuple):
     @property
     def items(self) -> int:
         """Keys of a sequence: its patches, and the class token where it takes part."""
-        return self.length + (self.cls != APART)
+        return self.length + int(self.cls != APART)
 
     @property
     def cls_rows(self) -> int:
