@@ -96,10 +96,10 @@ class Draw:
         return found
 
     def alike(self, count: int) -> float:
-        """By how much the rounding errors of a sum of ``count`` terms may exceed those of independent ones: terms that
-        are alike err alike."""
+        """By how much the rounding errors of a sum of ``count`` terms may exceed those of the ops' own cases: of many
+        cases the largest error lies further out, and terms that are alike err alike."""
         kinds = {"equal rows", "zero rows", "sparse", "expanded"} & {str(value) for value in self.said.values()}
-        return count**0.5 if kinds else 1.0
+        return 2 * count**0.5 if kinds else 2.0
 
     def plant(self, name: str, x: Tensor, kinds: Sequence[float] = NOT_FINITE) -> Tensor:
         """A copy with up to three values that are not finite."""

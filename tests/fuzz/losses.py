@@ -307,10 +307,11 @@ def triplet(draw: Draw) -> None:
     if planted:
         assert_no_wrong_number(actual, eager, exact, torch.float32)
         return
-    triplet_cases.assert_results(actual, eager, exact, queries, keys, reduction, **options)
+    alike = draw.alike(max(n, m))
+    triplet_cases.assert_results(actual, eager, exact, queries, keys, reduction, alike, **options)
 
     of_queries, of_keys = triplet_cases.sizes_of_terms(queries.double(), keys.double(), reduction, **options)
-    leaves = [Leaf("queries", queries, of_queries), Leaf("keys", keys, of_keys)]
+    leaves = [Leaf("queries", queries, alike * of_queries), Leaf("keys", keys, alike * of_keys)]
     check_call(
         draw,
         lambda impl, *tensors: mmkernels.triplet(*tensors, **options, reduction=reduction, impl=impl),

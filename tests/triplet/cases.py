@@ -96,12 +96,17 @@ def assert_results(
     queries: Tensor,
     keys: Tensor,
     reduction: str = "none",
+    alike: float = 1.0,
     **options: Any,
 ) -> None:
-    """Each within its budget. A gradient is a difference of two sums over negatives: their size sets the band."""
+    """Each within its budget. A gradient is a difference of two sums over negatives: their size sets the band.
+
+    ``alike``: by how much the rounding errors of a sum exceed independent ones, where its terms are alike.
+    """
     assert actual[0].dtype == torch.float32
     assert_within_budget(actual[0], eager[0], exact[0], dtype=torch.float32, name="losses")
-    of_queries, of_keys = sizes_of_terms(queries.double(), keys.double(), reduction, **options)
+    sizes = sizes_of_terms(queries.double(), keys.double(), reduction, **options)
+    of_queries, of_keys = (alike * size for size in sizes)
     assert_within_budget(actual[1], eager[1], exact[1], dtype=queries.dtype, terms=of_queries, name="grad_queries")
     assert_within_budget(actual[2], eager[2], exact[2], dtype=queries.dtype, terms=of_keys, name="grad_keys")
 
