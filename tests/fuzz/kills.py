@@ -33,7 +33,7 @@ from models.common.runs import BEST, read_history
 SMALL = "--preset nano --cpu --precision no --ema 0.9 --warmup 2"
 COMMANDS = {
     "clip": "--data synthetic --batch-size 16 --variant-divisor 1 --steps 24 --checkpoint-every 1",
-    "timesformer": "--data digits --batch-size 8 --steps 24 --checkpoint-every 1",
+    "timesformer": "--data digits --batch-size 8 --steps 24 --checkpoint-every 1 --drop-path 0.2",
     "captioning": "--data synthetic --batch-size 16 --variant-divisor 1 --steps 18 --checkpoint-every 1 "
     "--evaluate-every 3",
     "retrieval": "--data synthetic --batch-size 16 --variant-divisor 1 --steps 24 --checkpoint-every 1 "
