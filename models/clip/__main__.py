@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from models.clip.demo import run_demo
-from models.clip.evaluate import clip_encoder, evaluate_run
+from models.clip.evaluate import clip_encoder, evaluate_run, search
 from models.clip.export import export_model
 from models.clip.model import PRESETS, PresetName
 from models.clip.text import TextEncoderName
@@ -112,7 +112,7 @@ def retrieve(
         pixels = read_image(image, gallery.size)
         scores = encoder.texts(gallery.names()) @ encoder.images(pixels.unsqueeze(0))[0]
     else:
-        scores = encoder.images(gallery.images) @ encoder.texts([text])[0]
+        scores = search(encoder, splits.train, gallery.images, [text])[0]
     best = scores.topk(min(top, len(gallery)))
     table = Table(title=escape(f"{text or image} in {len(gallery)} of {name}"))
     table.add_column("cosine", justify="right")

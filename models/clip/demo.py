@@ -22,7 +22,7 @@ from torch import Tensor
 
 import mmkernels
 from mmkernels.testing import peak_allocated
-from models.clip.evaluate import clip_encoder, draw, evaluate, print_report
+from models.clip.evaluate import clip_encoder, draw, evaluate, print_report, search
 from models.clip.model import CLIP, PresetName
 from models.clip.text import FrozenText, TextEncoderName
 from models.clip.train import ClipTask, LossName, clip_trainer, eager_info_nce, read_ahead
@@ -228,12 +228,11 @@ def print_comparison(found: dict[int, dict[str, float]]) -> None:
     console.print(table)
 
 
-def draw_searches(encoder: Encoder, gallery: ImageTextSet, out: Path) -> None:
+def draw_searches(encoder: Encoder, train: ImageTextSet, gallery: ImageTextSet, out: Path) -> None:
     """A picture of what some texts find, though they are no captions."""
-    images, texts = encoder.images(gallery.images), encoder.texts(SEARCHES)
     found = []
-    for text, features in zip(SEARCHES, texts, strict=True):
-        best = (images @ features).topk(min(8, len(gallery)))
+    for text, scores in zip(SEARCHES, search(encoder, train, gallery.images, SEARCHES), strict=True):
+        best = scores.topk(min(8, len(gallery)))
         found.append((text, gallery.select(best.indices), best.values))
     contact_sheet(found, out / "search.png")
 
@@ -271,7 +270,7 @@ def run_demo(out: Path, budget: float, data: str) -> None:
     with clock.phase("pictures", clock.box("pictures")):
         draw(encoder, first, splits.gallery_limit, out, source.batch_size)
         if data == "emoji":
-            draw_searches(encoder, first.gallery(variants=False), out)
+            draw_searches(encoder, splits.train, first.gallery(variants=False), out)
     step = statistics.median(row["seconds"] for row in trainer.history)
     save_report(report | {"steps": trainer.step, "step_seconds": step, "losses": losses}, out / "report.json")
     console.rule()

@@ -51,36 +51,65 @@ def class_features(
     return torch.stack(rows)
 
 
+class Meanings:
+    """Places images and texts in the space of a frozen text encoder, as it is.
+
+    Training bends the model's own space to tell captions apart, and other words were never met there. An image's place
+    is the mean meaning of the training captions (names with keywords) that the model finds in it, weighted by their
+    softmax (convex combination of semantic embeddings: Norouzi et al. 2014, arXiv:1312.5650).
+    """
+
+    def __init__(self, encoder: Encoder, train: ImageTextSet) -> None:
+        assert isinstance(encoder.tokenize, FrozenText)
+        assert isinstance(encoder.model, CLIP)
+        self.read = encoder.tokenize
+        trained = [train.concepts[concept] for concept in train.rows_by_concept()]
+        known = [concept for concept in trained if not concept.variant]
+        self.names = {name for concept in trained for name in concept.texts}
+        scale = float(encoder.model.logit_scale.detach().exp())
+        self.keys = scale * encoder.texts([concept.name for concept in known])
+        meanings = self.read([", ".join([concept.name, *concept.keywords]) for concept in known])
+        self.centre = meanings.mean(0)
+        self.meanings = meanings - self.centre
+
+    def images(self, images: Tensor) -> Tensor:
+        """Unit features of images [n, E] -> unit vectors [n, width]."""
+        return F.normalize((images @ self.keys.T).softmax(1) @ self.meanings, dim=1)
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> unit vectors [n, width]."""
+        return F.normalize(self.read(texts) - self.centre, dim=1)
+
+
+def search(encoder: Encoder, train: ImageTextSet, images: Tensor, texts: Sequence[str]) -> Tensor:
+    """Scores [texts, n] of images [n, 4, S, S]: cosines of the model, or of meanings for words that no caption has."""
+    features = encoder.images(images)
+    scores = encoder.texts(texts) @ features.T
+    if isinstance(encoder.tokenize, FrozenText):
+        meanings = Meanings(encoder, train)
+        free = [row for row, text in enumerate(texts) if text.lower() not in meanings.names]
+        if free:
+            scores[free] = meanings.texts([texts[row] for row in free]) @ meanings.images(features).T
+    return scores
+
+
 class ZeroShot:
     """Finds the class of an image by the words of the classes; no label is seen.
 
-    With a frozen text encoder images and classes meet in that encoder's own space: training bent the model's space to
-    tell captions apart, and never met the words of the classes there. An image's place is the mean meaning of the
-    training captions (names with keywords) that the model finds in it, weighted by their softmax (convex combination of
-    semantic embeddings: Norouzi et al. 2014, arXiv:1312.5650).
+    With a frozen text encoder images and classes meet by their meanings.
     """
 
     def __init__(self, encoder: Encoder, splits: Splits) -> None:
-        self.keys: Tensor | None = None
-        read: Callable[[Sequence[str]], Tensor] = encoder.texts
-        if isinstance(encoder.tokenize, FrozenText):
-            assert isinstance(encoder.model, CLIP)
-            read = encoder.tokenize
-            trained = [splits.train.concepts[concept] for concept in splits.train.rows_by_concept()]
-            known = [concept for concept in trained if not concept.variant]
-            self.keys = float(encoder.model.logit_scale.detach().exp()) * encoder.texts(
-                [concept.name for concept in known]
-            )
-            meanings = read([", ".join([concept.name, *concept.keywords]) for concept in known])
-            self.meanings = meanings - meanings.mean(0)
+        self.meanings = Meanings(encoder, splits.train) if isinstance(encoder.tokenize, FrozenText) else None
+        read = self.meanings.read if self.meanings is not None else encoder.texts
         self.classes = {
             name: class_features(read, words, splits.templates) for name, words in splits.label_sets.items()
         }
 
     def __call__(self, images: Tensor, label_set: str) -> Tensor:
         """Unit features of images [n, E] -> the index of each one's class, [n]."""
-        if self.keys is not None:
-            images = (images @ self.keys.T).softmax(1) @ self.meanings
+        if self.meanings is not None:
+            images = self.meanings.images(images)
         return (images @ self.classes[label_set].T).argmax(1)
 
 

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from models.clip.__main__ import main
-from models.clip.evaluate import ZeroShot, class_features, clip_encoder
+from models.clip.evaluate import ZeroShot, class_features, clip_encoder, search
 from models.clip.model import CLIP, PRESETS, TextConfig
 from models.clip.open_clip import to_open_clip
 from models.clip.text import FROZEN, FrozenText, minilm, text_reader
 from models.clip.train import ClipTask, clip_trainer, load_clip, read_ahead, train_run
 from models.common.checkpoint import CheckpointError, checkpoints, load_checkpoint
+from models.common.gallery import Encoder
 from models.common.runs import read_history
 from models.common.training import TrainConfig
 from models.data import Batch, BatchPlan, Splits
@@ -213,9 +214,22 @@ def test_minilm_knows_what_no_caption_says(tmp_path: Path) -> None:
     torch.testing.assert_close(minilm(None)(["dog", long])[0], dog, rtol=0, atol=1e-5)
 
 
+class Finder(CLIP):
+    """A model that sees each image of a gallery where ``places`` has it."""
+
+    def __init__(self, model: CLIP, places: torch.Tensor) -> None:
+        super().__init__(model.config)
+        self.load_state_dict(model.state_dict())
+        self.places = places
+
+    def encode_image(self, images: torch.Tensor, normalize: bool = True) -> torch.Tensor:
+        return self.places
+
+
 def test_classes_are_found_by_what_the_captions_mean(words: WordSums, synthetic: Splits) -> None:
     """A model whose text space is bent beyond recognition still finds captions, and these have meanings."""
     config = replace(PRESETS["nano"], embed_dim=WIDTH, text=TextConfig(frozen="minilm", width=WIDTH), scale=80.0)
+    torch.manual_seed(0)
     model = CLIP(config).eval()
     torch.nn.init.normal_(model.text_projection)
     mlp = model.adapter[1].c_proj  # type: ignore[union-attr]
@@ -224,11 +238,17 @@ def test_classes_are_found_by_what_the_captions_mean(words: WordSums, synthetic:
     classify = ZeroShot(encoder, synthetic)
     gallery = synthetic.train.gallery()
     found = encoder.texts(gallery.names())  # images that are where their captions are
-    for label_set, least in (("shape", 0.9), ("colour", 0.9)):
+    for label_set in ("shape", "colour"):
         classes = list(synthetic.label_sets[label_set])
         truth = gallery.labels(label_set)
         right = [classes[i] == label for i, label in zip(classify(found, label_set).tolist(), truth, strict=True)]
-        assert sum(right) > least * len(right)
+        assert sum(right) > 0.8 * len(right)
         bent = class_features(encoder.texts, synthetic.label_sets[label_set], synthetic.templates)
-        direct = [classes[i] == label for i, label in zip((found @ bent.T).argmax(1).tolist(), truth, strict=True)]
-        assert sum(direct) < 0.6 * len(direct)
+        as_captions = (found @ bent.T).argmax(1).tolist()
+        assert sum(classes[i] == label for i, label in zip(as_captions, truth, strict=True)) < 0.7 * len(truth)
+    # So does a search in words that no caption has; a caption itself is searched by the model.
+    alike = Encoder(Finder(model, found), encoder.tokenize, encoder.image_size)  # type: ignore[arg-type]
+    free, caption = search(alike, synthetic.train, gallery.images, ["circle", gallery.names()[7]])
+    assert sum("circle" in gallery.names()[row] for row in free.topk(10).indices.tolist()) >= 8
+    assert not torch.allclose(free, encoder.texts(["circle"])[0] @ found.T, atol=0.1)
+    torch.testing.assert_close(caption, found @ found[7], rtol=0, atol=1e-5)
