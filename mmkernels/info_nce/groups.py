@@ -18,6 +18,8 @@ class Groups(NamedTuple):
 def number_groups(query_groups: Tensor, key_groups: Tensor) -> Groups:
     """Numbers each group by its first place among the sorted groups of the keys; never waits for the device. A query
     whose group no key has gets a number with no keys."""
+    # searchsorted warns of a column of a table, and copies it.
+    query_groups, key_groups = query_groups.contiguous(), key_groups.contiguous()
     keys, queries = key_groups.sort().values, query_groups.sort().values
 
     def range_in(groups: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
