@@ -47,7 +47,9 @@ struct ColumnStatistics {
 
 // Within this spread of its statistics a tile needs one exponential for rows and columns alike, e^(s - c) with one c.
 // The largest term of each row and column is then at least e^-60, and floats keep their digits down to e^-87: terms
-// lose digits only where they are e^-27 of the largest, and the last place of a sum is e^-16.6 (2^-24) of it.
+// lose digits only where they are e^-27 of the largest, and the last place of a sum is e^-16.6 (2^-24) of it. The
+// statistics of a tile with a positive never use it: a loss near zero keeps its digits only if the positive's own
+// exponential is 1.
 constexpr float kOneExponentialSpread = 60.f;
 
 // Finds the largest logit of a tile, `center`, and tells whether the largest logits of its rows and of its columns lie

@@ -84,12 +84,16 @@ struct DistillationStatistics final : Epilogue {
     keep_tile(problem.teacher, t, row0, rows, col0, cols, problem.teacher_products);
     scale_and_find_maxima(s, problem.logits.scale, cols, tile_row.largest, col.largest);
     scale_and_find_maxima(t, problem.teacher.scale, cols, tile_row.teacher_largest, col.teacher_largest);
-    for_each_target(nullptr, row0, rows, col0, cols, s, [&](int64_t r, float& logit) { positive[r] = logit; });
+    bool has_positive = false;
+    for_each_target(nullptr, row0, rows, col0, cols, s, [&](int64_t r, float& logit) {
+      positive[r] = logit;
+      has_positive = true;
+    });
     float center, teacher_center;
     const int64_t counted = kColumns ? cols : 0;
     const bool near = lie_near(tile_row.largest, rows, col.largest, counted, center);
     const bool teacher_near = lie_near(tile_row.teacher_largest, rows, col.teacher_largest, counted, teacher_center);
-    if (near && teacher_near) {
+    if (!has_positive && near && teacher_near) {
       add_exponentials<true>(s, t, cols, center, teacher_center);
     } else {
       add_exponentials<false>(s, t, cols, center, teacher_center);

@@ -47,18 +47,22 @@ struct InfoNceStatistics final : Epilogue {
   void tile(float* s, int64_t col0, int64_t cols) override {
     keep_tile(problem.logits, s, row0, rows, col0, cols, problem.products);
     scale_and_find_maxima(s, cols);
+    bool has_positive = false;
     if (problem.positives.queries != nullptr) {
       std::fill(col_positive, col_positive + cols, 0.);
       for_each_positive(problem.positives, row0, rows, col0, cols, s, [&](int64_t r, int64_t c, float logit) {
         row_positive[r] += logit;
         col_positive[c] += logit;
+        has_positive = true;
       });
     } else {
-      for_each_target(problem.targets, row0, rows, col0, cols, s,
-                      [&](int64_t r, float& logit) { row_positive[r] = logit; });
+      for_each_target(problem.targets, row0, rows, col0, cols, s, [&](int64_t r, float& logit) {
+        row_positive[r] = logit;
+        has_positive = true;
+      });
     }
     float center;
-    if (lie_near(tile_row_max, rows, col.largest, kColumns ? cols : 0, center)) {
+    if (lie_near(tile_row_max, rows, col.largest, kColumns ? cols : 0, center) && !has_positive) {
       add_exponentials<true>(s, cols, center);
     } else {
       add_exponentials<false>(s, cols, center);

@@ -69,6 +69,13 @@ def test_extreme_logits(student, teacher):
     assert_results(run(inputs, 1.0, 1.0, True, "cpu"), run(inputs, 1.0, 1.0, True, "eager"), exact, inputs, 1.0)
 
 
+@needs_library
+def test_losses_near_zero_keep_their_digits():
+    """The last tile of 9 x 9 has logits that all come near its largest, and eager's loss is next to 0."""
+    case = Case(777, 777, 256, 256, scale=100.0, teacher_scale=100.0, near=0.95, teacher_near=0.95)
+    check_case(case, torch.float32, "cpu")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @needs_library
 def test_strides_are_honoured(dtype):

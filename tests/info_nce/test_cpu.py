@@ -58,6 +58,15 @@ def test_digits_at_large_logits(largest, symmetric):
     assert (grad_scale.double() - exact[3]).abs() < 5e-7 * 7 * largest
 
 
+@pytest.mark.parametrize("groups", [False, True])
+@needs_library
+def test_losses_near_zero_keep_their_digits(groups):
+    """The last tile of 9 x 9 has logits that all come near its largest, and eager's loss is 0."""
+    each = torch.arange(777)
+    options = {"query_groups": each, "key_groups": each} if groups else {}
+    check_case(Case(777, 777, 256, scale=100.0, near=0.95, options=options), torch.float32, "cpu")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @needs_library
 def test_strides_are_honoured(dtype):
