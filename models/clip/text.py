@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,12 +17,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from models.clip.model import TextConfig
 from models.data import Tokenizer
+from models.data.cache import read_cache, write_cache
 
 TextEncoderName = Literal["trained", "minilm"]
 Encode = Callable[[Sequence[str]], Tensor]
@@ -44,15 +42,12 @@ class FrozenText:
         self.name, self.sha256, self.width = name, sha256, width
         self._load = load
         self._encode: Encode | None = None
-        self._known: dict[str, Tensor] = {}
         self.cache = cache_dir / f"text-{name}-{sha256[:12]}.safetensors" if cache_dir is not None else None
-        if self.cache is not None and self.cache.is_file():
-            try:
-                with safe_open(self.cache, "pt") as file:
-                    texts = json.loads(file.metadata()["texts"])
-                    self._known = dict(zip(texts, file.get_tensor("features"), strict=True))
-            except (SafetensorError, ValueError, KeyError):
-                self.cache.unlink()  # a cache is cheap to make again
+
+        def kept(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Tensor]:
+            return dict(zip(json.loads(metadata["texts"]), tensors["features"], strict=True))
+
+        self._known: dict[str, Tensor] = (self.cache and read_cache(self.cache, kept)) or {}
 
     @property
     def identity(self) -> dict[str, str]:
@@ -76,11 +71,8 @@ class FrozenText:
                 break
             self._read(wanted[start : start + 1024])
         if self.cache is not None and len(self._known) > before:
-            self.cache.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.cache.with_suffix(f".{os.getpid()}.tmp")
             features = torch.stack(list(self._known.values()))
-            save_file({"features": features}, temporary, {"texts": json.dumps(list(self._known))})
-            temporary.replace(self.cache)
+            write_cache(self.cache, {"features": features}, {"texts": json.dumps(list(self._known))})
         return sum(text in self._known for text in wanted)
 
     def _read(self, texts: Iterable[str]) -> None:

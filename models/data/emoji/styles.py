@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from models.data.cache import read_cache, write_cache
 from models.data.emoji.catalogue import catalogue, code_of
 from models.data.sets import BadDataError, BadDataLog, fit_square, open_image, to_tensor
 
@@ -224,14 +223,14 @@ def load_style(name: str, size: int, cache_dir: Path, bad: BadDataLog) -> dict[s
     source = style(name, cache_dir)
     known = {entry.code for entry in catalogue()}
     path = cache_dir / f"emoji-{name}-{source.version()}-{size}.safetensors"
-    if path.is_file():
-        try:
-            with safe_open(path, "pt") as file:
-                codes = file.metadata()["codes"].split()
-                pairs = zip(file.get_tensor("images"), file.get_tensor("plain"), strict=True)
-                return {code: Drawing(*pair) for code, pair in zip(codes, pairs, strict=True)}
-        except (SafetensorError, ValueError, KeyError):
-            path.unlink()  # a cache is cheap to make again
+
+    def kept(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Drawing]:
+        pairs = zip(tensors["images"], tensors["plain"], strict=True)
+        return {code: Drawing(*pair) for code, pair in zip(metadata["codes"].split(), pairs, strict=True)}
+
+    found = read_cache(path, kept)
+    if found is not None:
+        return found
     drawings: dict[str, Drawing] = {}
     skipped = len(bad)
     for code, file_name, draw in source.files():
@@ -247,9 +246,6 @@ def load_style(name: str, size: int, cache_dir: Path, bad: BadDataLog) -> dict[s
     if not drawings:
         raise BadDataError(f"style {name}: no usable drawing found")
     if len(bad) == skipped:  # a cache would hide the count of bad files from the next run
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
         images, plain = (torch.stack(list(part)) for part in zip(*drawings.values(), strict=True))
-        save_file({"images": images, "plain": plain}, temporary, {"codes": " ".join(drawings)})
-        temporary.replace(path)
+        write_cache(path, {"images": images, "plain": plain}, {"codes": " ".join(drawings)})
     return drawings
