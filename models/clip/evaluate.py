@@ -31,6 +31,7 @@ from models.common.metrics import accuracy
 from models.common.plots import curves
 from models.common.runs import announce_files, read_history
 from models.data import ImageTextSet, Splits, Tokenizer
+from models.data.sets import Concept
 
 
 def clip_encoder(model: CLIP, reader: Tokenizer | FrozenText) -> Encoder:
@@ -51,6 +52,11 @@ def class_features(
     return torch.stack(rows)
 
 
+def full_caption(concept: Concept) -> str:
+    """The name of a concept and all its keywords."""
+    return ", ".join([concept.name, *concept.keywords])
+
+
 class Meanings:
     """Places images and texts in the space of a frozen text encoder, as it is.
 
@@ -68,7 +74,7 @@ class Meanings:
         self.names = {name for concept in trained for name in concept.texts}
         scale = float(encoder.model.logit_scale.detach().exp())
         self.keys = scale * encoder.texts([concept.name for concept in known])
-        meanings = self.read([", ".join([concept.name, *concept.keywords]) for concept in known])
+        meanings = self.read([full_caption(concept) for concept in known])
         self.centre = meanings.mean(0)
         self.meanings = meanings - self.centre
 
@@ -101,6 +107,7 @@ class ZeroShot:
 
     def __init__(self, encoder: Encoder, splits: Splits) -> None:
         self.meanings = Meanings(encoder, splits.train) if isinstance(encoder.tokenize, FrozenText) else None
+        self.texts = self.meanings.texts if self.meanings is not None else encoder.texts
         read = self.meanings.read if self.meanings is not None else encoder.texts
         self.classes = {
             name: class_features(read, words, splits.templates) for name, words in splits.label_sets.items()
@@ -110,7 +117,24 @@ class ZeroShot:
         """Unit features of images [n, E] -> the index of each one's class, [n]."""
         if self.meanings is not None:
             images = self.meanings.images(images)
-        return (images @ self.classes[label_set].T).argmax(1)
+        return self.classes_of(images, label_set)
+
+    def of_words(self, data: ImageTextSet, label_set: str) -> Tensor:
+        """The class by the words of each image's own concept, [n]: what an image encoder without fault would reach.
+
+        A variant (skin tone) takes the words of its group's first concept that is none, as :class:`Meanings` would.
+        """
+        plain: dict[str, Concept] = {}
+        for concept in data.concepts:
+            if not concept.variant:
+                plain.setdefault(concept.group, concept)
+        own = (data.concepts[concept] for concept in data.concept_ids.tolist())
+        captions = [full_caption(plain.get(c.group, c) if c.variant else c) for c in own]
+        return self.classes_of(self.texts(captions), label_set)
+
+    def classes_of(self, features: Tensor, label_set: str) -> Tensor:
+        """Unit features [n, width], where classes lie too -> the index of each one's class, [n]."""
+        return (features @ self.classes[label_set].T).argmax(1)
 
 
 def evaluate(
@@ -141,9 +165,11 @@ def evaluate(
             truth = torch.tensor([index[label] for label in full.labels(label_set)])
             guess = zero_shot(images, label_set)
             by_pixel = torch.tensor([index[data.concepts[c].labels[label_set]] for c in nearest])
-            model = accuracy(guess, truth, len(index))
-            base = accuracy(by_pixel, truth, len(index))
-            entry["zero_shot"][label_set] = asdict(model) | {"pixel_micro": base.micro, "pixel_macro": base.macro}
+            value = asdict(accuracy(guess, truth, len(index)))
+            for who, other in (("pixel", by_pixel), ("words", zero_shot.of_words(full, label_set))):
+                beside = accuracy(other, truth, len(index))
+                value |= {f"{who}_micro": beside.micro, f"{who}_macro": beside.macro}
+            entry["zero_shot"][label_set] = value
         report["sets"][name] = entry
     return report
 
@@ -152,12 +178,15 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     """Print the tables of a report."""
     print_retrieval(report, console)
     if any(entry["zero_shot"] for entry in report["sets"].values()):
-        table = Table(title="Zero-shot accuracy (pixels: the class of the nearest training image)")
-        for column in ("set", "classes", "micro", "macro", "majority", "chance", "pixels micro", "pixels macro"):
+        table = Table(
+            title="Zero-shot accuracy (words: an image's own name and keywords in its place, as if it were understood "
+            "whole; pixels: the class of the nearest training image, which knows the labels)"
+        )
+        numbers = ("micro", "macro", "words_micro", "words_macro", "majority", "chance", "pixel_micro", "pixel_macro")
+        for column in ("set", "classes", *(number.replace("_", " ") for number in numbers)):
             table.add_column(column, justify="left" if column == "set" else "right")
         for name, entry in report["sets"].items():
             for label_set, value in entry["zero_shot"].items():
-                numbers = ("micro", "macro", "majority", "chance", "pixel_micro", "pixel_macro")
                 table.add_row(name, f"{value['classes']} {label_set}", *(f"{value[k]:.3f}" for k in numbers))
         console.print(table)
     for note in report["notes"]:

@@ -25,6 +25,7 @@ from models.common.training import TrainConfig
 from models.data import Batch, BatchPlan, Splits
 from models.data.augment import Augment
 from models.data.config import DataConfig
+from models.data.sets import Concept, ImageTextSet
 from tests.models.clip.conftest import WIDTH, WordSums
 from tests.models.stopping import stop_before
 
@@ -252,3 +253,19 @@ def test_classes_are_found_by_what_the_captions_mean(words: WordSums, synthetic:
     assert sum("circle" in gallery.names()[row] for row in free.topk(10).indices.tolist()) >= 8
     assert not torch.allclose(free, encoder.texts(["circle"])[0] @ found.T, atol=0.1)
     torch.testing.assert_close(caption, found @ found[7], rtol=0, atol=1e-5)
+
+
+def test_words_stand_for_images_that_are_understood_whole(words: WordSums) -> None:
+    """A concept is classed by its name and keywords, a variant by the words of what it varies."""
+    config = replace(PRESETS["nano"], embed_dim=WIDTH, text=TextConfig(frozen="minilm", width=WIDTH))
+    concepts = [
+        Concept("circle", "circle", keywords=("red",)),
+        Concept("blue circle", "circle", variant=True),
+        *(Concept("thing", f"thing {colour}", keywords=(colour,)) for colour in ("red", "blue")),
+        Concept("blue sky", "sky", variant=True),
+    ]
+    ids = torch.arange(len(concepts))
+    data = ImageTextSet(torch.zeros(len(concepts), 4, 8, 8, dtype=torch.uint8), ids, ids, concepts, ["one"])
+    splits = Splits("words", data, {}, label_sets={"colour": {"red": ["red"], "blue": ["blue"]}})
+    classify = ZeroShot(clip_encoder(CLIP(config), words.reader(None)), splits)
+    assert classify.of_words(data, "colour").tolist() == [0, 0, 0, 1, 1]
