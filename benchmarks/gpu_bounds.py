@@ -1,197 +1,64 @@
 """Compile every Triton kernel for GPUs that need not be here; tabulate what they take and how fast they could be.
 
     python -m benchmarks.gpu_bounds [OP ...] [--targets sm_90 gfx942] [--all] [--json FILE]
+    python -m benchmarks.gpu_bounds info_nce --targets sm_90 --kernel forward --where SYMMETRIC=1 \\
+        --set BLOCK_N=64 num_warps=4 num_stages=3
 
-Registers, spills, shared memory and instructions come from the compiled code. The time is a bound: FLOPs and bytes
-over the limits of the datasheet. Nothing here is measured. Each op brings its forms in <op>/gpu_bounds.py.
+Registers, spills, shared memory and instructions come from the compiled code. The bound is FLOPs and bytes over the
+limits of the datasheet; the prediction is the time that a model of the scheduler gives the machine code
+(benchmarks/issue_model). Nothing here is measured. Each op brings its forms in <op>/gpu_bounds.py.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import json
-import multiprocessing
-import os
-import re
-import subprocess
-import tempfile
 from pathlib import Path
-from typing import Any
-
-import triton
-from triton.compiler import ASTSource
+from typing import Any, NamedTuple
 
 from benchmarks import registry
-from benchmarks.harness.gpu_forms import GPUS, Case, Compiled, Gpu
+from benchmarks.gpu_compile import assembly, compile_case, faults, heaviest, in_processes, predict_case
+from benchmarks.harness.gpu_forms import GPUS, Case, Compiled, Problem
+from benchmarks.issue_model.pipes import CHIPS
+from benchmarks.issue_model.predict import Tile
 from benchmarks.registry import FOLDERS
 
-
-def compile_case(case: Case) -> Compiled:
-    """Compile one form with the toolchain in Triton's wheel and read the result."""
-    gpu = GPUS[case.gpu]
-    read = _read_nvidia if gpu.target.backend == "cuda" else _read_amd
-    return read(_compiled(case), gpu, case.num_warps, _matrix(case))
+__all__ = ["GPUS", "assembly", "compile_case", "faults", "heaviest", "main"]
 
 
-def assembly(case: Case) -> Any:
-    """What the compiler made of one form: ptx, cubin, amdgcn."""
-    return _compiled(case).asm
+class Form(NamedTuple):
+    """A compiled form, the work that calls give it, and a tile of each of them where the GPU has a model."""
+
+    case: Case
+    compiled: Compiled
+    problems: list[Problem]
+    tiles: list[Tile]
 
 
-def _compiled(case: Case) -> Any:
-    op = registry.gpu_bounds(case.op)
-    kernel = op.kernel(case.kernel)
-    constants = {name: value for name, value in case.constants if name in kernel.arg_names}
-    signature, attributes = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        argument = op.argument(case, name)
-        signature[name] = argument.type
-        if argument.divisible:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    gpu = GPUS[case.gpu]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **dict(case.options)}
-    return triton.compile(source, target=gpu.target, options=options)
-
-
-def _matrix(case: Case) -> str:
-    gpu = GPUS[case.gpu]
-    return gpu.matrix if dict(case.constants).get("BLOCK_M", 64) >= 64 else gpu.small_matrix
-
-
-def _read_nvidia(compiled: Any, gpu: Gpu, num_warps: int, matrix: str) -> Compiled:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", cubin.name)
-        code = _tool("nvdisasm", "-c", cubin.name)
-    registers = int(_only(r"REG:(\d+)", usage))
-    spilled = sum(int(value) for value in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
-    # Stores to local memory that the summary does not count.
-    spilled += 4 * len(re.findall(r"\bSTL\b", code))
-    shared = compiled.metadata.shared
-    # A multiprocessor has 64 Ki registers, given out 256 a warp at a time; a block reserves 1 KiB of shared memory.
-    warps = 65536 // (-(-registers * 32 // 256) * 256)
-    blocks = min(warps // num_warps, gpu.max_warps // num_warps, gpu.shared_unit // (shared + 1024))
-    tensor_memory = getattr(compiled.metadata, "tmem_size", 0) or 0
-    if tensor_memory:
-        blocks = min(blocks, 512 // tensor_memory)
-    return Compiled(
-        registers, spilled, shared, tensor_memory,
-        len(re.findall(matrix, code)), len(re.findall(r"\btf32\b", compiled.asm["ptx"])),
-        blocks, blocks * num_warps / gpu.max_warps,
-    )  # fmt: skip
-
-
-def _read_amd(compiled: Any, gpu: Gpu, num_warps: int, matrix: str) -> Compiled:
-    code = compiled.asm["amdgcn"]
-    registers = int(_only(r"\.vgpr_count:\s+(\d+)", code))  # accumulators included
-    spilled = int(_only(r"\.private_segment_fixed_size:\s+(\d+)", code)) + 4 * int(
-        _only(r"\.vgpr_spill_count:\s+(\d+)", code)
-    )
-    shared = compiled.metadata.shared
-    # Each of the four units of a multiprocessor has 512 registers a lane, given out 8 at a time, and room for 8 waves.
-    waves = min(8, 512 // max(8, -(-registers // 8) * 8)) * 4
-    blocks = min(waves // num_warps, gpu.shared_unit // max(shared, 1))
-    return Compiled(
-        registers, spilled, shared, 0, len(re.findall(matrix, code)), len(re.findall(r"v_mfma\S*xf32", code)),
-        blocks, blocks * num_warps / gpu.max_warps,
-    )  # fmt: skip
-
-
-def _only(pattern: str, text: str) -> str:
-    match = re.search(pattern, text)
-    if match is None:
-        raise RuntimeError(
-            f"the compiler's report has no {pattern!r}; this reader does not know triton {triton.__version__}"
-        )
-    return match.group(1)
-
-
-def _tool(name: str, *arguments: str) -> str:
-    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
-
-
-# IEEE float32 on NVIDIA has no matrix units: ptxas keeps up to 22 values of a thread in local memory so that one more
-# block fits on the multiprocessor, in forms that change with its version. A tile that is too large spills hundreds.
-_IEEE_SPILL = 4 * 24  # bytes of a thread
-
-
-def faults(case: Case, compiled: Compiled | str) -> list[str]:
-    """What is wrong with the compiled form; nothing, if it may ship."""
-    if isinstance(compiled, str):
-        return [compiled]
-    gpu = GPUS[case.gpu]
-    found = []
-    # NVIDIA's matrix units have no IEEE float32.
-    has_units = case.has_dot and not (case.precision == "ieee" and gpu.target.backend == "cuda")
-    tolerated = _IEEE_SPILL if case.has_dot and not has_units else 0
-    if compiled.spilled > tolerated and not case.may_spill:
-        found.append(f"{compiled.spilled} bytes of local memory a thread: it spills")
-    limit = 99 << 10 if case.gpu == "sm_80" else gpu.shared_limit  # chips 8.6, 8.9 and 12.0 run this one, too
-    if compiled.shared > limit:
-        found.append(f"{compiled.shared} bytes of shared memory, the limit is {limit}")
-    if compiled.blocks < 1:
-        found.append("no block fits on a multiprocessor")
-    if has_units and not compiled.matrix_instructions:
-        found.append(f"no instruction of the matrix units ({_matrix(case)})")
-    if compiled.tf32_instructions and case.precision != "tf32x3":
-        found.append(f"{compiled.tf32_instructions} TF32 instructions that nobody asked for")
-    return found
-
-
-def heaviest(chosen: list[Case]) -> list[Case]:
-    """The forms that no other outdoes. A form outdoes another if they differ only in the constants that add to a kernel
-    (GROWING) and its own are all as large: it then takes more registers and memory."""
-    rivals: dict[Case, list[dict[str, Any]]] = {}
-
-    def split(case: Case) -> tuple[Case, dict[str, Any]]:
-        growing = registry.gpu_bounds(case.op).GROWING
-        fixed = tuple((name, value) for name, value in case.constants if name not in growing)
-        return dataclasses.replace(case, constants=fixed), {n: v for n, v in case.constants if n in growing}
-
-    for case in chosen:
-        fixed, sizes = split(case)
-        rivals.setdefault(fixed, []).append(sizes)
-
-    def is_outdone(case: Case) -> bool:
-        fixed, sizes = split(case)
-        return any(other != sizes and all(other[n] >= sizes[n] for n in sizes) for other in rivals[fixed])
-
-    return [case for case in chosen if not is_outdone(case)]
-
-
-def _attempt(case: Case) -> Compiled | str:
-    try:
-        return compile_case(case)
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
-
-
-def compile_all(chosen: list[Case], workers: int | None = None) -> list[Compiled | str]:
-    """Compile the cases in processes of their own; a text in place of a result says why there is none."""
-    workers = min(workers or os.cpu_count() or 1, len(chosen))
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        return list(pool.map(_attempt, chosen))
+def read_form(case: Case) -> Form:
+    problems = registry.gpu_bounds(case.op).problems(case)
+    return Form(case, compile_case(case), problems, predict_case(case, [problem.steps for problem in problems]))
 
 
 HEADS = (
     "kernel", "tile", "warps", "stages", "registers", "spilled B", "shared KiB", "occupancy (blocks)", "matrix instr.",
     "problem", "GFLOP", "MB", "bound ms", "limit",
 )  # fmt: skip
+PREDICTED = (
+    "kernel", "tile", "warps", "blocks", "problem", "instr. step", "rest", "an element", "MUFU/SHFL/BAR/LDG of rest",
+    "rest issue", "matrix", "issue", "MUFU", "LSU", "ALU", "FMA", "cycles a tile", "TFLOP/s", "ms", "x bound",
+)  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = ", ".join(FOLDERS)
     parser.add_argument("ops", nargs="*", default=list(FOLDERS), metavar="op", help=f"of {every}; default all")
     parser.add_argument("--targets", nargs="+", choices=GPUS, default=list(GPUS))
     parser.add_argument("--all", action="store_true", help="every form, not only the plain ones in bf16 and fp32")
+    parser.add_argument("--kernel", help="only kernels whose name begins so")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"))
+    parser.add_argument("--where", nargs="+", default=[], metavar="NAME=VALUE", help="only forms with these constants")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="constants, num_warps, num_stages")
     parser.add_argument("--json", type=Path, help="write the table there, too")
     arguments = parser.parse_args()
     unknown = set(arguments.ops) - set(FOLDERS)
@@ -199,40 +66,109 @@ def main() -> None:
         parser.error(f"unknown op {', '.join(sorted(unknown))}: expected {every}")
 
     cases = [case for op in arguments.ops for case in registry.gpu_bounds(op).cases(arguments.targets)]
-    chosen = [case for case in cases if arguments.all or registry.gpu_bounds(case.op).is_main(case)]
-    results = compile_all(chosen)
-    lines, records = [], []
-    for case, result in zip(chosen, results, strict=True):
-        if isinstance(result, str):
-            lines.append([case.name, result])
-            continue
-        tile = "x".join(str(value) for key, value in case.constants if key.startswith(("BLOCK", "STEP")))
-        fitting = f"{result.occupancy:.0%} ({result.blocks})"
-        taken = (
-            case.name, tile, case.num_warps, case.num_stages, result.registers, result.spilled, result.shared >> 10,
-            fitting, result.matrix_instructions,
-        )  # fmt: skip
-        for problem in registry.gpu_bounds(case.op).problems(case):
-            seconds, limit = problem.bound(case)
-            cells = (
-                *taken, problem.name, f"{problem.flops / 1e9:.1f}", f"{problem.bytes / 1e6:.1f}",
-                f"{seconds * 1e3:.4f}", limit,
-            )  # fmt: skip
-            lines.append([str(cell) for cell in cells])
-            record = {"case": case.name, "tile": tile, "bound_s": seconds, "limit": limit} | problem._asdict()
-            records.append(record | dataclasses.asdict(result) | {"faults": faults(case, result)})
+    wanted = _values(arguments.where)
+    chosen = [
+        _changed(case, _values(arguments.set))
+        for case in cases
+        if (arguments.all or wanted or registry.gpu_bounds(case.op).is_main(case))
+        and case.kernel.startswith(arguments.kernel or "")
+        and case.dtype == (arguments.dtype or case.dtype)
+        and dict(case.constants).items() >= wanted.items()
+    ]
+    if not chosen:
+        parser.error("no form is so")
+    results = in_processes(read_form, chosen)
+    forms = [result for result in results if isinstance(result, Form)]
+    failed = [[case.name, result] for case, result in zip(chosen, results, strict=True) if isinstance(result, str)]
 
     print("Times are bounds from datasheets, not measured:")
     for name in arguments.targets:
         gpu = GPUS[name]
         peaks = ", ".join(f"{precision} {peak / 1e12:.0f} TFLOP/s" for precision, peak in gpu.peak.items())
         print(f"  {name}: {gpu.chip}, {gpu.bandwidth / 1e12:.2f} TB/s, {peaks}")
-    print(table([list(HEADS), *lines]))
+    print(table([list(HEADS), *(line for form in forms for line in _taken(form)), *failed]))
+    predictions = [line for form in forms for line in _predicted(form)]
+    if predictions:
+        print(
+            "\nPredictions from the machine code, not measured. step: a trip through the main loop; rest: of the tile. "
+            "Instructions\nare a warp's, clocks those of a pipe of one scheduler for a block's tile:"
+        )
+        print(table([list(PREDICTED), *predictions]))
     if arguments.json:
-        arguments.json.write_text(json.dumps(records, indent=1) + "\n")
-    broken = [case.name for case, result in zip(chosen, results, strict=True) if faults(case, result)]
+        arguments.json.write_text(json.dumps([r for form in forms for r in _records(form)], indent=1) + "\n")
+    broken = [form.case.name for form in forms if faults(form.case, form.compiled)] + [name for name, _ in failed]
     if broken:
         raise SystemExit("faults in: " + ", ".join(broken))
+
+
+def _values(pairs: list[str]) -> dict[str, Any]:
+    """NAME=VALUE as the constants have them."""
+    named = dict(pair.split("=", 1) for pair in pairs)
+    words = {"True": True, "False": False}
+    return {
+        name: words.get(value, int(value) if value.lstrip("-").isdigit() else value) for name, value in named.items()
+    }
+
+
+def _changed(case: Case, values: dict[str, Any]) -> Case:
+    """The form with other constants, warps or stages."""
+    launch = {name: value for name, value in values.items() if name in ("num_warps", "num_stages")}
+    constants = tuple((name, values.get(name, value)) for name, value in case.constants)
+    return dataclasses.replace(case, constants=constants, **launch)
+
+
+def _tile_name(case: Case) -> str:
+    return "x".join(str(value) for key, value in case.constants if key.startswith(("BLOCK", "STEP")))
+
+
+def _taken(form: Form) -> list[list[str]]:
+    case, compiled, lines = form.case, form.compiled, []
+    for problem in form.problems:
+        seconds, limit = problem.bound(case)
+        cells = (
+            case.name, _tile_name(case), case.num_warps, case.num_stages, compiled.registers, compiled.spilled,
+            compiled.shared >> 10, f"{compiled.occupancy:.0%} ({compiled.blocks})", compiled.matrix_instructions,
+            problem.name, f"{problem.flops / 1e9:.1f}", f"{problem.bytes / 1e6:.1f}", f"{seconds * 1e3:.4f}", limit,
+        )  # fmt: skip
+        lines.append([str(cell) for cell in cells])
+    return lines
+
+
+def _predicted(form: Form) -> list[list[str]]:
+    case, lines = form.case, []
+    chip = CHIPS.get(case.gpu)
+    constants = dict(case.constants)
+    elements = constants.get("BLOCK_M", 0) * constants.get("BLOCK_N", 0) / (32 * case.num_warps)  # of a thread
+    for problem, tile in zip(form.problems, form.tiles, strict=False):
+        rest, named, clocks = tile.rest, tile.rest.named, tile.clocks
+        if not tile.flops or not chip:
+            continue  # without products a kernel's time is that of its bytes
+        seconds = problem.predicted(tile.flops, tile.cycles, chip)
+        bound, _ = problem.bound(case)
+        cells = (
+            case.name, _tile_name(case), case.num_warps, form.compiled.blocks, problem.name,
+            tile.step.instructions, rest.instructions, f"{rest.instructions / elements:.1f}" if elements else "",
+            "/".join(str(named[name]) for name in ("MUFU", "SHFL", "BAR", "LDG")), round(tile.rest_clocks["issue"]),
+            *(round(clocks.get(pipe, 0)) for pipe in ("matrix", "issue", "mufu", "lsu", "alu", "fma")),
+            round(tile.cycles), round(problem.flops / seconds / 1e12), f"{seconds * 1e3:.3f}", f"{seconds / bound:.1f}",
+        )  # fmt: skip
+        lines.append([str(cell) for cell in cells])
+    return lines
+
+
+def _records(form: Form) -> list[dict[str, Any]]:
+    case, found = form.case, []
+    chip = CHIPS.get(case.gpu)
+    for index, problem in enumerate(form.problems):
+        seconds, limit = problem.bound(case)
+        record: dict[str, Any] = {"case": case.name, "tile": _tile_name(case), "bound_s": seconds, "limit": limit}
+        record |= problem._asdict() | dataclasses.asdict(form.compiled) | {"faults": faults(case, form.compiled)}
+        if form.tiles and chip and form.tiles[index].flops:
+            tile = form.tiles[index]
+            record |= {"cycles_a_tile": tile.cycles, "clocks": tile.clocks, "clocks_beside_steps": tile.rest_clocks}
+            record |= {"predicted_s": problem.predicted(tile.flops, tile.cycles, chip)}
+        found.append(record)
+    return found
 
 
 def table(lines: list[list[str]]) -> str:

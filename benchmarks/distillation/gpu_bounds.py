@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.harness.gpu_forms import GPUS, Argument, Case, Problem
 from benchmarks.info_nce.gpu_bounds import argument as plain_argument
-from benchmarks.info_nce.gpu_bounds import case
+from benchmarks.info_nce.gpu_bounds import case, steps_of
 from mmkernels._tiles.configs import DISTILLATION_CONFIGS
 from mmkernels._tiles.launch import MERGE_BLOCK
 from mmkernels.distillation import triton_kernels as distillation
@@ -54,7 +54,7 @@ def problems(case: Case, rows: int = 32768, features: int = 512) -> list[Problem
         flops, inputs = 64.0 * 2 * rows, 32 * 5 * 4.0 * 2 * rows
     if case.kernel == "distillation_grad_kernel":
         inputs += float(rows) * rows * element
-    return [Problem(f"{rows} x {features}", flops, inputs)]
+    return [Problem(f"{rows} x {features}", flops, inputs, steps_of(case, rows, features))]
 
 
 def is_main(case: Case) -> bool:

@@ -106,19 +106,25 @@ def problems(case: Case) -> list[Problem]:
         return [Problem(f"space, {name}", 2.0 * size, 4.0 * size) for name, size in partials]
     constants = dict(case.constants)
     block, head = constants["BLOCK_M"], constants["BLOCK_K"]
+    depth = constants.get("BLOCK_N", block)  # of a step: grad_keys holds BLOCK_N keys and goes over queries
+    if case.kernel == "grad_keys":
+        block, depth = depth, block
     packed = case.kernel.startswith("packed")
     found = []
     for clip in CLIPS:
+        heads = clip.batch * (clip.width // head)
         if packed:  # the kernel multiplies whole tiles; only a block diagonal counts
             tiles = -(-clip.positions // max(1, block // clip.frames))
-            pairs = {"time": tiles * block**2} if clip.frames <= block else {}
+            pairs = {"time": (tiles * block**2, tiles, 1)} if clip.frames <= block else {}
         else:
-            pairs = {"space": clip.frames * (clip.positions + 1) ** 2}
-            if clip.frames > 64:
-                pairs["time"] = clip.positions * clip.frames**2
-        for axis, count in pairs.items():
-            flops = 2.0 * _PRODUCTS[case.kernel] * clip.batch * (clip.width // head) * count * head
-            found.append(Problem(f"{axis}, {clip.name}", flops, _TRAFFIC[case.kernel] * clip.outputs(element)))
+            space, time = clip.positions + 1, clip.frames
+            pairs = {"space": (time * space**2, time * -(-space // block), -(-space // depth))}
+            if time > 64:
+                pairs["time"] = (clip.positions * time**2, clip.positions * -(-time // block), -(-time // depth))
+        for axis, (count, tiles, steps) in pairs.items():
+            flops = 2.0 * _PRODUCTS[case.kernel] * heads * count * head
+            traffic = _TRAFFIC[case.kernel] * clip.outputs(element)
+            found.append(Problem(f"{axis}, {clip.name}", flops, traffic, steps, heads * tiles))
     return found
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from triton.backends.compiler import GPUTarget
 
+from benchmarks.issue_model.pipes import Chip
 from mmkernels._tiles.triton import OLDER_TRITON
 
 
@@ -95,6 +96,8 @@ class Problem(NamedTuple):
     name: str
     flops: float
     bytes: float  # the least memory traffic
+    steps: int = 1  # trips of a tile through the main loop
+    tiles: float = 0.0  # how many tiles the launches make; 0: as many as the FLOPs fill
 
     def bound(self, case: Case) -> tuple[float, str]:
         """Seconds that the datasheet allows at best, and the limit that sets them: compute or memory."""
@@ -102,3 +105,9 @@ class Problem(NamedTuple):
         compute = self.flops / gpu.peak[case.precision if case.has_dot else "ieee"]
         memory = self.bytes / gpu.bandwidth
         return max(compute, memory), "compute" if compute >= memory else "memory"
+
+    def predicted(self, tile_flops: float, tile_cycles: float, chip: Chip) -> float:
+        """Seconds by the issue model, in whole waves of tiles, and no less than the memory needs."""
+        tiles = self.tiles or self.flops / tile_flops
+        waves = -(-tiles // chip.multiprocessors)
+        return max(waves * tile_cycles / chip.clock, self.bytes / chip.bandwidth)

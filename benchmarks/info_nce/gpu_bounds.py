@@ -84,7 +84,16 @@ def argument(case: Case, name: str) -> Argument:
 
 def problems(case: Case, rows: int = 32768, features: int = 512) -> list[Problem]:
     """One kernel over a whole [rows, rows] problem, one side."""
-    return [Problem(f"{rows} x {features}", *work(case, rows, rows, features))]
+    return [Problem(f"{rows} x {features}", *work(case, rows, rows, features), steps_of(case, rows, features))]
+
+
+def steps_of(case: Case, cols: int, features: int) -> int:
+    """How often a tile goes through the main loop of its product."""
+    depth = dict(case.constants).get("BLOCK_K", features)
+    if case.kernel != "product_kernel":
+        return -(-features // depth)
+    # Along the columns of a strip, of which each split takes a part.
+    return max(1, cols // depth // 16)
 
 
 def work(case: Case, rows: int, cols: int, features: int) -> tuple[float, float]:

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterable
 
 from benchmarks.harness.gpu_forms import GPUS, Case, Problem
-from benchmarks.info_nce.gpu_bounds import GROWING, argument, case, kernel, tiles_of_logits, work
+from benchmarks.info_nce.gpu_bounds import GROWING, argument, case, kernel, steps_of, tiles_of_logits, work
 from mmkernels._tiles.configs import CONFIGS
 
 __all__ = ["GROWING", "argument", "cases", "is_main", "kernel", "problems"]
@@ -32,7 +32,11 @@ def cases(gpus: Iterable[str] = GPUS) -> list[Case]:
 
 def problems(case: Case, rows: int = 8192, classes: int = 50257, features: int = 512) -> list[Problem]:
     """One kernel over a whole [rows, classes] problem, one side."""
-    return [Problem(f"{rows} x {classes} x {features}", *work(case, rows, classes, features))]
+    return [
+        Problem(
+            f"{rows} x {classes} x {features}", *work(case, rows, classes, features), steps_of(case, classes, features)
+        )
+    ]
 
 
 def is_main(case: Case) -> bool:

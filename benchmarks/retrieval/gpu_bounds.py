@@ -47,11 +47,12 @@ def problems(case: Case, rows: int = 32768, features: int = 512) -> list[Problem
     inputs = 2.0 * rows * features * element
     flops = 2.0 * rows * rows * features
     name = f"{rows} x {features}"
+    steps = -(-features // dict(case.constants).get("BLOCK_K", features))
     if case.kernel == "positives_kernel":
-        return [Problem(name, 2.0 * rows * features, inputs)]
+        return [Problem(name, 2.0 * rows * features, inputs, steps)]
     if case.kernel == "entries_kernel":
-        return [Problem(name, flops, inputs + 8.0 * rows * rows)]
-    return [Problem(name, flops, inputs + 8.0 * rows * dict(case.constants).get("KEPT", 1))]
+        return [Problem(name, flops, inputs + 8.0 * rows * rows, steps)]
+    return [Problem(name, flops, inputs + 8.0 * rows * dict(case.constants).get("KEPT", 1), steps)]
 
 
 def is_main(case: Case) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.harness.gpu_forms import GPUS, Argument, Case, Problem
 from benchmarks.info_nce.gpu_bounds import argument as argument_of_info_nce
-from benchmarks.info_nce.gpu_bounds import case
+from benchmarks.info_nce.gpu_bounds import case, steps_of
 from mmkernels._tiles.configs import CONFIGS, tile_of
 from mmkernels.siglip import triton_kernels
 
@@ -50,7 +50,8 @@ def problems(case: Case, rows: int = 32768, features: int = 512) -> list[Problem
     element = 4 if case.dtype == "fp32" else 2
     pairs = float(rows) * rows
     stored = pairs * element if dict(case.constants)["STORE"] else 0.0
-    return [Problem(f"{rows} x {features}", 2 * pairs * features, 2.0 * rows * features * element + stored)]
+    traffic = 2.0 * rows * features * element + stored
+    return [Problem(f"{rows} x {features}", 2 * pairs * features, traffic, steps_of(case, rows, features))]
 
 
 def is_main(case: Case) -> bool:

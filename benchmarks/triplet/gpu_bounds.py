@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.harness.gpu_forms import GPUS, Argument, Case, Problem
-from benchmarks.info_nce.gpu_bounds import case
+from benchmarks.info_nce.gpu_bounds import case, steps_of
 from mmkernels._tiles import launch, products
 from mmkernels._tiles.configs import CONFIGS, tile_of
 from mmkernels.triplet.triton_kernels import kernels
@@ -76,7 +76,7 @@ def problems(case: Case, rows: int = 32768, features: int = 512) -> list[Problem
         "sparse_product_kernel": (6.0 * rows * features, rows * features * 4 * element),
         "finish_worst_kernel": (64.0 * rows, 64 * 8.0 * rows),
     }[case.kernel]
-    return [Problem(f"{rows} x {features}", flops, traffic)]
+    return [Problem(f"{rows} x {features}", flops, traffic, steps_of(case, rows, features))]
 
 
 def is_main(case: Case) -> bool:
