@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="constants, num_warps, num_stages")
     parser.add_argument("--json", type=Path, help="write the table there, too")
     arguments = parser.parse_args()
-    unknown = set(arguments.ops) - set(FOLDERS)
+    unknown = set(arguments.ops) - {*FOLDERS, "calibration"}
     if unknown:
         parser.error(f"unknown op {', '.join(sorted(unknown))}: expected {every}")
 
@@ -143,7 +143,7 @@ def _predicted(form: Form) -> list[list[str]]:
         rest, named, clocks = tile.rest, tile.rest.named, tile.clocks
         if not tile.flops or not chip:
             continue  # without products a kernel's time is that of its bytes
-        seconds = problem.predicted(tile.flops, tile.cycles, chip)
+        seconds = problem.predicted(tile, chip)
         bound, _ = problem.bound(case)
         cells = (
             case.name, _tile_name(case), case.num_warps, form.compiled.blocks, problem.name,
@@ -166,7 +166,7 @@ def _records(form: Form) -> list[dict[str, Any]]:
         if form.tiles and chip and form.tiles[index].flops:
             tile = form.tiles[index]
             record |= {"cycles_a_tile": tile.cycles, "clocks": tile.clocks, "clocks_beside_steps": tile.rest_clocks}
-            record |= {"predicted_s": problem.predicted(tile.flops, tile.cycles, chip)}
+            record |= {"predicted_s": problem.predicted(tile, chip)}
         found.append(record)
     return found
 

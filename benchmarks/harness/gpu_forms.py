@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.issue_model.pipes import Chip
+from benchmarks.issue_model.predict import Tile
 from mmkernels._tiles.triton import OLDER_TRITON
 
 
@@ -32,7 +33,7 @@ GPUS: dict[str, Gpu] = {
     ),
     "sm_90": Gpu(
         "H100", GPUTarget("cuda", 90, 32), 227 << 10, 228 << 10, 64,
-        {"half": 989e12, "tf32x3": 494e12 / 3, "ieee": 67e12}, 3.35e12, r"\bHGMMA\.", r"\bHMMA\.",
+        {"half": 989e12, "tf32x3": 494e12 / 3, "ieee": 67e12, "fp8": 1979e12}, 3.35e12, r"\b[HQ]GMMA\.", r"\bHMMA\.",
     ),
     "sm_100": Gpu(
         "B200", GPUTarget("cuda", 100, 32), 227 << 10, 228 << 10, 64,
@@ -54,7 +55,7 @@ class Case:
     op: str
     kernel: str
     gpu: str
-    precision: str  # half, tf32x3, ieee
+    precision: str  # half, tf32x3, ieee; fp8 for the calibration
     dtype: str  # bf16, fp16, fp32
     constants: tuple[tuple[str, Any], ...]
     num_warps: int
@@ -106,8 +107,9 @@ class Problem(NamedTuple):
         memory = self.bytes / gpu.bandwidth
         return max(compute, memory), "compute" if compute >= memory else "memory"
 
-    def predicted(self, tile_flops: float, tile_cycles: float, chip: Chip) -> float:
+    def predicted(self, tile: Tile, chip: Chip) -> float:
         """Seconds by the issue model, in whole waves of tiles, and no less than the memory needs."""
-        tiles = self.tiles or self.flops / tile_flops
+        tiles = self.tiles or self.flops / tile.flops
         waves = -(-tiles // chip.multiprocessors)
-        return max(waves * tile_cycles / chip.clock, self.bytes / chip.bandwidth)
+        clock = chip.clock_at(tile.clocks.get("matrix", 0.0) / tile.cycles)
+        return max(waves * tile.cycles / clock, self.bytes / chip.bandwidth)

@@ -4,7 +4,7 @@ A warp issues in order. It waits for the clocks that ptxas set (stall), for the 
 for, for the pipe that its instruction needs, for barriers of its block, for groups of copies (cp.async) and of products
 of a warp group. All warps take the same path; the four schedulers do the same, so one stands for all.
 
-Not modelled: contention in L2 beyond the port's width, bank conflicts, misses of the instruction cache, throttling.
+Not modelled: which lines of L2 are there, bank conflicts, misses of the instruction cache, throttling.
 """
 
 import re

@@ -32,12 +32,17 @@ class Chip:
 
     name: str
     multiprocessors: int
-    clock: float  # Hz that a busy chip keeps
+    clock: float  # Hz while its matrix units are idle for two thirds of the time or more
+    throttled: float  # Hz under its power limit while they are never idle
     matrix: float  # FLOP a clock of a multiprocessor, bf16 with float32 sums
     bandwidth: float  # bytes/s of its memory
-    l2_bytes: float  # bytes a clock that a multiprocessor gets from L2
+    l2_bytes: float  # bytes a clock that a multiprocessor gets from L2 while all the others ask, too
     l2_latency: int
     uses: Mapping[str, Use]
+
+    def clock_at(self, matrix_share: float) -> float:
+        """Hz while the matrix units are busy for this share of the time."""
+        return self.clock - (self.clock - self.throttled) * max(0.0, matrix_share - 1 / 3) * 1.5
 
 
 _ALU = (
@@ -78,12 +83,14 @@ _COMMON: dict[str, Use] = {
 }
 _HALF_FP32 = {name: Use("fma", 2) for name in ("FFMA", "FADD", "FMUL")}  # 64 lanes
 
-# FLOP a clock: the datasheet's peak over multiprocessors and boost clock. L2: what a multiprocessor's port takes.
+# FLOP a clock: the datasheet's peak over multiprocessors and boost clock. L2: 5120 bytes a clock of the whole chip on
+# A100 (white paper), taken for H100, too, and twice that for the two dies of B200; RTX 4090: 5 TB/s, as measured.
+# H100 ran at 1.33 GHz where 92 % of the clocks were a product's, and has 1.755 GHz to itself (docs/gpu_predictions.md).
 CHIPS: dict[str, Chip] = {
-    "sm_80": Chip("A100", 108, 1.41e9, 2048, 2.04e12, 64, 500, _COMMON | _HALF_FP32),
-    "sm_89": Chip("RTX 4090", 128, 2.52e9, 512, 1.01e12, 64, 600, _COMMON),
-    "sm_90": Chip("H100", 132, 1.755e9, 4096, 3.35e12, 64, 600, _COMMON),
-    "sm_100": Chip("B200", 148, 1.85e9, 8192, 8.0e12, 64, 700, _COMMON),
+    "sm_80": Chip("A100", 108, 1.41e9, 1.41e9, 2048, 2.04e12, 47, 500, _COMMON | _HALF_FP32),
+    "sm_89": Chip("RTX 4090", 128, 2.52e9, 2.52e9, 512, 1.01e12, 16, 600, _COMMON),
+    "sm_90": Chip("H100", 132, 1.755e9, 1.28e9, 4096, 3.35e12, 39, 600, _COMMON),
+    "sm_100": Chip("B200", 148, 1.85e9, 1.85e9, 8192, 8.0e12, 64, 700, _COMMON),
 }
 
 _MATRIX = re.compile(r"^(HGMMA|QGMMA|IGMMA|BGMMA|HMMA|IMMA|QMMA|OMMA|DMMA|UTC\w*MMA)$")

@@ -1,0 +1,146 @@
+"""The model of the scheduler on small programs whose clocks are known by hand."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks.issue_model import flow, model, pipes, predict, sass
+from benchmarks.issue_model.sass import NONE, Code, Instruction
+
+H100 = pipes.CHIPS["sm_90"]
+
+# From a real kernel: `nvdisasm -c -hex`, shortened.
+LISTING = """
+.text.kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                   /* 0x00000a00ff017b82 */
+                                                                            /* 0x000e700000000800 */
+.L_x_1:
+        /*0010*/              @!P3 BRA `(.L_x_1) ;                          /* 0xfffffff80058b947 */
+                                                                            /* 0x002fec000383ffff */
+"""
+
+
+def an(text: str, stall: int = 1, sets: int = NONE, waits: tuple[int, ...] = (), predicate: str = "") -> Instruction:
+    target = text.split("`")[1] if "`" in text else ""
+    return Instruction(predicate, text.split()[0], text, target, stall, sets, NONE, waits)
+
+
+def clocks(path: list[Instruction], warps: int = 1, blocks: int = 1) -> float:
+    """When the last instruction issues; the first does at 0."""
+    return max(model.issue(model.steps_of(path, H100), H100, warps, blocks))
+
+
+def test_a_listing_is_read():
+    code = sass.parse(LISTING)
+    load, jump = code.instructions
+    assert (load.opcode, load.predicate, load.stall, load.sets, load.waits) == ("LDC", "", 8, 1, ())
+    assert (jump.name, jump.predicate, jump.target, jump.sets, jump.waits) == ("BRA", "!P3", ".L_x_1", NONE, (1,))
+    assert code.labels == {".L_x_1": 1}
+
+
+def test_a_path_passes_products_loops_and_stores_by_the_shortest_way():
+    code = Code(
+        [
+            an("MOV R0, R1"),  # 0
+            an("BRA `loop_end", predicate="P0"),  # 1: past the loop
+            an("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0"),  # 2: the loop
+            an("BRA `loop", predicate="P1"),  # 3
+            an("BRA `long", predicate="P2"),  # 4: two ways
+            an("FADD R0, R0, R1"),  # 5: the short one
+            an("BRA `joined"),  # 6
+            an("FADD R0, R0, R1"),  # 7: the long one
+            an("FADD R0, R0, R1"),
+            an("FADD R0, R0, R1"),
+            an("BRA `end", predicate="P3"),  # 10: past the store
+            an("STG.E.128 [R2], R4"),  # 11
+            an("EXIT"),  # 12
+            an("FADD R0, R0, R1"),  # 13: a handler that jumps back into the path is no loop
+            an("BRA `joined"),
+        ],
+        {"loop": 2, "loop_end": 4, "long": 7, "joined": 10, "end": 12},
+    )
+    found = flow.Flow(code)
+    (loop,) = found.loops
+    assert found.innermost_with_matrix() == [loop]
+    ranges = [(part.first, part.end, part.loop is not None) for part in found.path(None)]
+    assert ranges == [(0, 2, False), (2, 4, True), (4, 7, False), (10, 13, False)]
+
+
+def test_a_stall_and_a_scoreboard_hold_a_warp():
+    assert clocks([an("FADD R0, R0, R1", stall=4), an("FADD R0, R0, R1")]) == 4
+    # 8 clocks of the special function unit, 24 until the result is there.
+    assert clocks([an("MUFU.EX2 R0, R0", sets=0), an("FADD R0, R0, R1", waits=(0,))]) == 32
+
+
+def test_warps_share_issue_and_pipes():
+    one = [an("FADD R0, R0, R1")]
+    assert clocks(one * 10, warps=1) == 9
+    assert clocks(one * 10, warps=4) == 39  # an instruction a clock
+    assert clocks([an("MUFU.EX2 R0, R0")] * 2, warps=2) == 24  # the fourth of 8 clocks each
+    # A warp that waits leaves its clocks to the other.
+    assert clocks([an("FADD R0, R0, R1", stall=10)] * 2, warps=2) == 11
+
+
+def test_all_warps_of_a_block_meet_at_a_barrier():
+    path = [an("FADD R0, R0, R1", stall=10), an("BAR.SYNC.DEFER_BLOCKING 0x0"), an("FADD R0, R0, R1")]
+    # The second warp arrives at 11; both go on 14 clocks later, one after the other.
+    assert clocks(path, warps=2) == 26
+
+
+def test_products_of_a_warp_group_run_beside_the_warp_until_it_waits():
+    product = an("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0")
+    assert pipes.use(product, H100).clocks == 64  # 64 * 128 * 16 * 2 / 4096
+    work = [an("FADD R0, R0, R1")] * 50
+    wait = an("WARPGROUP.DEPBAR.LE gsb0, 0x0")
+    assert clocks([product, *work]) == 50
+    assert clocks([product, *work, wait, an("FADD R0, R0, R1")]) == 64 + 32
+    # One group may still run.
+    assert clocks([product, product, an("WARPGROUP.DEPBAR.LE gsb0, 0x1"), an("FADD R0, R0, R1")]) == 64 + 32
+
+
+def test_copies_arrive_after_the_latency_of_l2_and_at_its_width():
+    copy, end = an("LDGSTS.E.BYPASS.128 [R0], [R2.64]"), an("LDGDEPBAR")
+    wait, use = an("DEPBAR.LE SB0, 0x0"), an("FADD R0, R0, R1")
+    alone = clocks([copy, end, wait, use])
+    assert alone == pytest.approx(4 * 512 / H100.l2_bytes + H100.l2_latency, abs=1)
+    many = clocks([copy] * 8 + [end, wait, use])
+    assert many - alone == pytest.approx(7 * 4 * 512 / H100.l2_bytes, abs=1)
+
+
+def test_an_unknown_instruction_is_an_error():
+    with pytest.raises(KeyError, match="FROB"):
+        pipes.use(an("FROB R0"), H100)
+
+
+@pytest.mark.parametrize(
+    ("opcode", "flops"),
+    [
+        ("HGMMA.64x256x16.F32", 2 * 64 * 256 * 16 / 4),
+        ("QGMMA.64x128x32.F32.E4M3.E4M3", 2 * 64 * 128 * 32 / 4),
+        ("HMMA.16816.F32.BF16", 2 * 16 * 8 * 16),
+        ("HMMA.1688.F32.TF32", 2 * 16 * 8 * 8),
+        ("UTCHMMA", 0),
+    ],
+)
+def test_the_products_of_an_instruction(opcode, flops):
+    assert pipes.product_flops(an(opcode)) == flops
+
+
+def test_a_tile_counts_its_main_loop_and_the_rest():
+    code = Code(
+        [
+            an("MOV R0, R1"),
+            an("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0"),
+            an("WARPGROUP.DEPBAR.LE gsb0, 0x0"),
+            an("BRA `loop", predicate="P1"),
+            an("MUFU.EX2 R0, R0"),
+            an("EXIT"),
+        ],
+        {"loop": 1},
+    )
+    tile = predict.tile_of(code, H100, predict.Shape(warps=8, blocks=1, steps=10))
+    assert (tile.step.instructions, tile.rest.instructions, tile.rest.named["MUFU"]) == (3, 3, 1)
+    assert tile.flops == 10 * 2 * 2 * 64 * 128 * 16  # two warp groups
+    assert tile.clocks["matrix"] == 10 * 2 * 64
+    assert tile.clocks["issue"] == 2 * (10 * 3 + 3)
+    assert tile.cycles > tile.bound()[0] == tile.clocks["matrix"]
