@@ -1,47 +1,200 @@
 """Check the GPU kernels on the GPU of this machine: parity, speed and memory against what users run today.
 
-    python -m benchmarks.gpu_check [OP ...] [--out runs/gpu_check] [--quick]
+    python -m benchmarks.gpu_check [OP ...] [--out runs/gpu_check] [--quick] [--seconds 540]
 
-Parity runs the cases of the tests (tests/<op>/cases.py), so this command needs the repository, not the wheel alone.
-Speed is measured only if parity holds, against eager PyTorch, torch.compile of it, and what else users run; a peer that
-is not installed has no row. Writes report.md and report.json. Without a GPU it says so and ends well.
+Needs the repository (parity runs the cases of the tests) with torch, Triton, numpy and pytest, and installs nothing.
+Four parts, one after the other: the GPU's ceilings; parity, which compiles every kernel it meets, in several processes;
+speed and memory against eager PyTorch, torch.compile of it, and what else users run, where it is installed; Nsight
+Compute's figures, where `ncu` is. Every row is in OUT/rows.jsonl as soon as it is measured: run the same command again
+to go on where the time, or a fault, ended it. OUT/report.md is made from the rows. Without a GPU it says so and ends
+well.
 """
 
 import argparse
-import json
-import platform
+import functools
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks import registry
-from benchmarks.harness import gpu_runs
+from benchmarks.harness import gpu_machine, gpu_runs, ncu
+from benchmarks.harness.gpu_workers import run_tasks
+from benchmarks.harness.row_log import RowLog
 from benchmarks.harness.tables import Row, Table
 from benchmarks.registry import FOLDERS
 
+PARTS = ("ceilings", "parity", "speed", "ncu")
+MOST_PROCESSES = 8  # each has a GPU context of half a GB
+# What a row is filed under; the rest are its columns.
+FILED = ("task", "op", "kernels")
 
-def table(rows: list[Row]) -> str:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    return Table(columns, [[gpu_runs.written(row.get(column, "-")) for column in columns] for row in rows]).markdown()
+
+class Task(NamedTuple):
+    """What one process does at a time."""
+
+    part: str
+    op: str = ""
+    dtype: str = ""
+    what: Any = None  # the case, or the size
+
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (self.part, self.op, self.dtype, "" if self.what is None else str(self.what))))
 
 
-def report(machine: dict[str, str], results: dict[str, dict[str, list[Row]]]) -> str:
-    parts = ["# Check of the GPU kernels\n", "".join(f"- {key}: {value}\n" for key, value in machine.items())]
-    for op, result in results.items():
-        parts += [f"## {op}: parity\n", table(result["parity"]), f"## {op}: speed and memory\n"]
-        if result["speed"]:
-            parts += [table(result["speed"]), f"{registry.gpu_check(op).NOTE}\n"]
-        else:
-            parts.append("Not measured: parity comes first.\n")
+def tasks(part: str, ops: Sequence[str], dtypes: Sequence[torch.dtype], quick: bool) -> Iterator[Task]:
+    """The tasks of one part; what users run most comes first."""
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    if part == "ceilings":
+        yield Task(part)
+    elif part == "parity":
+        yield from (
+            Task(part, op, dtype, case) for dtype in names for op in ops for case in registry.gpu_check(op).CASES
+        )
+    elif part == "speed":
+        for dtype in names:
+            for op in ops:
+                check = registry.gpu_check(op)
+                yield from (Task(part, op, dtype, size) for size in (check.QUICK if quick else check.SIZES))
+    elif ncu.command() is not None:
+        yield from (Task(part, op, names[0]) for op in ops)
+
+
+def rows_of(task: Task, device: torch.device) -> Iterable[Row]:
+    if task.part == "ceilings":
+        return gpu_machine.ceilings(device)
+    dtype = getattr(torch, task.dtype)
+    if task.part == "ncu":
+        return ncu.kernels(task.op, dtype)
+    check = registry.gpu_check(task.op)
+    if task.part == "parity":
+        return [gpu_runs.parity(task.what, check.check, dtype, device)]
+    return gpu_runs.contest_rows(check.contest, task.what, dtype, device)
+
+
+def run(log: RowLog, device: torch.device, task: Task) -> bool:
+    """Measure the rows of a task; whether the GPU still answers this process."""
+    for row in rows_of(task, device):
+        log.add({"task": task.name, "op": task.op} | row)
+        show(row)
+    if not gpu_runs.healthy(device):
+        return False
+    log.add({"task": task.name, "ended": True})
+    return True
+
+
+def written(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def show(row: Row) -> None:
+    cells = (f"{key} {written(value)}" for key, value in row.items() if key not in FILED)
+    print("  " + ", ".join(cells), flush=True)
+
+
+def check_all(log: RowLog, chosen: argparse.Namespace, device: torch.device, deadline: float) -> int:
+    """Run what the log does not have yet, until the deadline; how many tasks are left."""
+    dtypes = gpu_runs.DTYPES[:1] if chosen.quick else gpu_runs.DTYPES
+    left = 0
+    for part in chosen.parts:
+        ended = {row["task"] for row in log.rows() if "ended" in row}
+        todo = [task for task in tasks(part, chosen.ops, dtypes, chosen.quick) if task.name not in ended]
+        print(f"{part}: {len(todo)} to do", flush=True)
+        # Only what is not timed may share the GPU.
+        processes = chosen.processes if part == "parity" else min(1, chosen.processes)
+        for task, died in run_tasks(functools.partial(run, log, device), todo, processes, deadline):
+            left -= 1
+            if died:  # a fault of ours or of a peer: the rows say which, and it is not tried again
+                log.add({"task": task.name, "op": task.op, "dtype": task.dtype, "error": died} | _named(task))
+                log.add({"task": task.name, "ended": True})
+                print(f"  {task.name}: {died}", flush=True)
+        left += len(todo)
+        (chosen.out / "report.md").write_text(report(log))
+    return left
+
+
+def _named(task: Task) -> Row:
+    """The columns that tell a row of the task."""
+    if task.part == "parity":
+        return {"case": str(task.what), "verdict": "FAILED: the process died"}
+    return {**task.what._asdict(), "peer": "?"} if task.part == "speed" else {}
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """The rows with columns, without those that were measured again."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        if "ended" not in row:
+            found[row["task"], row.get("peer"), row.get("kernel"), row.get("ceiling")] = row
+    return list(found.values())
+
+
+def faults(rows: Iterable[Row]) -> list[str]:
+    """What is wrong with ours: parity, and speed that could not be measured."""
+    found = []
+    for row in latest(rows):
+        if row.get("verdict", "ok") != "ok":
+            found.append(f"{row['task']}: {row['verdict']}")
+        elif "error" in row and row.get("peer", "").startswith(("mmkernels", "triton", "cuda", "?")):
+            found.append(f"{row['task']}: {row['error']}")
+    return found
+
+
+def table(rows: Sequence[Row]) -> str:
+    shown = [{key: value for key, value in row.items() if key not in FILED} for row in rows]
+    columns = list(dict.fromkeys(key for row in shown for key in row))
+    return Table(columns, [[written(row.get(column, "-")) for column in columns] for row in shown]).markdown()
+
+
+def report(log: RowLog) -> str:
+    """The page: ceilings, then each op's parity, speed, kernels and counters."""
+    under, rows = log.under(), latest(log.rows())
+    parts = ["# Check of the GPU kernels\n", "".join(f"- {key}: {value}\n" for key, value in under.items())]
+    of = {part: [row for row in rows if row["task"].split()[0] == part] for part in PARTS}
+    if of["ceilings"]:
+        parts += ["## Ceilings\n", table(of["ceilings"])]
+    for op in FOLDERS:
+        parity, speed, counters = ([row for row in of[part] if row["op"] == op] for part in PARTS[1:])
+        if parity:
+            parts += [f"## {op}: parity\n", table(parity)]
+        if speed:
+            failed = sum(row["verdict"] != "ok" for row in parity)
+            parts.append(f"## {op}: speed and memory\n")
+            if failed:
+                parts.append(
+                    f"**{failed} of {len(parity)} cases fail parity: these are the times of wrong results.**\n"
+                )
+            elif not parity:
+                parts.append("Parity was not checked.\n")
+            parts += [table(speed), f"{registry.gpu_check(op).NOTE}\n"]
+            kernels = [{**_size(row), **kernel} for row in speed for kernel in row.get("kernels", ())]
+            if kernels:
+                parts += [f"## {op}: kernels of one pass of ours\n", table(kernels)]
+        if counters:
+            parts += [f"## {op}: Nsight Compute\n", table(counters)]
     return "\n".join(parts)
+
+
+def _size(row: Row) -> Row:
+    """The columns of a contest that come before its peer."""
+    keys = list(row)
+    return {key: row[key] for key in keys[: keys.index("peer")] if key not in FILED}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     every = ", ".join(FOLDERS)
     parser.add_argument("ops", nargs="*", default=list(FOLDERS), metavar="op", help=f"of {every}; default all")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"))
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"), help="where the rows and the report go")
     parser.add_argument("--quick", action="store_true", help="bf16 and a few sizes only")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many; the rows stay")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default all")
+    processes = min(os.cpu_count() or 1, MOST_PROCESSES)
+    parser.add_argument("--processes", type=int, default=processes, help="that check parity at once; 0: in this one")
     arguments = parser.parse_args()
     unknown = set(arguments.ops) - set(FOLDERS)
     if unknown:
@@ -50,37 +203,19 @@ def main() -> None:
         print("There is no GPU that torch can see here, so there is nothing to check. Run this where there is one.")
         print("The kernels' parity in the interpreter and their compile check: pytest tests -k 'triton or compile'")
         return
+    deadline = time.monotonic() + arguments.seconds
     device = torch.device("cuda", torch.cuda.current_device())
-    import triton
-
-    machine = {
-        "GPU": torch.cuda.get_device_name(device),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-    }
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    results: dict[str, dict[str, list[Row]]] = {}
-    failures = 0
-    for op in arguments.ops:
-        print(f"{op}, parity:")
-        check = registry.gpu_check(op)
-        parity = gpu_runs.check_parity(check.CASES, check.check, device)
-        failed = [row for row in parity if row["verdict"] != "ok"]
-        failures += len(failed)
-        results[op] = {"parity": parity, "speed": []}
-        if failed:
-            print(f"{len(failed)} of {len(parity)} cases fail: speed is not measured")
-        else:
-            print(f"{op}, speed:")
-            sizes, dtypes = (check.QUICK, gpu_runs.DTYPES[:1]) if arguments.quick else (check.SIZES, gpu_runs.DTYPES)
-            results[op]["speed"] = gpu_runs.measure_all(sizes, check.contest, device, dtypes)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "report.md").write_text(report(machine, results))
-    (arguments.out / "report.json").write_text(json.dumps({"machine": machine} | results, indent=1) + "\n")
+    under = gpu_machine.description(device)
+    print(", ".join(f"{key} {value}" for key, value in under.items()))
+    log = RowLog(arguments.out / "rows.jsonl")
+    if (aside := log.begin(under)) is not None:
+        print(f"{log.path} was measured under something else: it is {aside} now")
+    left = check_all(log, arguments, device, deadline)
     print(f"written: {arguments.out / 'report.md'}")
-    if failures:
-        raise SystemExit(1)
+    if left:
+        print(f"The time is over, {left} tasks are left: run the same command again to go on.")
+    if found := faults(log.rows()):
+        raise SystemExit("\n".join([f"{len(found)} faults:", *found]))
 
 
 if __name__ == "__main__":

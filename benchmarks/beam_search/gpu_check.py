@@ -12,13 +12,13 @@ from torch import Tensor
 
 import mmkernels
 from benchmarks.beam_search.peers import beam_steps
-from benchmarks.harness.gpu_runs import Contest
+from benchmarks.harness.gpu_runs import Contest, captured
 from mmkernels import _backends
 from mmkernels.beam_search.specification import BeamCandidates
 from tests.beam_search import cases
 
 NOTE = (
-    "GB/s: one read of the logits over the time. cuda graph: the same call, captured once and replayed. Eager and "
+    "GB/s: one read of the logits over the time. graph ms: the same call from a CUDA graph. Eager and "
     "torch.compile: log_softmax, add and topk of 2 K; in the dtype of the logits and in float32."
 )
 CASES = cases.CASES
@@ -37,29 +37,13 @@ def check(case: cases.Case, dtype: torch.dtype, device: torch.device) -> list[Te
     return results
 
 
-def captured(step: Callable[[], BeamCandidates]) -> Callable[[], BeamCandidates]:
-    """The call as a CUDA graph; its outputs are NaN before a replay."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = step()
-
-    def replay() -> BeamCandidates:
-        outputs.scores.fill_(torch.nan)
-        outputs.tokens.fill_(-1)
-        graph.replay()
-        return outputs
-
-    return replay
-
-
 def replayed_once(*arguments: Tensor, **options: Any) -> BeamCandidates:
-    """The step, from a CUDA graph of its own."""
-    return captured(functools.partial(mmkernels.beam_search_step, *arguments, **options))()
+    """The step, from a CUDA graph of its own; its outputs are NaN before the replay."""
+    graph, outputs = captured(functools.partial(mmkernels.beam_search_step, *arguments, **options))
+    outputs.scores.fill_(torch.nan)
+    outputs.tokens.fill_(-1)
+    graph.replay()
+    return outputs
 
 
 class Size(NamedTuple):
@@ -79,8 +63,7 @@ def contest(size: Size, dtype: torch.dtype, device: torch.device) -> Contest:
     logits, scores = torch.randn(B * K, V, device=device, dtype=dtype), torch.randn(B, K, device=device)
     peers: dict[str, Callable[[], Any]] = {}
     for impl in implementations():
-        step = functools.partial(mmkernels.beam_search_step, logits, scores, impl=impl)  # type: ignore[arg-type]
-        peers |= {impl: step, f"{impl}, cuda graph": captured(step)}
+        peers[impl] = functools.partial(mmkernels.beam_search_step, logits, scores, impl=impl)  # type: ignore[arg-type]
     theirs = beam_steps(dtype)
     del theirs["mmkernels"]
     peers |= {name: functools.partial(call, logits, scores) for name, call in theirs.items()}

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.divided_attention.peers import attentions
+from benchmarks.divided_attention.peers import Attention, attentions, space_attention, time_attention
 from benchmarks.harness.gpu_runs import Contest
 from mmkernels.divided_attention.layout import layout_of
 from tests.divided_attention import cases
@@ -54,5 +54,20 @@ def contest(size: Size, dtype: torch.dtype, device: torch.device) -> Contest:
     def figures(seconds: float) -> dict[str, float]:
         return {"GB/s": traffic / seconds / 1e9, "TFLOP/s": flops / seconds / 1e12}
 
-    peers = {name: functools.partial(call, qkv) for name, call in attentions(axis, T, HEADS, impl="triton").items()}
+    calls = attentions(axis, T, HEADS, impl="triton") | gpu_attentions(axis, T)
+    peers = {name: functools.partial(call, qkv) for name, call in calls.items()}
     return Contest(peers, [qkv], figures, backward)
+
+
+def gpu_attentions(axis: Literal["time", "space"], frames: int) -> dict[str, Attention]:
+    """Peers that run on a GPU alone: flash-attention with TimeSformer's rearranges, if it is installed."""
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError:
+        return {}
+    step = time_attention if axis == "time" else space_attention
+
+    def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # it takes the heads after the tokens
+        return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    return {"flash-attn": lambda qkv: step(qkv, flash, frames, HEADS)}

@@ -6,10 +6,12 @@ made from the numbers in docs/figures by `python -m benchmarks.report --tables`;
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import rich.table
 import torch
+
+if TYPE_CHECKING:
+    import rich.table
 
 Row = dict[str, Any]  # one line of a report: sizes, names and numbers by their keys
 
@@ -24,7 +26,9 @@ class Table(NamedTuple):
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
 
-    def for_screen(self, title: str) -> rich.table.Table:
+    def for_screen(self, title: str) -> "rich.table.Table":
+        import rich.table  # a machine that checks the GPU kernels may not have it
+
         table = rich.table.Table(title=title)
         for i, column in enumerate(self.columns):
             table.add_column(_plain(column), justify="right" if i else "left", overflow="fold")

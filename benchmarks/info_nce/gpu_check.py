@@ -1,15 +1,19 @@
 """What the check on a GPU runs for info_nce: the cases of the tests and more, and what users run today."""
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.gpu_runs import PAIR_SIZES, QUICK_PAIR_SIZES, Contest, PairSize, pair_leaves, share_of_products
-from benchmarks.info_nce.peers import contrastive_losses
+from benchmarks.harness.gpu_runs import PAIR_SIZES, QUICK_PAIR_SIZES, Contest, pair_leaves, share_of_products
+from benchmarks.info_nce.peers import Loss, contrastive_losses
 from tests.info_nce import cases
 
-NOTE = "Memory: the most beyond inputs and gradients. Share of 4 G: four products at the rate of torch's own."
+NOTE = (
+    "Memory: the most beyond inputs and gradients. Share of 4 G: four products at the rate of torch's own. memeff "
+    "takes the temperature for a constant; inf-cl is called once in each direction."
+)
 
 # The edges of a GPU's largest tile, the widest rows, and several tiles a program in several strips.
 CASES = [
@@ -27,11 +31,48 @@ def check(case: cases.Case, dtype: torch.dtype, device: torch.device) -> tuple[T
     return cases.check_case(case, dtype, "triton", device)
 
 
-SIZES, QUICK = [*PAIR_SIZES, PairSize(65536, 768)], QUICK_PAIR_SIZES
+class Size(NamedTuple):
+    N: int
+    D: int
+    scale: float
 
 
-def contest(size: PairSize, dtype: torch.dtype, device: torch.device) -> Contest:
+# At scale 100 the logits of a tile lie further apart than one exponential can serve.
+SIZES = [
+    *(Size(*size, 20.0) for size in PAIR_SIZES), Size(65536, 768, 20.0),
+    *(Size(N, 512, 100.0) for N in (2048, 8192, 32768)),
+]  # fmt: skip
+QUICK = [Size(*size, 20.0) for size in QUICK_PAIR_SIZES]
+
+
+def contest(size: Size, dtype: torch.dtype, device: torch.device) -> Contest:
     """Forward and backward; four products are the least that the loss and its gradients take."""
-    leaves = pair_leaves(*size, dtype, device, 20.0)
-    peers = {name: functools.partial(loss, *leaves) for name, loss in contrastive_losses("triton").items()}
-    return Contest(peers, leaves, share_of_products(4, size.N, size.N, size.D, dtype, device))
+    N, D, scale = size
+    leaves = pair_leaves(N, D, dtype, device, scale)
+    losses = contrastive_losses("triton") | gpu_losses(scale)
+    peers = {name: functools.partial(loss, *leaves) for name, loss in losses.items()}
+    return Contest(peers, leaves, share_of_products(4, N, N, D, dtype, device))
+
+
+def gpu_losses(scale: float) -> dict[str, Loss]:
+    """Peers that run on a GPU alone: those that are installed."""
+    found: dict[str, Loss] = {}
+    try:
+        from memeff import MemoryEfficientCLIPLoss
+    except ImportError:
+        pass
+    else:
+        theirs = MemoryEfficientCLIPLoss(temperature=1 / scale, normalized_inputs=True, stable=False)
+        found["memeff"] = lambda queries, keys, scale: theirs(queries, keys)
+    try:
+        from inf_cl import cal_flash_loss
+    except ImportError:
+        pass
+    else:
+
+        def both_ways(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
+            one, other = cal_flash_loss(queries, keys, scale=scale), cal_flash_loss(keys, queries, scale=scale)
+            return (one.mean() + other.mean()) / 2
+
+        found["inf-cl"] = both_ways
+    return found

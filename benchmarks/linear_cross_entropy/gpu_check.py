@@ -41,12 +41,12 @@ def contest(size: Size, dtype: torch.dtype, device: torch.device) -> Contest:
     hidden = torch.randn(N, D, device=device).to(dtype).requires_grad_()
     weight = (torch.randn(V, D, device=device) * D**-0.5).to(dtype).requires_grad_()
     targets = torch.randint(V, (N,), device=device)
-    losses = classification_losses("triton") | triton_losses()
+    losses = classification_losses("triton") | gpu_losses()
     peers = {name: functools.partial(loss, hidden, weight, targets) for name, loss in losses.items()}
     return Contest(peers, [hidden, weight], share_of_products(4, N, V, D, dtype, device))
 
 
-def triton_losses() -> dict[str, Loss]:
+def gpu_losses() -> dict[str, Loss]:
     """Peers that run on a GPU alone: those that are installed."""
     found: dict[str, Loss] = {}
     try:
@@ -55,6 +55,20 @@ def triton_losses() -> dict[str, Loss]:
         pass
     else:
         found["Liger"] = liger_fused_linear_cross_entropy
+    try:
+        from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+    except ImportError:
+        pass
+    else:
+        # Its CuTe kernel on an H100, where that can be built.
+        per_row = LigerFusedLinearScaledCrossEntropyFunction.apply
+        found["Liger, scaled"] = lambda hidden, weight, targets: per_row(hidden, weight, targets).mean()
+    try:
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+    except ImportError:
+        pass
+    else:
+        found["quack, chunked"] = chunked_linear_cross_entropy
     try:
         from cut_cross_entropy import linear_cross_entropy
     except ImportError:

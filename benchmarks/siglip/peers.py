@@ -12,6 +12,8 @@ import mmkernels
 # The packages whose versions a report writes beside its numbers; torch is always there.
 PACKAGES = ("open-clip-torch",)
 
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
 
 def eager_sigmoid(queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """The logits and the labels as tensors."""
@@ -20,9 +22,9 @@ def eager_sigmoid(queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor) ->
     return -F.logsigmoid(labels * logits).sum() / len(queries)
 
 
-def sigmoid_losses(impl: str = "auto") -> dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]]:
+def sigmoid_losses(impl: str = "auto") -> dict[str, Loss]:
     """The fused loss first, then its peers: those that are installed."""
-    losses: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    losses: dict[str, Loss] = {
         "mmkernels": functools.partial(mmkernels.siglip, impl=impl),  # type: ignore[arg-type]
         "eager": eager_sigmoid,
         "torch.compile": torch.compile(eager_sigmoid, dynamic=False),
