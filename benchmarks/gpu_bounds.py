@@ -1,12 +1,15 @@
 """Compile every Triton kernel for GPUs that need not be here; tabulate what they take and how fast they could be.
 
     python -m benchmarks.gpu_bounds [OP ...] [--targets sm_90 gfx942] [--all] [--json FILE]
-    python -m benchmarks.gpu_bounds info_nce --targets sm_90 --kernel forward --where SYMMETRIC=1 \\
-        --set BLOCK_N=64 num_warps=4 num_stages=3
+    python -m benchmarks.gpu_bounds info_nce --targets sm_90 --kernel forward --where SYMMETRIC=True \\
+        --set BLOCK_N=64,128 num_warps=4
+    python -m benchmarks.gpu_bounds info_nce --targets sm_90 --dtype bf16 --kernel forward --sweep
 
 Registers, spills, shared memory and instructions come from the compiled code. The bound is FLOPs and bytes over the
 limits of the datasheet; the prediction is the time that a model of the scheduler gives the machine code
 (benchmarks/issue_model). Nothing here is measured. Each op brings its forms in <op>/gpu_bounds.py.
+
+A sweep compiles each chosen form in many tiles, prints them by predicted time and refuses those that spill.
 """
 
 import argparse
@@ -15,7 +18,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import registry
+from benchmarks import gpu_sweep, registry
 from benchmarks.gpu_compile import assembly, compile_case, faults, heaviest, in_processes, predict_case
 from benchmarks.harness.gpu_forms import GPUS, Case, Compiled, Problem
 from benchmarks.issue_model.pipes import CHIPS
@@ -44,8 +47,8 @@ HEADS = (
     "problem", "GFLOP", "MB", "bound ms", "limit",
 )  # fmt: skip
 PREDICTED = (
-    "kernel", "tile", "warps", "blocks", "problem", "instr. step", "rest", "an element", "MUFU/SHFL/BAR/LDG of rest",
-    "rest issue", "matrix", "issue", "MUFU", "LSU", "ALU", "FMA", "cycles a tile", "TFLOP/s", "ms", "x bound",
+    "kernel", "tile", "warps", "stages", "blocks", "problem", "instr. step", "rest", "an element",
+    "MUFU/SHFL/BAR/LDG of rest", "rest issue", "matrix", "issue", "MUFU", "LSU", "ALU", "FMA", "cycles a tile", "TFLOP/s", "ms", "x bound",
 )  # fmt: skip
 
 
@@ -58,7 +61,10 @@ def main() -> None:
     parser.add_argument("--kernel", help="only kernels whose name begins so")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"))
     parser.add_argument("--where", nargs="+", default=[], metavar="NAME=VALUE", help="only forms with these constants")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="constants, num_warps, num_stages")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE[,VALUE]", help="other constants, num_warps, num_stages"
+    )
+    parser.add_argument("--sweep", action="store_true", help="many tiles of each form, by predicted time")
     parser.add_argument("--json", type=Path, help="write the table there, too")
     arguments = parser.parse_args()
     unknown = set(arguments.ops) - {*FOLDERS, "calibration"}
@@ -66,20 +72,25 @@ def main() -> None:
         parser.error(f"unknown op {', '.join(sorted(unknown))}: expected {every}")
 
     cases = [case for op in arguments.ops for case in registry.gpu_bounds(op).cases(arguments.targets)]
-    wanted = _values(arguments.where)
+    wanted = {name: listed[0] for name, listed in gpu_sweep.values(arguments.where).items()}
+    changes = (dict(gpu_sweep.TILES) if arguments.sweep else {}) | gpu_sweep.values(arguments.set)
     chosen = [
-        _changed(case, _values(arguments.set))
+        variant
         for case in cases
         if (arguments.all or wanted or registry.gpu_bounds(case.op).is_main(case))
         and case.kernel.startswith(arguments.kernel or "")
         and case.dtype == (arguments.dtype or case.dtype)
         and dict(case.constants).items() >= wanted.items()
+        for variant in gpu_sweep.variants(case, changes)
     ]
     if not chosen:
         parser.error("no form is so")
     results = in_processes(read_form, chosen)
     forms = [result for result in results if isinstance(result, Form)]
     failed = [[case.name, result] for case, result in zip(chosen, results, strict=True) if isinstance(result, str)]
+    if arguments.sweep:
+        print(_ranking(forms), *(": ".join(line) for line in failed), sep="\n")
+        return
 
     print("Times are bounds from datasheets, not measured:")
     for name in arguments.targets:
@@ -101,20 +112,25 @@ def main() -> None:
         raise SystemExit("faults in: " + ", ".join(broken))
 
 
-def _values(pairs: list[str]) -> dict[str, Any]:
-    """NAME=VALUE as the constants have them."""
-    named = dict(pair.split("=", 1) for pair in pairs)
-    words = {"True": True, "False": False}
-    return {
-        name: words.get(value, int(value) if value.lstrip("-").isdigit() else value) for name, value in named.items()
-    }
+def _ranking(forms: list[Form]) -> str:
+    """The forms of a sweep by what their problems take; those that may not ship, and why."""
 
+    def seconds(form: Form) -> float:
+        chip = CHIPS[form.case.gpu]
+        pairs = zip(form.problems, form.tiles, strict=True)
+        return sum(problem.predicted(tile, chip) for problem, tile in pairs if tile.flops)
 
-def _changed(case: Case, values: dict[str, Any]) -> Case:
-    """The form with other constants, warps or stages."""
-    launch = {name: value for name, value in values.items() if name in ("num_warps", "num_stages")}
-    constants = tuple((name, values.get(name, value)) for name, value in case.constants)
-    return dataclasses.replace(case, constants=constants, **launch)
+    found = {form.case: faults(form.case, form.compiled) for form in forms}
+    fit = sorted((form for form in forms if form.tiles and not found[form.case]), key=seconds)
+    lines = [
+        "Predictions from the machine code, not measured:",
+        table([list(PREDICTED), *(line for form in fit for line in _predicted(form))]),
+    ]
+    for case, reasons in found.items():
+        if reasons:
+            launch = f"{_tile_name(case)}, {case.num_warps} warps, {case.num_stages} stages"
+            lines.append(f"refused: {case.name} {launch}: {'; '.join(reasons)}")
+    return "\n".join(lines)
 
 
 def _tile_name(case: Case) -> str:
@@ -146,7 +162,7 @@ def _predicted(form: Form) -> list[list[str]]:
         seconds = problem.predicted(tile, chip)
         bound, _ = problem.bound(case)
         cells = (
-            case.name, _tile_name(case), case.num_warps, form.compiled.blocks, problem.name,
+            case.name, _tile_name(case), case.num_warps, case.num_stages, form.compiled.blocks, problem.name,
             tile.step.instructions, rest.instructions, f"{rest.instructions / elements:.1f}" if elements else "",
             "/".join(str(named[name]) for name in ("MUFU", "SHFL", "BAR", "LDG")), round(tile.rest_clocks["issue"]),
             *(round(clocks.get(pipe, 0)) for pipe in ("matrix", "issue", "mufu", "lsu", "alu", "fma")),

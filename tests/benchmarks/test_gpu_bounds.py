@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu_bounds
+from benchmarks import gpu_bounds, gpu_sweep
 from benchmarks.harness.gpu_forms import Case, Compiled
 
 
@@ -33,3 +33,15 @@ def test_how_much_a_form_may_spill(case, most):
     """Only products without matrix units may, and little."""
     assert not gpu_bounds.faults(case, compiled(most))
     assert "spills" in gpu_bounds.faults(case, compiled(most + 4))[0]
+
+
+def test_a_sweep_varies_what_a_form_has_and_keeps_its_sums_in_registers():
+    case = Case("info_nce", "forward_kernel", "sm_90", "half", "bf16", (("BLOCK_M", 64), ("BLOCK_N", 128)), 8, 3)
+    changes = gpu_sweep.values(["BLOCK_M=64,128", "BLOCK_N=256", "num_warps=4,8", "BLOCK_K=32", "num_stages=4"])
+    found = [
+        (dict(v.constants)["BLOCK_M"], dict(v.constants)["BLOCK_N"], v.num_warps, v.num_stages)
+        for v in gpu_sweep.variants(case, changes)
+    ]
+    # 128 x 256 would be 256 sums a thread of four warps, and the form has no BLOCK_K.
+    assert found == [(64, 256, 4, 4), (64, 256, 8, 4), (128, 256, 8, 4)]
+    assert list(gpu_sweep.variants(case, {})) == [case]
