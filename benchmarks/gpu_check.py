@@ -39,11 +39,13 @@ class Task(NamedTuple):
     part: str
     op: str = ""
     dtype: str = ""
-    what: Any = None  # the case, or the size
+    number: int = 0  # of the case or the size: two cases may read alike
+    what: Any = None
 
     @property
     def name(self) -> str:
-        return " ".join(filter(None, (self.part, self.op, self.dtype, "" if self.what is None else str(self.what))))
+        what = "" if self.what is None else f"{self.number}: {self.what}"
+        return " ".join(filter(None, (self.part, self.op, self.dtype, what)))
 
 
 def tasks(part: str, ops: Sequence[str], dtypes: Sequence[torch.dtype], quick: bool) -> Iterator[Task]:
@@ -51,15 +53,12 @@ def tasks(part: str, ops: Sequence[str], dtypes: Sequence[torch.dtype], quick: b
     names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
     if part == "ceilings":
         yield Task(part)
-    elif part == "parity":
-        yield from (
-            Task(part, op, dtype, case) for dtype in names for op in ops for case in registry.gpu_check(op).CASES
-        )
-    elif part == "speed":
+    elif part in ("parity", "speed"):
         for dtype in names:
             for op in ops:
                 check = registry.gpu_check(op)
-                yield from (Task(part, op, dtype, size) for size in (check.QUICK if quick else check.SIZES))
+                every = check.CASES if part == "parity" else check.QUICK if quick else check.SIZES
+                yield from (Task(part, op, dtype, number, what) for number, what in enumerate(every))
     elif ncu.command() is not None:
         yield from (Task(part, op, names[0]) for op in ops)
 

@@ -169,6 +169,11 @@ if not INTERPRETED:
         assert [end.task for end in ended] == ["one"]
         assert time.monotonic() - began < 50
 
+    def test_no_two_tasks_have_one_name() -> None:
+        for part in gpu_check.PARTS:
+            names = [task.name for task in gpu_check.tasks(part, registry.FOLDERS, gpu_runs.DTYPES, quick=False)]
+            assert len(names) == len(set(names))
+
     def test_the_log_of_rows(tmp_path) -> None:
         log = RowLog(tmp_path / "new" / "rows.jsonl")
         assert log.begin({"GPU": "a"}) is None
