@@ -27,9 +27,7 @@ def cases(gpus: Iterable[str] = GPUS) -> list[Case]:
             ):
                 make = functools.partial(case, "distillation", gpu, precision, dtype)
                 found.append(make("distillation_forward_kernel", config.forward, SYMMETRIC=symmetric))
-                for of_keys in (False, True):
-                    flags: dict[str, Any] = {"SYMMETRIC": symmetric, "OF_KEYS": of_keys}
-                    found.append(make("distillation_grad_kernel", config.grad_logits, **flags))
+                found.append(make("distillation_grad_kernel", config.grad_logits, SYMMETRIC=symmetric))
                 if precision == "ieee":  # it sees float32 alone
                     flags = {"SYMMETRIC": symmetric, "BLOCK": MERGE_BLOCK}
                     found.append(make("finish_distillation_kernel", None, **flags))
@@ -59,5 +57,4 @@ def problems(case: Case, rows: int = 32768, features: int = 512) -> list[Problem
 
 def is_main(case: Case) -> bool:
     """The loss that users run most: symmetric."""
-    constants = dict(case.constants)
-    return case.dtype != "fp16" and constants["SYMMETRIC"] and not constants.get("OF_KEYS")
+    return case.dtype != "fp16" and dict(case.constants)["SYMMETRIC"]

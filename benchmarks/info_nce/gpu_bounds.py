@@ -12,11 +12,13 @@ from mmkernels._tiles.triton import Tile
 from mmkernels.info_nce.triton_kernels import cross_entropy
 
 # Arguments that are strides or sizes of padded rows: multiples of 16, which the launcher sees to.
-_MULTIPLES_OF_16 = {"D", "stride_q", "stride_k", "stride_x", "stride_y", "stride_strip"}
-GROWING = {"SYMMETRIC", "SMOOTHED", "STORE", "SHARE"}
+_MULTIPLES_OF_16 = {
+    "D", "stride_q", "stride_k", "stride_x", "stride_y", "stride_strip", "height", "width", "num_features"
+}  # fmt: skip
+GROWING = {"SYMMETRIC", "SMOOTHED", "SHARE"}
 _FEATURES = {"queries", "keys", "x", "y", "strip", "grad"}
-_INTEGERS = {"N", "M", "num_x", "num_y", "num_features", "tiles_per_group", "tiles_per_split", "num_groups"} | {
-    "num_splits", "first", "first_x", "length", "strip_rows", "steps_per_split", "first_share", "num_grouped",
+_INTEGERS = {"N", "M", "num_x", "num_y", "tiles_per_group", "tiles_per_split", "num_groups", "num_splits"} | {
+    "first", "first_x", "first_y", "first_row", "first_col", "depth", "place", "num_grouped",
 }  # fmt: skip
 _INDICES = {"targets", "key_groups", "of_query", "of_key"}
 
@@ -34,10 +36,13 @@ def _cases(gpu: str, precision: str, config: Config) -> Iterable[Case]:
         make = functools.partial(case, "info_nce", gpu, precision, dtype)
         for symmetric, groups in itertools.product(both, both):
             yield from tiles_of_logits(make, config, SYMMETRIC=symmetric, BIAS=False, GROUPS=groups)
-        yield make("product_kernel", config.product)
-        for store, share in ((True, True), (True, False), (False, True)):
+        for transposed in both:
+            yield make("product_kernel", config.product, TRANSPOSED=transposed, SPLIT=True, SHARE=False)
+            for share in both:
+                yield make("product_kernel", config.product, TRANSPOSED=transposed, SPLIT=False, SHARE=share)
+        for share in both:
             block = {"BLOCK_M": products.MERGE_ROWS, "BLOCK_N": products.MERGE_FEATURES}
-            yield make("merge_product_kernel", None, STORE=store, SHARE=share, **block)
+            yield make("merge_product_kernel", None, SHARE=share, **block)
     if precision == "ieee":  # it sees float32 and targets alone
         block = {"STEP": launch.MERGE_STEP, "BLOCK": launch.MERGE_BLOCK}
         yield case("info_nce", gpu, precision, "fp32", "column_weights_kernel", None, **block)
@@ -51,8 +56,8 @@ def tiles_of_logits(make: Callable[..., Case], config: Config, **flags: bool) ->
         block = {"STEP": launch.MERGE_STEP, "BLOCK": launch.MERGE_BLOCK}
         yield make("finish_forward_kernel", None, SMOOTHED=smoothed, **flags, **block)
     tile = config.of_grad_logits(flags["GROUPS"])
-    for of_keys, smoothed in itertools.product(both, both):
-        yield make("grad_logits_kernel", tile, OF_KEYS=of_keys, SMOOTHED=smoothed, **flags)
+    for smoothed in both:
+        yield make("grad_logits_kernel", tile, SMOOTHED=smoothed, **flags)
 
 
 def case(op: str, gpu: str, precision: str, dtype: str, kernel: str, tile: Tile | None, **constants: Any) -> Case:
@@ -122,6 +127,5 @@ def is_main(case: Case) -> bool:
         and not constants.get("SMOOTHED")
         and not constants.get("GROUPS")
         and constants.get("SYMMETRIC", True)
-        and constants.get("STORE", True)
-        and constants.get("SHARE", True)
+        and (constants.get("SHARE", True) or constants.get("SPLIT", False))
     )

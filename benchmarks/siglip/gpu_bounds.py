@@ -1,4 +1,4 @@
-"""The compiled forms of siglip's Triton kernel, for gpu_bounds; the products over strips are info_nce's."""
+"""The compiled forms of siglip's Triton kernels, for gpu_bounds; the products over strips are info_nce's."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,22 +10,22 @@ from mmkernels._tiles.configs import CONFIGS, tile_of
 from mmkernels.siglip import triton_kernels
 
 GROWING: set[str] = set()  # a form that does less may well take more registers
-_FLAGS = ("LOSSES", "SUMS", "STORE", "OF_KEYS")
+_POINTERS = {"losses", "sums", "totals"}
+_FLAGS = ("LOSSES", "SUMS", "STORE")
 _FORMS = {
-    "losses": (True, False, False, False),
-    "the scale and the bias alone": (False, True, False, False),
-    "all of the queries": (True, True, True, False),
-    "losses and queries": (True, False, True, False),
-    "queries, one loss per row": (False, True, True, False),
-    "queries alone, one loss per row": (False, False, True, False),
-    "keys": (False, False, True, True),
-    "keys, scale and bias": (False, True, True, True),
+    "losses": (True, False, False),
+    "the scale and the bias alone": (False, True, False),
+    "losses, the scale and the bias": (True, True, False),
+    "all": (True, True, True),
+    "losses and features": (True, False, True),
+    "all, one loss per row": (False, True, True),
+    "features, one loss per row": (False, False, True),
 }
 
 
 def cases(gpus: Iterable[str] = GPUS) -> list[Case]:
     """Every form that a launcher can ask for on these GPUs."""
-    return [
+    pairs = [
         case("siglip", gpu, precision, dtype, "pairs_kernel", tile, **dict(zip(_FLAGS, flags, strict=True)))
         for gpu in gpus
         for precision in CONFIGS[gpu]
@@ -33,6 +33,13 @@ def cases(gpus: Iterable[str] = GPUS) -> list[Case]:
         for dtype in (("bf16", "fp16") if precision == "half" else ("fp32",))
         for flags in _FORMS.values()
     ]
+    block = {"BLOCK": triton_kernels.SUM_ROWS, "STEP": triton_kernels.SUM_STEP}
+    finish = [
+        case("siglip", gpu, "ieee", "fp32", "finish_pairs_kernel", None, LOSSES=losses, SUMS=sums, **block)
+        for gpu in gpus
+        for losses, sums in ((True, False), (False, True), (True, True))
+    ]
+    return pairs + finish
 
 
 def kernel(name: str) -> Any:
@@ -40,15 +47,18 @@ def kernel(name: str) -> Any:
 
 
 def argument(case: Case, name: str) -> Argument:
-    if name in ("width", "stride_sums"):
-        return Argument("i32", name == "width")
+    if case.kernel == "finish_pairs_kernel":
+        return Argument({"losses": "*fp32", "sums": "*fp32", "totals": "*fp64"}.get(name, "i32"), name in _POINTERS)
     return argument_of_info_nce(case, name)
 
 
 def problems(case: Case, rows: int = 32768, features: int = 512) -> list[Problem]:
-    """The kernel over a whole [rows, rows] problem, one side."""
+    """The kernel over a whole [rows, rows] problem."""
     element = 4 if case.dtype == "fp32" else 2
     pairs = float(rows) * rows
+    if case.kernel == "finish_pairs_kernel":
+        sums = 3 * pairs / 512  # of programs with four tiles of 128 columns
+        return [Problem(f"{rows}", sums, 4 * sums)]
     stored = pairs * element if dict(case.constants)["STORE"] else 0.0
     traffic = 2.0 * rows * features * element + stored
     return [Problem(f"{rows} x {features}", 2 * pairs * features, traffic, steps_of(case, rows, features))]
@@ -57,6 +67,4 @@ def problems(case: Case, rows: int = 32768, features: int = 512) -> list[Problem
 def is_main(case: Case) -> bool:
     """Training with a mean or a sum."""
     constants = dict(case.constants)
-    return (
-        case.dtype != "fp16" and constants["STORE"] and constants["SUMS"] == constants["LOSSES"] != constants["OF_KEYS"]
-    )
+    return case.dtype != "fp16" and constants["LOSSES"] and constants["SUMS"] and constants.get("STORE", True)

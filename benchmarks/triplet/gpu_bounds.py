@@ -1,4 +1,4 @@
-"""The compiled forms of triplet's Triton kernels, for gpu_bounds. The product over a strip is info_nce's."""
+"""The compiled forms of triplet's Triton kernels, for gpu_bounds."""
 
 import functools
 from collections.abc import Iterable
@@ -11,12 +11,12 @@ from mmkernels._tiles.configs import CONFIGS, tile_of
 from mmkernels.triplet.triton_kernels import kernels
 
 GROWING = {"SYMMETRIC", "SEMI_HARD", "GRADIENT"}
-_MULTIPLES_OF_16 = {"D", "stride_q", "stride_k", "stride_x", "stride_strip"}
-_FEATURES = {"queries", "keys", "x", "strip"}
+_MULTIPLES_OF_16 = {"D", "stride_q", "stride_k", "stride_x", "stride_y", "stride_strip", "num_features"}
+_FEATURES = {"queries", "keys", "x", "y", "strip"}
 _INDICES = {"row_index", "col_index", "worst", "starts", "columns"}
 _INTEGERS = {
-    "N", "M", "first", "height", "width", "num_x", "num_y", "num_features", "tiles_per_group", "tiles_per_split",
-    "num_groups", "num_splits", "all_groups", "anew", "first_x", "strip_rows", "first_share",
+    "N", "M", "first", "height", "width", "num_x", "num_y", "tiles_per_group", "tiles_per_split",
+    "num_groups", "num_splits", "all_groups", "first_x", "first_y", "depth", "place",
 }  # fmt: skip
 
 
@@ -35,8 +35,10 @@ def _cases(gpu: str, precision: str) -> Iterable[Case]:
             for flag in (False, True):
                 yield make("hinges_kernel", tile, SYMMETRIC=symmetric, GRADIENT=flag)
                 yield make("worst_kernel", tile, SYMMETRIC=symmetric, SEMI_HARD=flag)
-        yield make("transposed_product_kernel", tile)
-        yield make("merge_product_kernel", None, STORE=True, SHARE=False, **merge)  # into float32
+        for transposed in (False, True):  # into float32
+            product = CONFIGS[gpu][precision].product
+            yield make("product_kernel", product, TRANSPOSED=transposed, SPLIT=False, SHARE=False)
+        yield make("merge_product_kernel", None, SHARE=False, **merge)
         yield make("finish_gradients_kernel", None, **merge)
         sparse = {"BLOCK": products.MERGE_FEATURES, "STEP": launch.MERGE_STEP}
         yield make("sparse_product_kernel", None, **sparse)
@@ -47,7 +49,7 @@ def _cases(gpu: str, precision: str) -> Iterable[Case]:
 
 
 def kernel(name: str) -> Any:
-    return getattr(products if name == "merge_product_kernel" else kernels, name)
+    return getattr(products, name, None) or getattr(kernels, name)
 
 
 def argument(case: Case, name: str) -> Argument:
@@ -70,7 +72,7 @@ def problems(case: Case, rows: int = 32768, features: int = 512) -> list[Problem
         "positives_kernel": (2.0 * rows * features * constants.get("BLOCK_M", 0), inputs),
         "hinges_kernel": (2 * pairs * features, inputs + (pairs * element if constants.get("GRADIENT") else 0)),
         "worst_kernel": (2 * pairs * features, inputs),
-        "transposed_product_kernel": (2 * pairs * features, pairs * element + inputs),
+        "product_kernel": (2 * pairs * features, pairs * element + inputs),
         "merge_product_kernel": (2.0 * rows * features, rows * features * 8),
         "finish_gradients_kernel": (2.0 * rows * features, rows * features * (8 + element)),
         "sparse_product_kernel": (6.0 * rows * features, rows * features * 4 * element),

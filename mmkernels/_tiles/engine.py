@@ -209,38 +209,18 @@ def store_in_two(out, plane, index, value, ok):
 
 
 @triton.jit
-def strip_place(
-    program, first, length, stride, OF_KEYS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Which tile of a strip a program fills, the strip being rows first, ..., first + length - 1 of dS (OF_KEYS: of dS
-    transposed), `stride` entries each.
-
-    Seen as a part of dS, the strip begins at (first_row, first_col), has height and width, and strides of its own; the
-    tile begins at (row_in_strip, col_in_strip) of it.
-    """
-    if OF_KEYS:
-        first_row = 0
-        first_col = first
-        height = stride
-        width = length
-        stride_row = 1
-        stride_col = stride
-    else:
-        first_row = first
-        first_col = 0
-        height = length
-        width = stride
-        stride_row = stride
-        stride_col = 1
-    row_tile, col_tile = program_tile(program, tl.cdiv(height, BLOCK_M), tl.cdiv(width, BLOCK_N))
-    return first_row, first_col, row_tile * BLOCK_M, col_tile * BLOCK_N, height, width, stride_row, stride_col
+def strip_place(program, height, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the tile that a program fills begins in a strip [height, width], whose sides are whole tiles."""
+    row_tile, col_tile = program_tile(program, height // BLOCK_M, width // BLOCK_N)
+    return row_tile * BLOCK_M, col_tile * BLOCK_N
 
 
 @triton.jit
 def strip_tile(
     first_row, first_col, row_in_strip, col_in_strip, N, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A tile's rows and columns in the strip, those in dS, and which of the latter exist."""
+    """A tile's rows and columns in the strip that begins at (first_row, first_col) of dS, those in dS, and which of the
+    latter exist."""
     in_rows = row_in_strip + tl.arange(0, BLOCK_M)
     in_cols = col_in_strip + tl.arange(0, BLOCK_N)
     rows = first_row + in_rows
@@ -249,9 +229,8 @@ def strip_tile(
 
 
 @triton.jit
-def store_in_strip(strip, grad, rows, cols, inside, height, width, stride_row, stride_col):
-    """dS of a tile at its rows and columns of the strip, rounded once."""
-    # The strip is zero past the ends of the logits, because the product reads it unmasked.
-    grad = tl.where(inside, grad, 0.0)
-    out = strip + rows.to(tl.int64)[:, None] * stride_row + cols.to(tl.int64)[None, :] * stride_col
-    tl.store(out, grad.to(strip.dtype.element_ty), mask=(rows < height)[:, None] & (cols < width)[None, :])
+def store_in_strip(strip, grad, in_rows, in_cols, inside, width):
+    """dS of a tile at its rows and columns of the strip, rounded once; 0 where dS has none, for the products read the
+    strip whole."""
+    out = strip + in_rows.to(tl.int64)[:, None] * width + in_cols[None, :]
+    tl.store(out, tl.where(inside, grad, 0.0).to(strip.dtype.element_ty))

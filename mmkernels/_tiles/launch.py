@@ -1,5 +1,6 @@
 """How the kernels over pairs are launched: the features as they read them, their options, and the blocks they walk."""
 
+import functools
 from typing import NamedTuple
 
 import triton
@@ -15,7 +16,9 @@ MERGE_BLOCK = 128  # entries that one of their programs takes
 MAX_PARTIALS = 32  # partial results of a row or a column
 
 
+@functools.cache
 def launch_options(tile: Tile) -> dict[str, int]:
+    """What every kernel of a tile is launched with. The dictionary is shared: nobody may change it."""
     return {
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,

@@ -31,6 +31,13 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+class Chip(NamedTuple):
+    """What the launchers fit their work to."""
+
+    multiprocessors: int
+    l2_bytes: int
+
+
 @triton.jit
 def dot(x, y, acc, PRECISION: tl.constexpr):
     """acc + x y, accumulated in float32; PRECISION says how float32 is multiplied."""
@@ -58,6 +65,15 @@ def family_of(device: torch.device) -> str:
     if major < 8:
         raise RuntimeError(f"mmkernels: impl='triton' needs compute capability 8.0, this GPU has {major}.{minor}")
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+@functools.cache
+def chip_of(device: torch.device) -> Chip:
+    """The device's; the interpreter passes for a small chip."""
+    if device.type == "cpu":
+        return Chip(4, 32 << 20)
+    properties = torch.cuda.get_device_properties(device)
+    return Chip(properties.multi_processor_count, properties.L2_cache_size)
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -5,7 +5,7 @@ and joins what rows and columns need of both: the maximum m and the sum z of 2^(
 2^(t - n), and a, the sum of 2^(t - n) (s - m). The loss of a row is log2 z - a / y. Partial results, at most 32 for
 each row and each column, are merged in a fixed order.
 
-Backward, 4 G + 2 G': strips as in info_nce, with the gradient of the logits from both tiles.
+Backward, 3 G + G': strips as in info_nce, with the gradient of the logits from both tiles.
 
 No atomics: results are the same bits from run to run. Logits are in base 2 inside the kernels.
 """
@@ -35,7 +35,7 @@ from mmkernels._tiles.engine import (
     tile_statistics,
 )
 from mmkernels._tiles.launch import MERGE_BLOCK, NO_FUSION, aligned, launch_options, walk_over
-from mmkernels._tiles.products import fp16_unit, products_of_both
+from mmkernels._tiles.products import fp16_unit, gradients_of_both
 from mmkernels._tiles.triton import LN2, LOG2E, LOWEST, Tile, on_device
 
 _SUMS = 5  # the sums of a row or a column: m, z, n, y, a
@@ -232,10 +232,10 @@ def finish_distillation_kernel(
 @triton.jit
 def _store_grad(
     s, t, row_lse, col_lse, teacher_row_lse, teacher_col_lse, weights, teacher_weights, match_weights, strip,
-    first_row, first_col, row_in_strip, col_in_strip, height, width, N, M, stride_row, stride_col,
+    first_row, first_col, row_in_strip, col_in_strip, width, N, M,
     SYMMETRIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dS of a tile of both logits into the strip [height, width] that begins at first_row, first_col of the logits."""
+    """dS of a tile of both logits into the strip that begins at first_row, first_col of the logits."""
     in_rows, in_cols, rows, cols, row_ok, col_ok = strip_tile(
         first_row, first_col, row_in_strip, col_in_strip, N, M, BLOCK_M, BLOCK_N
     )
@@ -256,25 +256,23 @@ def _store_grad(
         grad -= tl.where(here, tl.load(match_weights + rows, mask=row_ok, other=0.0)[:, None], 0.0)
 
     inside = row_ok[:, None] & col_ok[None, :]
-    store_in_strip(strip, grad, in_rows, in_cols, inside, height, width, stride_row, stride_col)
+    store_in_strip(strip, grad, in_rows, in_cols, inside, width)
 
 
-@triton.jit(do_not_specialize=["first", "length", "N", "M"])
+@triton.jit(do_not_specialize=["first_row", "first_col", "N", "M"])
 def distillation_grad_kernel(
     queries, keys, scale, teacher_queries, teacher_keys, teacher_scale,
     row_lse, col_lse, teacher_row_lse, teacher_col_lse, weights, teacher_weights, match_weights, strip,
-    first, length, N, M, D, TEACHER_D, stride_q, stride_k, stride_tq, stride_tk, stride_strip,
-    SYMMETRIC: tl.constexpr, OF_KEYS: tl.constexpr,
+    first_row, first_col, height, width, N, M, D, TEACHER_D, stride_q, stride_k, stride_tq, stride_tk,
+    SYMMETRIC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """strip [length, stride_strip] = rows first and following of dS; OF_KEYS: of dS transposed. Zero past its end.
+    """strip [height, width] = the part of dS that begins at first_row, first_col. Zero past the ends of dS.
 
     dS_ij = w_i p_ij + w_j p'_ij - v_i P_ij - v_j P'_ij - g_i [i = j], the terms in j with SYMMETRIC alone: p, p' the
     student's softmaxes over rows and columns, P, P' the teacher's; w, v, g: weights, teacher_weights, match_weights.
     """
-    first_row, first_col, row_in_strip, col_in_strip, height, width, stride_row, stride_col = strip_place(
-        tl.program_id(0), first, length, stride_strip, OF_KEYS, BLOCK_M, BLOCK_N
-    )
+    row_in_strip, col_in_strip = strip_place(tl.program_id(0), height, width, BLOCK_M, BLOCK_N)
     rows = first_row + row_in_strip + tl.arange(0, BLOCK_M)
     cols = first_col + col_in_strip + tl.arange(0, BLOCK_N)
     student = similarities(
@@ -289,13 +287,11 @@ def distillation_grad_kernel(
     HALF: tl.constexpr = BLOCK_N // 2
     _store_grad(
         s_left, t_left, row_lse, col_lse, teacher_row_lse, teacher_col_lse, weights, teacher_weights, match_weights,
-        strip, first_row, first_col, row_in_strip, col_in_strip, height, width, N, M, stride_row, stride_col,
-        SYMMETRIC, BLOCK_M, HALF,
+        strip, first_row, first_col, row_in_strip, col_in_strip, width, N, M, SYMMETRIC, BLOCK_M, HALF,
     )  # fmt: skip
     _store_grad(
         s_right, t_right, row_lse, col_lse, teacher_row_lse, teacher_col_lse, weights, teacher_weights, match_weights,
-        strip, first_row, first_col, row_in_strip, col_in_strip + HALF, height, width, N, M, stride_row, stride_col,
-        SYMMETRIC, BLOCK_M, HALF,
+        strip, first_row, first_col, row_in_strip, col_in_strip + HALF, width, N, M, SYMMETRIC, BLOCK_M, HALF,
     )  # fmt: skip
 
 
@@ -360,18 +356,17 @@ class _Logits(NamedTuple):
     tile: Tile
     precision: str
 
-    def fill(self, of_keys: bool, strip: Tensor, first: int, rows: int) -> None:
-        """The strip's rows: rows `first` and following of dS (of_keys: of dS transposed), zero past its end."""
+    def fill(self, strip: Tensor, first_row: int, first_col: int) -> None:
+        """The part of dS that begins at first_row, first_col into the strip; see gradients_of_both."""
         queries, keys, teacher_queries, teacher_keys = self.queries, self.keys, self.teacher_queries, self.teacher_keys
-        width = strip.shape[1]
-        height, breadth = (width, rows) if of_keys else (rows, width)
-        distillation_grad_kernel[(triton.cdiv(height, self.tile.block_m) * triton.cdiv(breadth, self.tile.block_n),)](
+        height, width = strip.shape
+        distillation_grad_kernel[(height // self.tile.block_m * (width // self.tile.block_n),)](
             queries, keys, self.scale, teacher_queries, teacher_keys, self.teacher_scale,
             self.row_lse, self.col_lse, self.teacher_row_lse, self.teacher_col_lse,
             self.weights, self.teacher_weights, self.match_weights, strip,
-            first, rows, len(queries), len(keys), queries.shape[1], teacher_queries.shape[1],
-            queries.stride(0), keys.stride(0), teacher_queries.stride(0), teacher_keys.stride(0), width,
-            SYMMETRIC=self.symmetric, OF_KEYS=of_keys, PRECISION=self.precision, **launch_options(self.tile),
+            first_row, first_col, height, width, len(queries), len(keys), queries.shape[1], teacher_queries.shape[1],
+            queries.stride(0), keys.stride(0), teacher_queries.stride(0), teacher_keys.stride(0),
+            SYMMETRIC=self.symmetric, PRECISION=self.precision, **launch_options(self.tile),
         )  # fmt: skip
 
 
@@ -413,8 +408,8 @@ def distillation_backward(
             row_lse, col_lse, teacher_row_lse, teacher_col_lse, weights, teacher_weights, match_weights.contiguous(),
             symmetric, choose_distillation(queries).grad_logits, precision,
         )  # fmt: skip
-        grad_scale = products_of_both(
-            logits.fill, logits.queries, logits.keys, config.product, precision, factor,
+        grad_scale = gradients_of_both(
+            logits.fill, logits.queries, logits.keys, logits.tile, config.product, precision, factor,
             grad_queries if output_mask[0] else None, grad_keys if output_mask[1] else None, output_mask[2],
         )  # fmt: skip
     return grad_queries, grad_keys, grad_scale if unit is None or not output_mask[2] else grad_scale * unit

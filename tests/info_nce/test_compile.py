@@ -13,7 +13,7 @@ def is_plain(form) -> bool:
         return False
     if constants.get("GROUPS", False):
         return form.gpu == "sm_90" and form in HEAVIEST
-    return constants.get("SYMMETRIC", True) and not constants.get("SMOOTHED") and not constants.get("OF_KEYS")
+    return constants.get("SYMMETRIC", True) and not constants.get("SMOOTHED") and constants.get("SHARE", True)
 
 
 @each_form([form for form in FORMS if form in HEAVIEST or is_plain(form)], is_plain)

@@ -7,9 +7,8 @@ HEAVIEST = set(gpu_bounds.heaviest(FORMS))
 
 
 def is_plain(form) -> bool:
-    """bf16, without smoothing, the hidden rows' side."""
-    constants = dict(form.constants)
-    return form.dtype == "bf16" and form.has_dot and not constants.get("SMOOTHED") and not constants.get("OF_KEYS")
+    """bf16, without smoothing."""
+    return form.dtype == "bf16" and form.has_dot and not dict(form.constants).get("SMOOTHED")
 
 
 @each_form([form for form in FORMS if form in HEAVIEST or is_plain(form)], is_plain)

@@ -3,15 +3,16 @@
 Forward, G = 2 N M D FLOP: a program owns a block of tiles. Every tile updates the running maximum and sum of its
 rows and of its columns; the partial statistics, at most 32 for each row and each column, are merged in a fixed order.
 
-Backward, 4 G: for a strip of queries the gradient of the logits, dS, is computed and stored in the dtype of the
-features; dQ of the strip is then a plain product dS K. Strips of keys, stored transposed, give dK in the same way.
+Backward, 3 G: a strip of the gradient of the logits, dS, is computed and stored in the dtype of the features; a plain
+product of the strip gives dQ, and one of the strip transposed gives dK (mmkernels._tiles.products).
 A product over a stored strip keeps its tiles large at every D. The alternative, one kernel that holds dQ in registers,
 holds 64 rows x 512 features at most: its narrow tiles are bound by the L2 cache, and for each further 512 features it
 computes dS once more (2 G more at D = 1024, 6 G more at D = 2048).
 
 Memory beyond inputs and outputs, in bytes, e = bytes of an element:
     forward   12 N + 8 (min(32, N / tile) M + min(32, M / tile) N)
-    backward  12 N + 4 M; one strip, at most max(128 rows, min(32 MiB, a quarter of dS)); partial products, 32.5 MiB
+    backward  12 N + 4 M; one strip, min(dS, max(2/3 of the L2 cache, 2048 rows), max(256 MiB, 128 rows));
+              if there are several and e = 2, 4 min(N, M) D; partial products, 128 KiB for each multiprocessor
     and a padded copy of the features where D or the row stride is no multiple of 16 or the address none of 16 bytes.
 
 No atomics: results are the same bits from run to run. Logits are in base 2 inside the kernels: 2^x is one instruction.
@@ -25,10 +26,10 @@ import triton
 from torch import Tensor
 
 from mmkernels._checks import require_targets
-from mmkernels._tiles.configs import Config, choose
+from mmkernels._tiles.configs import choose
 from mmkernels._tiles.launch import MERGE_BLOCK, MERGE_STEP, NO_FUSION, aligned, launch_options, walk_over
-from mmkernels._tiles.products import fp16_unit, products_of_both
-from mmkernels._tiles.triton import on_device
+from mmkernels._tiles.products import fp16_unit, gradients_of_both
+from mmkernels._tiles.triton import Tile, on_device
 from mmkernels.info_nce.groups import Groups, number_groups, require_groups
 from mmkernels.info_nce.triton_kernels.cross_entropy import (
     column_weights_kernel,
@@ -184,11 +185,12 @@ def cross_entropy_backward(
                 col_shares = F.pad(col_shares, (0, M - grouped))
         of = of._replace(queries=padded_queries, keys=padded_keys)
         row_ids, key_ids = (targets, targets) if groups is None else groups[:2]
+        tile = config.of_grad_logits(groups is not None)
         logits = _Logits(
-            of, row_ids, key_ids, row_lse, col_lse, weights, col_weights, row_shares, col_shares, config, precision
+            of, row_ids, key_ids, row_lse, col_lse, weights, col_weights, row_shares, col_shares, tile, precision
         )
-        grad_scale = products_of_both(
-            logits.fill, padded_queries, padded_keys, config.product, precision, factor,
+        grad_scale = gradients_of_both(
+            logits.fill, padded_queries, padded_keys, logits.tile, config.product, precision, factor,
             grad_queries if output_mask[0] else None, grad_keys if output_mask[1] else None, output_mask[2],
             grad_bias if output_mask[3] else None,
         )  # fmt: skip
@@ -209,24 +211,21 @@ class _Logits(NamedTuple):
     col_weights: Tensor  # [M], of each column
     row_shares: Tensor  # [N], with groups: what each positive of a row subtracts
     col_shares: Tensor  # [M], what each positive of a column subtracts
-    config: Config
+    tile: Tile
     precision: str
 
-    def fill(self, of_keys: bool, strip: Tensor, first: int, rows: int) -> None:
-        """The strip's rows: rows `first` and following of dS (of_keys: of dS transposed), zero past its end."""
+    def fill(self, strip: Tensor, first_row: int, first_col: int) -> None:
+        """The part of dS that begins at first_row, first_col into the strip; see gradients_of_both."""
         queries, keys, scale, bias, _, groups, symmetric, label_smoothing = self.of
-        tile = self.config.of_grad_logits(groups is not None)
-        width = strip.shape[1]
-        height, breadth = (width, rows) if of_keys else (rows, width)
-        grad_logits_kernel[(triton.cdiv(height, tile.block_m) * triton.cdiv(breadth, tile.block_n),)](
+        height, width = strip.shape
+        grad_logits_kernel[(height // self.tile.block_m * (width // self.tile.block_n),)](
             queries, keys, scale, scale if bias is None else bias,
             self.row_ids, self.key_ids, self.row_lse, self.col_lse, self.row_weights, self.col_weights,
             self.row_shares, self.col_shares, strip,
-            first, rows, len(queries), len(keys), len(self.key_ids),
-            queries.shape[1], queries.stride(0), keys.stride(0), width, float(label_smoothing),
-            SYMMETRIC=symmetric, OF_KEYS=of_keys, SMOOTHED=label_smoothing > 0,
-            BIAS=bias is not None, GROUPS=groups is not None,
-            PRECISION=self.precision, **launch_options(tile),
+            first_row, first_col, height, width, len(queries), len(keys), len(self.key_ids),
+            queries.shape[1], queries.stride(0), keys.stride(0), float(label_smoothing),
+            SYMMETRIC=symmetric, SMOOTHED=label_smoothing > 0, BIAS=bias is not None, GROUPS=groups is not None,
+            PRECISION=self.precision, **launch_options(self.tile),
         )  # fmt: skip
 
 

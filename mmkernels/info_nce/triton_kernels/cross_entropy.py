@@ -268,12 +268,11 @@ def column_weights_kernel(targets, row_weights, col_weights, N, M, STEP: tl.cons
 @triton.jit
 def _store_grad(
     s, bias, targets, key_groups, row_lse, col_lse, row_weights, col_weights, row_shares, col_shares, strip,
-    first_row, first_col, row_in_strip, col_in_strip, height, width, N, M, num_grouped, stride_row, stride_col,
-    label_smoothing,
+    first_row, first_col, row_in_strip, col_in_strip, width, N, M, num_grouped, label_smoothing,
     SYMMETRIC: tl.constexpr, SMOOTHED: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dS of a tile of logits into the strip [height, width] that begins at first_row, first_col of the logits."""
+    """dS of a tile of logits into the strip that begins at first_row, first_col of the logits."""
     in_rows, in_cols, rows, cols, row_ok, col_ok = strip_tile(
         first_row, first_col, row_in_strip, col_in_strip, N, M, BLOCK_M, BLOCK_N
     )
@@ -306,18 +305,18 @@ def _store_grad(
             grad -= tl.where(cols[None, :] == target[:, None], of_target[:, None], 0.0)
 
     inside = row_ok[:, None] & col_ok[None, :]
-    store_in_strip(strip, grad, in_rows, in_cols, inside, height, width, stride_row, stride_col)
+    store_in_strip(strip, grad, in_rows, in_cols, inside, width)
 
 
-@triton.jit(do_not_specialize=["first", "length", "N", "M", "num_grouped", "label_smoothing"])
+@triton.jit(do_not_specialize=["first_row", "first_col", "N", "M", "num_grouped", "label_smoothing"])
 def grad_logits_kernel(
     queries, keys, scale, bias, targets, key_groups, row_lse, col_lse, row_weights, col_weights,
     row_shares, col_shares, strip,
-    first, length, N, M, num_grouped, D, stride_q, stride_k, stride_strip, label_smoothing,
-    SYMMETRIC: tl.constexpr, OF_KEYS: tl.constexpr, SMOOTHED: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr,
+    first_row, first_col, height, width, N, M, num_grouped, D, stride_q, stride_k, label_smoothing,
+    SYMMETRIC: tl.constexpr, SMOOTHED: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """strip [length, stride_strip] = rows first and following of dS; OF_KEYS: of dS transposed. Zero past its end.
+    """strip [height, width] = the part of dS that begins at first_row, first_col. Zero past the ends of dS.
 
     dS_ij = u_i e^(s_ij - lse_i) + w_j e^(s_ij - lse_j) - 2 (1 - eps) u_i [j = t_i] - eps u_i / M - eps w_j / N
     u, w: row_weights, col_weights, the gradients of the cross-entropies of rows and columns. Without SYMMETRIC there is
@@ -325,9 +324,7 @@ def grad_logits_kernel(
     col_shares_j) at every pair of one group. All terms meet in float32, and dS is rounded once. The tile of logits is
     computed as in the forward pass for both sides: its bits are those that gave the log-sum-exps.
     """
-    first_row, first_col, row_in_strip, col_in_strip, height, width, stride_row, stride_col = strip_place(
-        tl.program_id(0), first, length, stride_strip, OF_KEYS, BLOCK_M, BLOCK_N
-    )
+    row_in_strip, col_in_strip = strip_place(tl.program_id(0), height, width, BLOCK_M, BLOCK_N)
     rows = first_row + row_in_strip + tl.arange(0, BLOCK_M)
     cols = first_col + col_in_strip + tl.arange(0, BLOCK_N)
     tile = similarities(
@@ -337,11 +334,11 @@ def grad_logits_kernel(
     HALF: tl.constexpr = BLOCK_N // 2
     _store_grad(
         left, bias, targets, key_groups, row_lse, col_lse, row_weights, col_weights, row_shares, col_shares, strip,
-        first_row, first_col, row_in_strip, col_in_strip, height, width, N, M, num_grouped,
-        stride_row, stride_col, label_smoothing, SYMMETRIC, SMOOTHED, BIAS, GROUPS, BLOCK_M, HALF,
+        first_row, first_col, row_in_strip, col_in_strip, width, N, M, num_grouped,
+        label_smoothing, SYMMETRIC, SMOOTHED, BIAS, GROUPS, BLOCK_M, HALF,
     )  # fmt: skip
     _store_grad(
         right, bias, targets, key_groups, row_lse, col_lse, row_weights, col_weights, row_shares, col_shares, strip,
-        first_row, first_col, row_in_strip, col_in_strip + HALF, height, width, N, M, num_grouped,
-        stride_row, stride_col, label_smoothing, SYMMETRIC, SMOOTHED, BIAS, GROUPS, BLOCK_M, HALF,
+        first_row, first_col, row_in_strip, col_in_strip + HALF, width, N, M, num_grouped,
+        label_smoothing, SYMMETRIC, SMOOTHED, BIAS, GROUPS, BLOCK_M, HALF,
     )  # fmt: skip

@@ -12,7 +12,7 @@ similarities then has at most three entries per row: dQ and dK are sparse produc
 
 Memory beyond inputs and outputs, in bytes, e = bytes of an element:
     all, loss        16 min(32, N / tile) N
-    all, gradients   8 (min(64, M / tile) + strip / tile) N; one strip, as info_nce's; partial products, 32.5 MiB
+    all, gradients   8 (min(64, M / tile) + strip / tile) N; one strip and partial products, as info_nce's
     worst, loss      16 min(32, N / tile) N
     worst, gradients 100 N
     and a padded copy of the features where D or the row stride is no multiple of 16 or the address none of 16 bytes.
@@ -26,15 +26,14 @@ from torch import Tensor
 
 from mmkernels._tiles.configs import choose, choose_tile
 from mmkernels._tiles.launch import MERGE_BLOCK, MERGE_STEP, NO_FUSION, aligned, launch_options, walk_over
-from mmkernels._tiles.products import MERGE_FEATURES, MERGE_ROWS, fp16_unit, strip_products
-from mmkernels._tiles.triton import on_device, round_up
+from mmkernels._tiles.products import MERGE_FEATURES, MERGE_ROWS, fp16_unit, gradients_of_both
+from mmkernels._tiles.triton import on_device
 from mmkernels.triplet.triton_kernels.kernels import (
     finish_gradients_kernel,
     finish_worst_kernel,
     hinges_kernel,
     positives_kernel,
     sparse_product_kernel,
-    transposed_product_kernel,
     worst_kernel,
 )
 
@@ -109,9 +108,10 @@ def triplet_hinge_gradients(
                 weights, factor = weights / unit, factor * unit
         grad_queries = positives.new_empty((N, num_features) if output_mask[0] else 0)
         grad_keys = positives.new_empty((M, num_features) if output_mask[1] else 0)
-        strips = _Strips(queries, keys, positives, weights, margin, symmetric, grad_keys)
-        strip_products(
-            strips.fill, queries, keys, config.product, precision, one, grad_queries if output_mask[0] else None
+        strips = _Strips(queries, keys, positives, weights, margin, symmetric)
+        of_both = (grad_queries if output_mask[0] else None, grad_keys if output_mask[1] else None)
+        gradients_of_both(
+            strips.fill, queries, keys, strips.tile, config.product, precision, one, *of_both, of_rows=True
         )
         rows, columns = strips.rows, strips.columns
         counts = rows[1].sum(0) + columns[1].sum(0) if symmetric else rows[1].sum(0)
@@ -137,37 +137,29 @@ class _Strips:
         weights: Tensor,  # [N]
         margin: float,
         symmetric: bool,
-        grad_keys: Tensor,  # [M, features], without the positives' part; empty: not wanted
     ) -> None:
         self.queries, self.keys, self.positives, self.weights = queries, keys, positives, weights
-        self.margin, self.symmetric, self.grad_keys = float(margin), symmetric, grad_keys
+        self.margin, self.symmetric = float(margin), symmetric
         self.tile, self.precision = choose_tile("triplet", queries)
-        tiles = triton.cdiv(round_up(len(keys), 64), self.tile.block_n)
-        self.tiles_per_split = triton.cdiv(tiles, _MAX_SPLITS)
-        self.splits = triton.cdiv(tiles, self.tiles_per_split)
-        # The sums of the hinges, and the counts of those above 0.
-        self.rows = positives.new_empty(2, self.splits, len(queries))
-        self.columns = self.rows
+        # The sums of the hinges, and the counts of those above 0; allocated with the first strip.
+        self.rows = self.columns = positives
 
-    def fill(self, strip: Tensor, first: int, rows: int) -> None:
-        """Rows `first` and following of the gradient into the strip; adds their part to the gradient of the keys."""
+    def fill(self, strip: Tensor, first_row: int, _: int) -> None:
+        """Rows first_row and following of the gradient into the strip; see gradients_of_both."""
         tile = self.tile
-        queries, keys, width, D = self.queries, self.keys, strip.shape[1], self.queries.shape[1]
-        groups = triton.cdiv(rows, tile.block_m)
-        if first == 0 and self.symmetric:
-            self.columns = self.positives.new_empty(2, groups, len(queries))
-        hinges_kernel[(groups * self.splits,)](
+        queries, keys, (height, width) = self.queries, self.keys, strip.shape
+        groups, tiles = height // tile.block_m, width // tile.block_n
+        tiles_per_split = triton.cdiv(tiles, _MAX_SPLITS)
+        splits = triton.cdiv(tiles, tiles_per_split)
+        if first_row == 0:
+            self.rows = self.columns = self.positives.new_empty(2, splits, len(queries))
+            if self.symmetric:
+                self.columns = self.positives.new_empty(2, groups, len(queries))
+        hinges_kernel[(groups * splits,)](
             queries, keys, self.positives, self.weights, strip, self.rows, self.columns,
-            first, rows, width, len(queries), len(keys), D, queries.stride(0), keys.stride(0),
-            1, self.tiles_per_split, groups, self.splits, self.columns.shape[1], self.margin,
+            first_row, height, width, len(queries), len(keys), queries.shape[1], queries.stride(0), keys.stride(0),
+            1, tiles_per_split, groups, splits, self.columns.shape[1], self.margin,
             SYMMETRIC=self.symmetric, GRADIENT=True, PRECISION=self.precision, **launch_options(tile),
-        )  # fmt: skip
-        if self.grad_keys.numel() == 0:
-            return
-        transposed_product_kernel[(triton.cdiv(len(keys), tile.block_m) * triton.cdiv(D, tile.block_n),)](
-            strip, queries[first:], self.grad_keys,
-            rows, len(keys), self.grad_keys.shape[1], D, queries.stride(0), width, int(first == 0),
-            PRECISION=self.precision, **launch_options(tile),
         )  # fmt: skip
 
 

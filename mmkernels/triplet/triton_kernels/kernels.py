@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from mmkernels._tiles.engine import all_have_read, block_of_tiles, halves, program_tile, similarities
-from mmkernels._tiles.triton import dot
 
 _INFINITY = tl.constexpr(float("inf"))
 _LAST = tl.constexpr(2**31 - 1)
@@ -176,46 +175,6 @@ def hinges_kernel(
         tl.store(row_out + rows, row_sum, mask=row_ok)
         if GRADIENT:
             tl.store(row_out + row_plane + rows, row_count, mask=row_ok)
-
-
-@triton.jit
-def _accumulate(grad, part, rows, features, num_y, num_features, anew):
-    out = grad + rows.to(tl.int64)[:, None] * num_features + features[None, :]
-    inside = (features < num_features)[None, :]
-    old = tl.load(out, mask=(rows < tl.where(anew > 0, 0, num_y))[:, None] & inside, other=0.0)
-    tl.store(out, part + old, mask=(rows < num_y)[:, None] & inside)
-
-
-@triton.jit(do_not_specialize=["num_x", "num_y", "num_features", "anew"])
-def transposed_product_kernel(
-    strip, x, grad, num_x, num_y, num_features, D, stride_x, stride_strip, anew,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """grad [num_y, num_features] += strip^T x, in float32, over the first num_x rows of the strip; `anew`: =.
-
-    Strips come one after the other, so the sums are in one order.
-    """
-    row_tile, feature_tile = program_tile(tl.program_id(0), tl.cdiv(num_y, BLOCK_M), tl.cdiv(D, BLOCK_N))
-    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    features = feature_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (features < D)[None, :]
-    k = tl.arange(0, BLOCK_K)
-    in_strip = (rows < stride_strip)[:, None]
-    strip_ptrs = strip + k.to(tl.int64)[None, :] * stride_strip + rows[:, None]  # [BM, BK]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    x_ptrs = x + k.to(tl.int64)[:, None] * stride_x + features[None, :]  # [BK, BN]
-    for start in range(0, num_x, BLOCK_K):
-        there = k < num_x - start
-        strip_tile = tl.load(strip_ptrs, mask=in_strip & there[None, :], other=0.0)
-        x_tile = tl.load(x_ptrs, mask=there[:, None] & inside, other=0.0)
-        acc = dot(strip_tile, x_tile, acc, PRECISION)
-        x_ptrs += tl.cast(stride_x, tl.int64) * BLOCK_K
-        strip_ptrs += tl.cast(stride_strip, tl.int64) * BLOCK_K
-    left, right = halves(acc)
-    HALF: tl.constexpr = BLOCK_N // 2
-    features = feature_tile * BLOCK_N + tl.arange(0, HALF)
-    _accumulate(grad, left, rows, features, num_y, num_features, anew)
-    _accumulate(grad, right, rows, features + HALF, num_y, num_features, anew)
 
 
 @triton.jit(do_not_specialize=["num_x", "N", "num_features"])
