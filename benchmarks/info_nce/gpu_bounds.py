@@ -97,8 +97,8 @@ def steps_of(case: Case, cols: int, features: int) -> int:
     depth = dict(case.constants).get("BLOCK_K", features)
     if case.kernel != "product_kernel":
         return -(-features // depth)
-    # Along the columns of a strip, of which each split takes a part.
-    return max(1, cols // depth // 16)
+    # A strip has 2,048 rows. Its product is split into four along the columns; that of the strip transposed is not.
+    return max(1, (2048 if dict(case.constants)["TRANSPOSED"] else cols // 4) // depth)
 
 
 def work(case: Case, rows: int, cols: int, features: int) -> tuple[float, float]:

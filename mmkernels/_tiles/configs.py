@@ -106,6 +106,8 @@ DISTILLATION_CONFIGS: dict[str, dict[str, DistillationConfig]] = {
 # An op with an epilogue of its own takes one tile for all its kernels over pairs: forward's, or this where that spills.
 _OWN_TILES: dict[str, dict[tuple[str, str], Tile]] = {
     "siglip": {
+        ("sm_80", "half"): Tile(128, 64, 32, 8, 4),
+        ("sm_100", "half"): Tile(128, 64, 64, 8, 4),
         ("sm_80", "ieee"): Tile(64, 64, 16, 8, 2),
         ("sm_100", "ieee"): Tile(64, 64, 16, 8, 2),
         ("sm_100", "tf32x3"): Tile(64, 64, 32, 8, 3),

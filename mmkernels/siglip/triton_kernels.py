@@ -20,7 +20,7 @@ from mmkernels._tiles.configs import choose, choose_tile
 from mmkernels._tiles.engine import halves, program_tile, similarities
 from mmkernels._tiles.launch import NO_FUSION, aligned, launch_options
 from mmkernels._tiles.products import fp16_unit, gradients_of_both
-from mmkernels._tiles.triton import LOG2E, on_device, round_up
+from mmkernels._tiles.triton import LN2, LOG2E, on_device, round_up
 
 _PROGRAMS = 1024  # of a launch, if it has as many tiles
 _TILES = 4  # of a program at most: longer sums in float32 would lose digits
@@ -34,43 +34,70 @@ _GRAD_BY_PRODUCT = tl.constexpr(2)
 
 
 @triton.jit
-def _log1p(x):
-    """log(1 + x) for 0 <= x <= 1, as x + x^2 R(x): the sum 1 + x would lose the digits of a small x."""
-    p = tl.fma(x, -3.3184550703e-3, 2.0204504952e-2)
-    p = tl.fma(p, x, -5.7664297521e-2)
-    p = tl.fma(p, x, 1.0680540651e-1)
-    p = tl.fma(p, x, -1.5355387330e-1)
-    p = tl.fma(p, x, 1.9695398211e-1)
-    p = tl.fma(p, x, -2.4958586693e-1)
-    p = tl.fma(p, x, 3.3330512047e-1)
-    p = tl.fma(p, x, -4.9999931455e-1)
-    return tl.fma(x * x, p, x)
+def _log2_1p_over(x):
+    """log2(1 + x) / x for 0 <= x <= 1: the sum 1 + x would lose the digits of a small x."""
+    p = tl.fma(x, -4.7875186733e-3, 2.9148939098e-2)
+    p = tl.fma(p, x, -8.3191996070e-2)
+    p = tl.fma(p, x, 1.5408763031e-1)
+    p = tl.fma(p, x, -2.2153141152e-1)
+    p = tl.fma(p, x, 2.8414453327e-1)
+    p = tl.fma(p, x, -3.6007629250e-1)
+    p = tl.fma(p, x, 4.8085764440e-1)
+    p = tl.fma(p, x, -7.2134653155e-1)
+    return tl.fma(p, x, LOG2E)
 
 
 @triton.jit
 def _add_pairs(
-    product, scale, bias, weights, loss, grad_sum, product_sum, rows, cols, N, M, strip,
-    LOSSES: tl.constexpr, SUMS: tl.constexpr, STORE: tl.constexpr,
+    product, scale, bias, row_weights, loss, grad_sum, product_sum, rows, cols, N, M, strip,
+    LOSSES: tl.constexpr, SUMS: tl.constexpr, STORE: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """The sums of the rows with those of a tile of products; its dS into the strip, from its row `strip` on."""
-    inside = (rows < N)[:, None] & (cols < M)[None, :]
-    match = rows[:, None] == cols[None, :]
-    y = product * scale + bias
-    y = tl.where(match, -y, y)  # -label * logit
-    e = tl.exp2(-tl.abs(y) * LOG2E)
+    """The sums of the rows, in base 2, with those of a tile of products; its dS into the strip, whose row `strip` is.
+
+    Without EDGE the tile has pairs alone, and no match among them.
+    """
+    y = tl.fma(product, scale, bias)  # -label * logit / ln 2 of a pair that does not match
+    if EDGE:
+        inside = (rows < N)[:, None] & (cols < M)[None, :]
+        match = rows[:, None] == cols[None, :]
+        y = tl.where(match, -y, y)
+    e = tl.exp2(-tl.abs(y))
     if LOSSES:
-        loss += tl.sum(tl.where(inside, tl.maximum(y, 0.0) + _log1p(e), 0.0), 1)
+        cost = tl.fma(e, _log2_1p_over(e), tl.maximum(y, 0.0))
+        if EDGE:
+            cost = tl.where(inside, cost, 0.0)
+        loss += tl.sum(cost, 1)
     if SUMS or STORE:
         grad = tl.where(y < 0, e, 1.0) / (1.0 + e)
-        grad = tl.where(match, -grad, grad)
-        grad *= tl.load(weights + rows, mask=rows < N, other=0.0)[:, None]
-        # The strip is zero past the ends of the logits, for the products read it whole.
-        grad = tl.where(inside, grad, 0.0)
+        if EDGE:
+            # The strip is zero past the ends of the logits, for the products read it whole.
+            grad = tl.where(inside, tl.where(match, -grad, grad), 0.0)
         if SUMS:
             grad_sum += tl.sum(grad, 1)
             product_sum += tl.sum(grad * product, 1)
         if STORE:
+            grad *= row_weights[:, None]
             tl.store(strip[:, None] + cols[None, :], grad.to(strip.dtype.element_ty))
+    return loss, grad_sum, product_sum
+
+
+@triton.jit
+def _add_tile(
+    tile, scale, bias, row_weights, loss, grad_sum, product_sum, rows, col_start, N, M, strip,
+    LOSSES: tl.constexpr, SUMS: tl.constexpr, STORE: tl.constexpr, EDGE: tl.constexpr, QUARTER: tl.constexpr,
+):  # fmt: skip
+    """_add_pairs for the quarters of a tile, one after the other, so that they need not share the registers."""
+    left, right = halves(tile)
+    for quarter in tl.static_range(4):
+        if quarter % 2 == 0:
+            now, later = halves(left if quarter == 0 else right)
+        else:
+            now = later
+        cols = col_start + quarter * QUARTER + tl.arange(0, QUARTER)
+        loss, grad_sum, product_sum = _add_pairs(
+            now, scale, bias, row_weights, loss, grad_sum, product_sum, rows, cols, N, M, strip,
+            LOSSES, SUMS, STORE, EDGE,
+        )  # fmt: skip
     return loss, grad_sum, product_sum
 
 
@@ -90,8 +117,9 @@ def pairs_kernel(
     row_tile, split = program_tile(tl.program_id(0), height // BLOCK_M, num_splits)
     in_rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = first + in_rows
-    scale = tl.load(scale)
-    bias = tl.load(bias)
+    scale = tl.load(scale) * LOG2E
+    bias = tl.load(bias) * LOG2E
+    row_weights = tl.load(weights + rows, mask=rows < N, other=0.0)
     strip_rows = strip + in_rows.to(tl.int64) * width
     loss = tl.zeros((BLOCK_M,), tl.float32)
     grad_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -104,24 +132,25 @@ def pairs_kernel(
             queries, keys, rows, col_start + tl.arange(0, BLOCK_N),
             N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
-        # The quarters of a tile go one after the other, so that they need not share the registers.
-        left, right = halves(tile)
-        for quarter in tl.static_range(4):
-            if quarter % 2 == 0:
-                now, later = halves(left if quarter == 0 else right)
-            else:
-                now = later
-            loss, grad_sum, product_sum = _add_pairs(
-                now, scale, bias, weights, loss, grad_sum, product_sum,
-                rows, col_start + quarter * QUARTER + tl.arange(0, QUARTER), N, M, strip_rows, LOSSES, SUMS, STORE,
+        beyond = (first + (row_tile + 1) * BLOCK_M > N) | (col_start + BLOCK_N > M)
+        first_row = first + row_tile * BLOCK_M
+        if beyond | ((first_row < col_start + BLOCK_N) & (col_start < first_row + BLOCK_M)):
+            loss, grad_sum, product_sum = _add_tile(
+                tile, scale, bias, row_weights, loss, grad_sum, product_sum, rows, col_start, N, M, strip_rows,
+                LOSSES, SUMS, STORE, True, QUARTER,
+            )  # fmt: skip
+        else:
+            loss, grad_sum, product_sum = _add_tile(
+                tile, scale, bias, row_weights, loss, grad_sum, product_sum, rows, col_start, N, M, strip_rows,
+                LOSSES, SUMS, STORE, False, QUARTER,
             )  # fmt: skip
     out = sums + split.to(tl.int64) * height + in_rows
     plane = tl.cast(num_splits, tl.int64) * height
     if LOSSES:
-        tl.store(out + _LOSS * plane, loss)
+        tl.store(out + _LOSS * plane, loss * LN2)
     if SUMS:
-        tl.store(out + _GRAD * plane, grad_sum)
-        tl.store(out + _GRAD_BY_PRODUCT * plane, product_sum)
+        tl.store(out + _GRAD * plane, grad_sum * row_weights)
+        tl.store(out + _GRAD_BY_PRODUCT * plane, product_sum * row_weights)
 
 
 @triton.jit
@@ -188,7 +217,9 @@ def siglip_gradients(
         if queries.dtype == torch.float16:
             unit = fp16_unit(weights.abs().amax())  # |dS| <= the largest weight
             factor, weights = scale * unit, weights / unit
-        pairs = _Pairs(queries, keys, scale, bias, weights, with_losses, of_scale or of_bias)
+        # Sums of gradients alone would be a form of their own for a call that nobody makes.
+        losses = with_losses or not (of_queries or of_keys)
+        pairs = _Pairs(queries, keys, scale, bias, weights, losses, of_scale or of_bias)
         if of_queries or of_keys:
             gradients_of_both(
                 pairs.fill, pairs.queries, pairs.keys, pairs.tile, pairs.product, pairs.precision, factor,
@@ -201,7 +232,8 @@ def siglip_gradients(
             total = (total if unit is None else total * unit).float()
             grad_scale = total[1] if of_scale else grad_scale
             grad_bias = total[0] if of_bias else grad_bias
-    return pairs.losses, grad_queries, grad_keys, grad_scale.clone(), grad_bias.clone()
+    losses_of_rows = pairs.losses if with_losses else scale.new_empty(0)
+    return losses_of_rows, grad_queries, grad_keys, grad_scale.clone(), grad_bias.clone()
 
 
 class _Pairs:
