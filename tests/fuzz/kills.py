@@ -4,7 +4,8 @@
     python -m tests.fuzz.kills --models clip --kills 100
 
 A run is a process that this one forks, so that a life costs no imports. It is killed by SIGKILL at a random moment, a
-quarter of the times before its first checkpoint, and started again with the same command in the same folder. After each
+quarter of the times before its first checkpoint, and started again with the same command in the same folder. Moments
+are counted in checkpoints and parts of a step: on a machine whose load changes, seconds would miss the run. After each
 kill every checkpoint in the folder can be read; a run that ends leaves no temporary file, the losses of the whole run,
 and its weights to the bit; the next kill meets a new run.
 """
@@ -41,6 +42,7 @@ COMMANDS = {
     "av_fusion": "--data synthetic --batch-size 16 --steps 24 --checkpoint-every 1",
 }
 WAIT = 600  # seconds for one life
+LIFE = 12  # the most checkpoints of a life before its kill: half of a run
 
 
 @dataclass
@@ -121,9 +123,8 @@ def kill_and_resume(model: str, kills: int, seed: int, root: Path) -> Found:
     whole = root / f"{model}-whole"
     process = begin(model, whole)
     start = until_checkpoint(process, whole, [])
-    began = time.monotonic()
+    step = until_checkpoint(process, whole, checkpoints(whole))
     finish(process, whole)
-    lasts = time.monotonic() - began
     folder = root / f"{model}-1"
     while found.kills < kills or folder.exists():
         before = checkpoints(folder)
@@ -133,8 +134,10 @@ def kill_and_resume(model: str, kills: int, seed: int, root: Path) -> Found:
         elif choice.random() < 0.25:
             wait = choice.uniform(0, start)
         else:
-            until_checkpoint(process, folder, before)
-            wait = choice.uniform(0, lasts / 2)
+            start = until_checkpoint(process, folder, before)
+            for _ in range(choice.randrange(LIFE)):
+                step = until_checkpoint(process, folder, checkpoints(folder))
+            wait = choice.uniform(0, step)
         process.join(wait)
         if process.exitcode is None:
             os.kill(process.pid or 0, signal.SIGKILL)
