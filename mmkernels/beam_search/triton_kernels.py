@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels._tiles.triton import family_of, on_device, ordered
+from mmkernels._tiles.triton import OLDER_TRITON, family_of, on_device, ordered
 from mmkernels.beam_search import specification
 
 LOG2E = tl.constexpr(specification.LOG2E)
@@ -56,6 +56,8 @@ TILES = {
 }
 # Bytes of logits between one read of them and the next: less than the L2 of any GPU named.
 _GROUP_BYTES = 16 << 20
+# Warps of the merge's largest tiles, as a multiple of the other kernels': with two, Triton 3.6 spills on sm_80.
+_WIDE = 4 if OLDER_TRITON else 2
 
 
 @triton.jit
@@ -312,7 +314,7 @@ class Split(NamedTuple):
 
 def merge_warps(tile: Tile, beams: int, parts: int) -> int:
     """Warps of the merge: its largest tiles do not fit the registers of as many as the other kernels have."""
-    return 2 * tile.num_warps if beams * parts > 1024 else tile.num_warps
+    return _WIDE * tile.num_warps if beams * parts > 1024 else tile.num_warps
 
 
 def split_rows(rows: int, vocabulary: int, tile: Tile, multiprocessors: int) -> Split:
