@@ -1,16 +1,18 @@
 """The compiled forms of divided attention's Triton kernels, for gpu_bounds."""
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from benchmarks.harness.gpu_forms import GPUS, Argument, Case, Problem
 from mmkernels.divided_attention import triton_kernels
+from mmkernels.divided_attention.layout import APART, AVERAGED, GLOBAL
 from mmkernels.divided_attention.triton_kernels import backward, engine, forward
 from mmkernels.divided_attention.triton_kernels.configs import CONFIGS, HEADS, Config, launch_options
 
 _KERNELS = {
-    "packed_forward": forward.forward_kernel,
+    "packed_forward": forward.packed_forward_kernel,
     "forward": forward.forward_kernel,
     "packed_backward": backward.packed_backward_kernel,
     "grad_queries": backward.grad_queries_kernel,
@@ -18,7 +20,8 @@ _KERNELS = {
     "cls_sums": backward.cls_sums_kernel,
     "merge": engine.merge_kernel,
 }
-GROWING = {"MASKED", "BLOCK_K", "HEAD"}
+GROWING = {"MASKED", "CLS", "BLOCK_K", "HEAD"}
+CLS = (APART, AVERAGED, GLOBAL)
 _FEATURES = {"grad_out", "qkv", "out", "grad_qkv"}
 _NUMBERS = {*engine.RUNTIME, "parts", "num_tokens", "rows", "weighted"} - {"cls_weight", "keep_scale"}
 _FRACTIONS = {"scale", "scale2", "cls_weight", "keep_scale"}
@@ -65,16 +68,19 @@ def _cases(gpu: str, precision: str, dtype: str, masked: bool, configs: dict[int
         for name, tile in config._asdict().items():
             options = launch_options(tile)
             warps, stages = options.pop("num_warps"), options.pop("num_stages")
-            flags = {"PACKED": name == "packed_forward"} if name.endswith("forward") else {}
-            constants = flags | {"MASKED": masked} | options
-            # Heads of more than 128 are to be right in float32, too, but no model's speed hangs on them.
+            # Wide heads in float32 and clips of 2^31 features are to be right; no model's speed hangs on them.
             large = tile.block_k > 128 and dtype == "fp32"
-            yield make(
-                name, gpu, precision, dtype, tuple(constants.items()), warps, stages, has_dot=True, may_spill=large
-            )
-    for head in (8, 16, *HEADS):
-        constants = {"MASKED": masked, "BLOCK": triton_kernels.CLS_BLOCK, "HEAD": head}
+            for cls, wide in itertools.product(CLS, (False, True)):
+                constants = {"CLS": cls, "MASKED": masked, "WIDE": wide} | options
+                yield make(
+                    name, gpu, precision, dtype, tuple(constants.items()), warps, stages, has_dot=True,
+                    may_spill=large or wide,
+                )  # fmt: skip
+    for head, wide in itertools.product((8, 16, *HEADS), (False, True)):
+        constants = {"MASKED": masked, "WIDE": wide, "BLOCK": triton_kernels.CLS_BLOCK, "HEAD": head}
         yield make("cls_sums", gpu, precision, dtype, tuple(constants.items()), triton_kernels.CLS_WARPS, 3)
+        if wide:
+            continue
         if not masked:
             constants = {"ROWS": triton_kernels.MERGE_ROWS, "HEAD": head}
             yield make("merge", gpu, precision, dtype, tuple(constants.items()), triton_kernels.MERGE_WARPS, 3)
@@ -129,8 +135,13 @@ def problems(case: Case) -> list[Problem]:
 
 
 def is_main(case: Case) -> bool:
-    """Heads of 64 without mask or dropout."""
+    """Heads of 64 without mask or dropout; the class token as in TimeSformer."""
     constants = dict(case.constants)
+    cls = APART if case.kernel.startswith("packed") else AVERAGED
     return (
-        case.dtype != "fp16" and constants.get("BLOCK_K", constants.get("HEAD")) == 64 and not constants.get("MASKED")
+        case.dtype != "fp16"
+        and constants.get("BLOCK_K", constants.get("HEAD")) == 64
+        and constants.get("CLS", cls) == cls
+        and not constants.get("MASKED")
+        and not constants.get("WIDE")
     )

@@ -1,5 +1,8 @@
 """The Triton kernels of divided_attention compiled for GPUs that are not here: no spill, no excess, matrix units."""
 
+import dataclasses
+
+from mmkernels.divided_attention.layout import AVERAGED, GLOBAL
 from tests.compiling import check, each_form, gpu_bounds, registry
 
 OP = registry.gpu_bounds("divided_attention")
@@ -19,9 +22,20 @@ def is_plain(form) -> bool:
 
 def is_compiled(form) -> bool:
     """The heaviest form of each tile. fp16 takes what bf16 does, with instructions of other names: a sample of it."""
+    constants = dict(form.constants)
+    if constants.get("WIDE"):  # with other addresses: a sample
+        return (
+            form.dtype == "bf16"
+            and head_of(form) == 64
+            and constants["MASKED"]
+            and constants.get("CLS", GLOBAL) == GLOBAL
+        )
+    if form.kernel == "grad_queries" and constants["CLS"] == AVERAGED:  # has a pass of its own, which GLOBAL has not
+        constants["CLS"] = GLOBAL
+        form = dataclasses.replace(form, constants=tuple(constants.items()))
     if form.dtype == "fp16":
         sampled = form.kernel in ("packed_backward", "grad_keys", "merge") and head_of(form) == 128
-        return sampled and dict(form.constants).get("MASKED", True)
+        return sampled and constants.get("CLS", GLOBAL) == GLOBAL and constants.get("MASKED", True)
     return form in HEAVIEST or is_plain(form)
 
 

@@ -212,9 +212,41 @@ def test_clips_further_apart_than_32_bits_reach(monkeypatch):
             assert torch.equal(one, other)
 
 
+def test_tokens_further_apart_than_32_bits_reach(monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    qkv = torch.randn(2, 1 + 4 * 3, 3 * 16).bfloat16()
+    step = 180_000_000  # of which but a page for each token is touched
+    apart = torch.empty(12 * step + 96, dtype=torch.bfloat16)
+    apart = apart.as_strided(qkv.shape, (48, step, 1)).copy_(qkv)
+    grad_out = torch.empty(12 * step + 96, dtype=torch.bfloat16).as_strided((2, 13, 16), (16, step, 1))
+    grad_out.copy_(cases.weights_of(grad_out))
+    for axis, cls_mode in (
+        ("time", "timesformer"),
+        ("time", "global_cls"),
+        ("space", "paper"),
+        ("space", "global_cls"),
+    ):
+        options = {"num_frames": 3, "num_heads": 1, "axis": axis, "cls_mode": cls_mode}
+        right = run(qkv, grad_out.contiguous(), **options)
+        for one, other in zip(run(apart, grad_out, **options), right, strict=True):
+            assert torch.equal(one, other)
+        assert right[2].isfinite().all()
+
+
+def test_the_reciprocal_is_exact():
+    """For every length of a sequence and every index of a tile."""
+    for items in range(1, 257):
+        index = torch.arange(256)
+        geometry, _, _ = triton_kernels.plan(
+            layout_of(items, items, "time", "none", "nt"), 1, 64, configs.CONFIGS["gfx942"]["half", False][64]
+        )
+        assert torch.equal(index * geometry.reciprocal >> engine.RECIPROCAL_BITS.value, index // items)
+    OP(torch.randn(1, 3, 48), num_frames=1, num_heads=1, axis="time", cls_mode="none", impl="triton")  # for guards
+
+
 @triton.jit
-def _place_kernel(out, program, num_heads, num_sequences, items, pack, BLOCK: tl.constexpr):
-    clip, head, group, block = engine.place(program, num_heads, num_sequences, items, pack, BLOCK)
+def _place_kernel(out, program, num_heads, groups, blocks):
+    clip, head, group, block = engine.place(program, num_heads, groups, blocks)
     tl.store(out, clip)
     tl.store(out + 1, head)
     tl.store(out + 2, group)
@@ -230,12 +262,14 @@ def test_more_sequences_than_a_grid_has_rows():
         (layout_of(1 + 33 * 70_000, 70_000, "space", "paper", "tn"), 32, (2, 11, 69_999, 1)),
     ):
         config = configs.choose(torch.empty(0), 64, False)
-        geometry, packed = triton_kernels.plan(layout, heads, 64, config)
+        geometry, _, packed = triton_kernels.plan(layout, heads, 64, config)
         assert packed == (layout.length == 8)
         (programs,) = geometry.programs(clips, block)
         for program, expected in ((programs - 1, last), (0, (0, 0, 0, 0)), (heads - 1, (0, heads - 1, 0, 0))):
             found = torch.full((4,), -1)
-            _place_kernel[(1,)](found, program, heads, layout.num_sequences, geometry.items, geometry.pack, BLOCK=block)
+            _place_kernel[(1,)](
+                found, program, heads, geometry.groups, triton.cdiv(geometry.pack * geometry.items, block)
+            )
             assert tuple(found.tolist()) == expected
     OP(torch.randn(1, 3, 48), num_frames=1, num_heads=1, axis="time", cls_mode="none", impl="triton")  # for guards
 

@@ -33,7 +33,7 @@ from mmkernels.divided_attention.triton_kernels.backward import (
     packed_backward_kernel,
 )
 from mmkernels.divided_attention.triton_kernels.configs import Config, choose, launch_options
-from mmkernels.divided_attention.triton_kernels.forward import forward_kernel
+from mmkernels.divided_attention.triton_kernels.forward import forward_kernel, packed_forward_kernel
 
 MERGE_ROWS = 16  # partials that a step of merge_kernel adds
 MERGE_WARPS = 4
@@ -50,25 +50,13 @@ class Geometry(NamedTuple):
     num_sequences: int
     items: int
     pack: int
+    groups: int
+    reciprocal: int
     has_cls: int
-    cls: int
     sequence_step: int
     patch_step: int
     frame_step: int
     num_frames: int
-
-    @property
-    def is_global(self) -> bool:
-        return self.cls == GLOBAL
-
-    @property
-    def groups(self) -> int:
-        return triton.cdiv(self.num_sequences, self.pack)
-
-    @property
-    def parts(self) -> int:
-        """Partials of the class token in each clip."""
-        return self.groups if self.cls else 0
 
     def programs(self, batch: int, block: int) -> tuple[int]:
         """The grid, in one dimension: those of y and z end at 65,535."""
@@ -95,22 +83,24 @@ def divided_attention_forward(
     layout = Layout(*layout)
     extras = _Extras(qkv, frame_mask, seed, layout, dropout_p)
     config = choose(qkv, D, extras.masked)
-    geometry, packed = plan(layout, num_heads, D, config)
+    geometry, cls, packed = plan(layout, num_heads, D, config)
+    parts = geometry.groups if cls else 0
     tile = config.packed_forward if packed else config.forward
+    kernel = packed_forward_kernel if packed else forward_kernel
     qkv = _readable(qkv)
     out = qkv.new_empty(B, L, C)
     lse = qkv.new_empty(B, num_heads, layout.num_rows, dtype=torch.float32)
-    partials = qkv.new_empty(B, geometry.parts, C, dtype=torch.float32)
-    tops = qkv.new_empty(B, num_heads, geometry.parts, dtype=torch.float32)
-    sums = qkv.new_empty(B, num_heads, geometry.parts, dtype=torch.float32)
+    partials = qkv.new_empty(B, parts, C, dtype=torch.float32)
+    tops = qkv.new_empty(B, num_heads, parts, dtype=torch.float32)
+    sums = qkv.new_empty(B, num_heads, parts, dtype=torch.float32)
     with on_device(qkv.device):
-        forward_kernel[geometry.programs(B, tile.block_m)](
+        kernel[geometry.programs(B, tile.block_m)](
             qkv, extras.frame_mask, extras.cls_weights, extras.seed, out, lse, partials, tops, sums,
             *geometry, *_strides(qkv), scale * LOG2E.value, extras.cls_weight, extras.threshold, extras.keep_scale,
-            PACKED=packed, MASKED=extras.masked, **launch_options(tile),
+            CLS=cls, MASKED=extras.masked, WIDE=_is_wide(qkv, out), **launch_options(tile),
         )  # fmt: skip
         if layout.has_cls:
-            _merge(partials, tops, sums, out, lse, geometry, geometry.is_global, scale)
+            _merge(partials, tops, sums, out, lse, geometry, cls == GLOBAL, scale)
     return out, lse
 
 
@@ -136,20 +126,21 @@ def divided_attention_backward(
     layout = Layout(*layout)
     extras = _Extras(qkv, frame_mask, seed, layout, dropout_p)
     config = choose(qkv, D, extras.masked)
-    geometry, packed = plan(layout, num_heads, D, config)
+    geometry, cls, packed = plan(layout, num_heads, D, config)
     grad_out, qkv, out, lse = _readable(grad_out), _readable(qkv), out.contiguous(), lse.contiguous()
     grad_qkv = qkv.new_empty(B, L, width)
-    partials = qkv.new_empty(B, geometry.parts, width, dtype=torch.float32)
+    partials = qkv.new_empty(B, geometry.groups if cls else 0, width, dtype=torch.float32)
+    form = {"CLS": cls, "MASKED": extras.masked, "WIDE": _is_wide(grad_out, qkv, grad_qkv)}
     numbers = (*geometry, *_strides(grad_out), *_strides(qkv), scale * LOG2E.value, scale)
     masks = (extras.frame_mask, extras.cls_weights, extras.seed)
     with on_device(qkv.device):
-        sums = _cls_sums(qkv, lse, extras, geometry, scale) if geometry.is_global else lse  # else it is not read
+        sums = _cls_sums(qkv, lse, extras, geometry, scale) if cls == GLOBAL else lse  # else it is not read
         if packed:
             tile = config.packed_backward
             packed_backward_kernel[geometry.programs(B, tile.block_m)](
                 grad_out, qkv, out, lse, sums, *masks, grad_qkv, partials,
                 *numbers, extras.cls_weight, extras.threshold, extras.keep_scale,
-                MASKED=extras.masked, **launch_options(tile),
+                **form, **launch_options(tile),
             )  # fmt: skip
         else:
             rows = layout.num_sequences * geometry.items
@@ -158,13 +149,13 @@ def divided_attention_backward(
             grad_queries_kernel[geometry.programs(B, tile.block_m)](
                 grad_out, qkv, out, lse, sums, *masks, grad_qkv, partials, statistics,
                 *numbers, extras.cls_weight, extras.threshold, extras.keep_scale,
-                MASKED=extras.masked, **launch_options(tile),
+                **form, **launch_options(tile),
             )  # fmt: skip
             tile = config.grad_keys
             grad_keys_kernel[geometry.programs(B, tile.block_m)](
                 grad_out, qkv, extras.frame_mask, extras.seed, statistics, grad_qkv, partials,
                 *numbers, extras.threshold, extras.keep_scale,
-                MASKED=extras.masked, **launch_options(tile),
+                **form, **launch_options(tile),
             )  # fmt: skip
         if layout.has_cls:
             _merge(partials, lse, lse, grad_qkv, lse, geometry, False, scale)
@@ -205,19 +196,25 @@ class _Extras:
         self.cls_weights = real.float() / real.sum(1, keepdim=True).clamp(min=1)
 
 
-def plan(layout: Layout, num_heads: int, head_size: int, config: Config) -> tuple[Geometry, bool]:
-    """The geometry of a call, and whether its sequences are packed."""
+def plan(layout: Layout, num_heads: int, head_size: int, config: Config) -> tuple[Geometry, int, bool]:
+    """The geometry of a call, what its class token does, and whether its sequences are packed."""
     # A global class token of one sequence has that sequence's row: nothing is merged.
     is_averaged = layout.cls == GLOBAL and layout.num_sequences == 1
+    items = layout.items
     block = config.packed_forward.block_m
-    packed = layout.items <= block
-    pack = min(block // layout.items, layout.num_sequences) if packed else 1
+    packed = items <= block
+    pack = min(block // items, layout.num_sequences) if packed else 1
     geometry = Geometry(
-        num_heads, head_size // _UNIT, layout.num_sequences, layout.items, pack, layout.has_cls,
-        AVERAGED if is_averaged else layout.cls, layout.sequence_step, layout.patch_step, layout.frame_step,
-        layout.num_frames,
+        num_heads, head_size // _UNIT, layout.num_sequences, items, pack, triton.cdiv(layout.num_sequences, pack),
+        triton.cdiv(1 << engine.RECIPROCAL_BITS.value, items), layout.has_cls, layout.sequence_step, layout.patch_step,
+        layout.frame_step, layout.num_frames,
     )  # fmt: skip
-    return geometry, packed
+    return geometry, AVERAGED if is_averaged else layout.cls, packed
+
+
+def _is_wide(*tensors: Tensor) -> bool:
+    """Whether features of one clip lie further apart than 32 bits reach."""
+    return any((x.size(1) - 1) * x.stride(1) + x.size(2) > 1 << 31 for x in tensors)
 
 
 def _cls_sums(qkv: Tensor, lse: Tensor, extras: "_Extras", geometry: Geometry, scale: float) -> Tensor:
@@ -225,7 +222,8 @@ def _cls_sums(qkv: Tensor, lse: Tensor, extras: "_Extras", geometry: Geometry, s
     sums = qkv.new_empty(qkv.shape[0], geometry.num_heads, geometry.groups, dtype=torch.float32)
     cls_sums_kernel[(sums.numel(),)](
         qkv, lse, extras.frame_mask, sums, *geometry, *_strides(qkv), scale * LOG2E.value,
-        MASKED=extras.masked, BLOCK=CLS_BLOCK, HEAD=triton.next_power_of_2(geometry.units * _UNIT), num_warps=CLS_WARPS,
+        MASKED=extras.masked, WIDE=_is_wide(qkv), BLOCK=CLS_BLOCK, HEAD=triton.next_power_of_2(geometry.units * _UNIT),
+        num_warps=CLS_WARPS,
     )  # fmt: skip
     return sums.sum(2)
 
@@ -246,7 +244,7 @@ def _merge(
     heads = width // D
     engine.merge_kernel[(B * heads,)](
         partials, tops, sums, out, lse,
-        geometry.parts, heads, geometry.units, L, lse.shape[2], int(weighted), scale * LOG2E.value,
+        partials.shape[1], heads, geometry.units, L, lse.shape[2], int(weighted), scale * LOG2E.value,
         ROWS=MERGE_ROWS, HEAD=triton.next_power_of_2(D), num_warps=MERGE_WARPS,
     )  # fmt: skip
 

@@ -2,11 +2,16 @@
 
 A sequence is a run of *items*: the class token first, where it takes part, then the patches. A *group* is `pack`
 sequences end to end: several short ones, so that they fill a tile together, or one that is streamed. Every kernel takes
-the geometry of a call as plain numbers, so that one compiled form serves all axes, modes and orders. Those of the
-layout are as in layout.py: num_sequences, has_cls, cls, sequence_step, patch_step, frame_step, num_frames. The others:
+the geometry of a call as plain numbers, so that one compiled form serves all axes and orders. Those of the layout are
+as in layout.py: num_sequences, has_cls, sequence_step, patch_step, frame_step, num_frames. The others:
 
     num_heads, units    H, and D in units of 8 features: the compiler then knows that rows are whole vectors
     items, pack         of a sequence; sequences of a group
+    groups              of a clip
+    reciprocal          2^16 / items, rounded up: a runtime division takes twenty instructions, this takes two
+
+CLS, what the class token does, is a compiled form: APART, AVERAGED or GLOBAL. So is WIDE: the features of one clip lie
+further apart than 32 bits reach. Else only the first of them has a 64-bit address, and all others an offset to it.
 """
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
@@ -17,46 +22,44 @@ import triton.language as tl
 from mmkernels._tiles.triton import LN2, LOWEST
 from mmkernels.divided_attention import layout
 
+APART = tl.constexpr(layout.APART)
 AVERAGED = tl.constexpr(layout.AVERAGED)
 GLOBAL = tl.constexpr(layout.GLOBAL)
 # Numbers that do not choose another compiled form when they happen to be 1 or a multiple of 16.
 GEOMETRY = (
-    "num_heads", "units", "num_sequences", "items", "pack", "has_cls", "cls",
+    "num_heads", "units", "num_sequences", "items", "pack", "groups", "reciprocal", "has_cls",
     "sequence_step", "patch_step", "frame_step", "num_frames",
 )  # fmt: skip
 RUNTIME = (*GEOMETRY, "stride_b", "stride_t", "stride_ob", "stride_ot", "cls_weight", "threshold", "keep_scale")
 UNIT = tl.constexpr(8)
+RECIPROCAL_BITS = tl.constexpr(16)
 
 
 @triton.jit
-def place(program, num_heads, num_sequences, items, pack, BLOCK: tl.constexpr):
+def place(program, num_heads, groups, blocks):
     """The clip, head, group and block of items of a program. Heads are neighbours in memory: they run side by side."""
-    head = program % num_heads
     rest = program // num_heads
-    blocks = tl.cdiv(pack * items, BLOCK)
-    groups = tl.cdiv(num_sequences, pack)
-    return rest // blocks // groups, head, rest // blocks % groups, rest % blocks
+    head = program - rest * num_heads
+    of_group = rest // blocks
+    clip = of_group // groups
+    return clip, head, of_group - clip * groups, rest - of_group * blocks
 
 
 @triton.jit
-def items_at(index, group, num_sequences, items, pack, PACKED: tl.constexpr):
-    """The sequence and item at an index of a group, and whether there is one."""
-    sequence = group + index * 0
-    item = index
-    inside = index < items
-    if PACKED:
-        sequence = group * pack + index // items
-        item = index % items
-        inside = (index < pack * items) & (sequence < num_sequences)
-    return sequence, item, inside
+def packed_items(index, group, num_sequences, items, pack, reciprocal):
+    """The sequence and item at an index of a tile, and whether there is one. Exact for tiles of up to 256 items."""
+    of_group = (index * reciprocal) >> RECIPROCAL_BITS
+    inside = index < tl.minimum(pack, num_sequences - group * pack) * items
+    return group * pack + of_group, index - of_group * items, inside
 
 
 @triton.jit
-def tokens_at(sequence, item, has_cls, cls, sequence_step, patch_step):
+def tokens_at(sequence, item, has_cls, sequence_step, patch_step, CLS: tl.constexpr):
     """The token of an item, and whether it is the class token."""
-    own = tl.minimum(cls, 1)
-    is_cls = item < own
-    return tl.where(is_cls, 0, has_cls + sequence * sequence_step + (item - own) * patch_step), is_cls
+    if CLS == APART:
+        return has_cls + sequence * sequence_step + item * patch_step, tl.zeros_like(item) != 0
+    is_cls = item == 0
+    return tl.where(is_cls, 0, has_cls + sequence * sequence_step + (item - 1) * patch_step), is_cls
 
 
 @triton.jit
@@ -70,18 +73,29 @@ def present_at(frame_mask, clip, token, is_cls, inside, has_cls, frame_step, num
 
 
 @triton.jit
-def load_rows(base, token, stride, present, D, HEAD: tl.constexpr):
-    """The rows of a tile, [tokens, HEAD]; 0 for absent ones, which are not read, and past the end of a head."""
-    features = tl.arange(0, HEAD)
-    at = base + token.to(tl.int64)[:, None] * (stride.to(tl.int64) * UNIT) + features[None, :]
-    return tl.load(at, mask=present[:, None] & (features < D)[None, :], other=0.0)
+def rows_at(token, stride, HEAD: tl.constexpr, WIDE: tl.constexpr):
+    """The offsets of the rows of tokens, [tokens, HEAD], for a step of so many features from one to the next."""
+    if WIDE:
+        token = token.to(tl.int64)
+    return token[:, None] * stride + tl.arange(0, HEAD)[None, :]
 
 
 @triton.jit
-def store_rows(base, token, stride, inside, D, value, HEAD: tl.constexpr):
-    features = tl.arange(0, HEAD)
-    at = base + token.to(tl.int64)[:, None] * stride + features[None, :]
-    tl.store(at, value.to(base.dtype.element_ty), mask=inside[:, None] & (features < D)[None, :])
+def load_rows(base, token, stride, present, D, HEAD: tl.constexpr, WIDE: tl.constexpr):
+    """The rows of a tile, [tokens, HEAD]; 0 for absent ones, which are not read, and past the end of a head.
+
+    The stride is in units, which tells the compiler that rows are whole vectors.
+    """
+    if WIDE:
+        stride = stride.to(tl.int64)
+    at = base + rows_at(token, stride * UNIT, HEAD, WIDE)
+    return tl.load(at, mask=present[:, None] & (tl.arange(0, HEAD) < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(base, token, stride, inside, D, value, HEAD: tl.constexpr, WIDE: tl.constexpr):
+    at = base + rows_at(token, stride, HEAD, WIDE)
+    tl.store(at, value.to(base.dtype.element_ty), mask=inside[:, None] & (tl.arange(0, HEAD) < D)[None, :])
 
 
 @triton.jit
@@ -101,7 +115,9 @@ def magnitude(scale2):
 @triton.jit
 def signed(x, scale2):
     """x with the sign of the scale, so that the largest product is the largest score."""
-    return (x * tl.where(scale2 < 0, -1.0, 1.0)).to(x.dtype)
+    if scale2 < 0:
+        x = -x
+    return x
 
 
 @triton.jit
@@ -111,20 +127,40 @@ def keys_seen(item, present):
 
 
 @triton.jit
-def first_seen(sequence, is_cls, cls):
+def first_seen(sequence, is_cls, CLS: tl.constexpr):
     """0; 1 for a global class token in all sequences but the first, so that it meets itself once."""
-    return (is_cls & (cls == GLOBAL) & (sequence > 0)).to(tl.int32)
+    if CLS == GLOBAL:
+        return (is_cls & (sequence > 0)).to(tl.int32)
+    return tl.zeros_like(is_cls).to(tl.int32)
 
 
 @triton.jit
-def weights_at(cls_weights, cls_weight, clip, sequence, num_sequences, is_cls, present, cls, MASKED: tl.constexpr):
-    """What a query's output counts: 0 if absent, 1, or the share of an averaged class token's sequence."""
+def packed_seen(sequence, item, is_cls, present, items, BLOCK: tl.constexpr, CLS: tl.constexpr, MASKED: tl.constexpr):
+    """Which keys of a tile a query sees, [BLOCK, BLOCK]: those of its own sequence.
+
+    A distance to the first of them takes one comparison a pair, as an unsigned number; to know the sequence of each key
+    would take a division.
+    """
+    first = first_seen(sequence, is_cls, CLS)
+    distance = tl.arange(0, BLOCK)[None, :] - (tl.arange(0, BLOCK) - item + first)[:, None]
+    seen = distance.to(tl.uint32, bitcast=True) < (items - first).to(tl.uint32, bitcast=True)[:, None]
     if MASKED:
-        at = cls_weights + clip.to(tl.int64) * num_sequences + sequence
-        # The mask compares no scalars: Triton 3.9's interpreter turns such a comparison into an integer.
-        share = tl.where(cls == AVERAGED, tl.load(at, mask=present & is_cls, other=1.0), 1.0)
-    else:
-        share = tl.where(is_cls & (cls == AVERAGED), cls_weight, 1.0)
+        seen &= present[None, :]
+    return seen
+
+
+@triton.jit
+def weights_at(
+    cls_weights, cls_weight, clip, sequence, num_sequences, is_cls, present, CLS: tl.constexpr, MASKED: tl.constexpr
+):
+    """What a query's output counts: 0 if absent, 1, or the share of an averaged class token's sequence."""
+    share = tl.full(present.shape, 1.0, tl.float32)
+    if CLS == AVERAGED:
+        if MASKED:
+            at = cls_weights + clip.to(tl.int64) * num_sequences + sequence
+            share = tl.load(at, mask=present & is_cls, other=1.0)
+        else:
+            share = tl.where(is_cls, cls_weight, 1.0)
     return tl.where(present, share, 0.0)
 
 
@@ -139,17 +175,33 @@ def kept(seed, threshold, key_token, query_token, clip_and_head, sequence):
 
 
 @triton.jit
-def first_row(clip, head, num_heads, num_sequences, items, cls):
-    """The place of a head's log-sum-exps, and how many of them are the class token's."""
-    cls_rows = tl.where(cls == AVERAGED, num_sequences, tl.minimum(cls, 1))
-    rows = cls_rows + num_sequences * (items - tl.minimum(cls, 1))
-    return (clip.to(tl.int64) * num_heads + head) * rows, cls_rows
+def patches_of(num_sequences, items, CLS: tl.constexpr):
+    """The tokens of a clip but for the class token."""
+    if CLS == APART:
+        return num_sequences * items
+    return num_sequences * (items - 1)
 
 
 @triton.jit
-def row_at(sequence, token, is_cls, has_cls, cls, cls_rows):
+def first_row(clip, head, num_heads, num_sequences, items, CLS: tl.constexpr):
+    """The place of a head's log-sum-exps, and how many of them are the class token's."""
+    cls_rows = num_sequences * 0
+    if CLS == AVERAGED:
+        cls_rows = num_sequences
+    if CLS == GLOBAL:
+        cls_rows += 1
+    return (clip.to(tl.int64) * num_heads + head) * (cls_rows + patches_of(num_sequences, items, CLS)), cls_rows
+
+
+@triton.jit
+def row_at(sequence, token, is_cls, has_cls, cls_rows, CLS: tl.constexpr):
     """The row of a query among the log-sum-exps of its head."""
-    return tl.where(is_cls, tl.where(cls == AVERAGED, sequence, 0), cls_rows + token - has_cls)
+    row = cls_rows + token - has_cls
+    if CLS == AVERAGED:
+        row = tl.where(is_cls, sequence, row)
+    if CLS == GLOBAL:
+        row = tl.where(is_cls, 0, row)
+    return row
 
 
 @triton.jit(do_not_specialize=["parts", "num_heads", "units", "num_tokens", "rows", "weighted"])
