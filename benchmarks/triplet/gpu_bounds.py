@@ -1,6 +1,7 @@
 """The compiled forms of triplet's Triton kernels, for gpu_bounds."""
 
 import functools
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -43,9 +44,9 @@ def _cases(gpu: str, precision: str) -> Iterable[Case]:
         sparse = {"BLOCK": products.MERGE_FEATURES, "STEP": launch.MERGE_STEP}
         yield make("sparse_product_kernel", None, **sparse)
     if precision == "ieee":  # it sees float32 alone
-        for symmetric in (False, True):
-            block = {"BLOCK": launch.MERGE_BLOCK}
-            yield case("triplet", gpu, precision, "fp32", "finish_worst_kernel", None, SYMMETRIC=symmetric, **block)
+        for symmetric, semi_hard in itertools.product((False, True), repeat=2):
+            flags = {"SYMMETRIC": symmetric, "SEMI_HARD": semi_hard, "BLOCK": launch.MERGE_BLOCK}
+            yield case("triplet", gpu, precision, "fp32", "finish_worst_kernel", None, **flags)
 
 
 def kernel(name: str) -> Any:

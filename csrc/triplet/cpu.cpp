@@ -72,7 +72,7 @@ Tensor sum_hinges(TripletHinges& p, bool gradients, const at::TensorOptions& flo
 
 // Finds the worst negatives of rows and columns: the losses, and where they are, -1 where no hinge is above 0.
 std::tuple<Tensor, Tensor> find_worst(TripletWorst& p, const at::TensorOptions& floats) {
-  const int64_t n = p.logits.queries.rows, directions = p.columns ? 2 : 1;
+  const int64_t n = p.logits.queries.rows, m = p.logits.keys.rows, directions = p.columns ? 2 : 1;
   const Tensor best = at::empty({directions, n}, floats), positives = positives_of(p.logits, floats);
   const Tensor index = at::empty({directions, n}, floats.dtype(at::kInt));
   p.positives = positives.const_data_ptr<float>();
@@ -85,17 +85,20 @@ std::tuple<Tensor, Tensor> find_worst(TripletWorst& p, const at::TensorOptions& 
 
   const Tensor losses = at::empty({n}, floats);
   float* loss = losses.mutable_data_ptr<float>();
-  // The hinge of the worst negative, rounded as the tiles round it.
-  const auto hinge = [&](float value, int32_t& at, float positive) {
+  // The hinge of the worst of `negatives`, rounded as the tiles round it. A worst negative at minus infinity is one
+  // like others, and its hinge NaN where the positive lies there, too; as a semi-hard one it counts beside NaN alone.
+  const auto hinge = [&](float value, int32_t& at, float positive, int64_t negatives) {
+    const bool none =
+        negatives == 0 || (p.semi_hard && value == -std::numeric_limits<float>::infinity() && positive == positive);
     if (value == std::numeric_limits<float>::infinity()) value = std::numeric_limits<float>::quiet_NaN();
     const float above = (value - positive) + p.margin;
-    const bool counts = value != -std::numeric_limits<float>::infinity() && !(above <= 0.f);
+    const bool counts = !none && !(above <= 0.f);
     if (!counts) at = -1;
     return counts ? above : 0.f;
   };
   for (int64_t i = 0; i < n; ++i) {
-    loss[i] = hinge(p.row_best[i], p.row_index[i], p.positives[i]);
-    if (p.columns) loss[i] = (loss[i] + hinge(p.col_best[i], p.col_index[i], p.positives[i])) * share_of(true);
+    loss[i] = hinge(p.row_best[i], p.row_index[i], p.positives[i], m - 1);
+    if (p.columns) loss[i] = (loss[i] + hinge(p.col_best[i], p.col_index[i], p.positives[i], n - 1)) * share_of(true);
   }
   return {losses, index};
 }

@@ -28,6 +28,8 @@ def divided_attention(
         absent = ~frame_mask
     absent_patches = absent[:, frames]  # [B, S, R]
     absent_tokens = absent.new_zeros(B, L).index_copy(1, patches.flatten(), absent_patches.flatten(1))
+    if layout.has_cls and layout.cls != GLOBAL:  # nor is the class token of a clip without frames read
+        absent_tokens[:, 0] = absent.all(1)
     present = qkv.to(dtype).masked_fill(absent_tokens[..., None], 0.0)  # what fills an absent frame may be NaN
     q, k, v = present.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, L, D]
 

@@ -28,12 +28,12 @@ def _losses_of_rows(similarities: Tensor, margin: float, mining: str) -> Tensor:
     own = torch.eye(*similarities.shape, dtype=torch.bool, device=similarities.device)
     positives = similarities.diagonal()[:, None]
     above = similarities - positives + margin
-    hinges = F.relu(above).masked_fill(own, 0.0)
     if mining == "all":
-        return hinges.sum(1)
+        return F.relu(above).masked_fill(own, 0.0).sum(1)
     counts = ~own
     if mining == "semi_hard":
         # Negated comparisons, so that a NaN counts: it is the worst of all.
         counts &= ~(similarities >= positives) & ~(above <= 0)
-    worst = similarities.masked_fill(~counts, -torch.inf).argmax(1, keepdim=True)
-    return torch.where(counts.any(1), hinges.gather(1, worst)[:, 0], 0.0)
+    negatives = similarities.masked_fill(~counts, -torch.inf)
+    worst = negatives.gather(1, negatives.argmax(1, keepdim=True))
+    return torch.where(counts.any(1), F.relu(worst - positives + margin)[:, 0], 0.0)

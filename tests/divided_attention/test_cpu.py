@@ -241,6 +241,23 @@ def test_absent_frames_are_never_read():
 
 
 @needs_library
+def test_a_clip_without_frames_is_never_read():
+    """Nor is its class token, unless that attends to all tokens, itself among them."""
+    for case in EVERY_LAYOUT:
+        case = dataclasses.replace(case, mask="empty")
+        if case.cls_mode == "global_cls" or case.axis == "joint":
+            continue
+        qkv = case.inputs(torch.float32)
+        expected = run(qkv, case, "cpu")
+        qkv[1] = torch.nan
+        for impl in ("cpu", "reference"):
+            for actual, before in zip(run(qkv, case, impl), expected, strict=True):
+                assert torch.equal(actual, before) if impl == "cpu" else actual.isfinite().eq(before.isfinite()).all()
+        assert expected[0][1].eq(0).all()
+        assert expected[2][1].eq(0).all()
+
+
+@needs_library
 def test_numbers_of_another_layout_are_refused():
     """The kernels read where the layout says: one that is not of these tokens would have them read past the end."""
     qkv = torch.zeros(1, 13, 48)

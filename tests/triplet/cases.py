@@ -118,6 +118,38 @@ def sizes_of_terms(queries: Tensor, keys: Tensor, reduction: str, **options: Any
     return (of_similarities @ keys.abs()).max().item(), (of_similarities.T @ queries.abs()).max().item()
 
 
+# Similarities at minus infinity, the positive's too: a row, the first row, whose first entry is no negative, a column;
+# and a row beside whose negatives at minus infinity the positive is NaN.
+AT_MINUS_INFINITY = ("row 3", "row 0", "column 3", "positive of NaN")
+
+
+def at_minus_infinity(place: str) -> tuple[Tensor, Tensor]:
+    queries, keys = Case(40, 50, 16).inputs(torch.float32)
+    queries[:, 5] = keys[:, 5] = 1.0
+    if place == "column 3":
+        keys[3, 5] = -torch.inf
+    else:
+        queries[0 if place == "row 0" else 3, 5] = -torch.inf
+    if place == "positive of NaN":
+        keys[3, 5] = 0.0
+    return queries, keys
+
+
+def check_minus_infinity(place: str, impl: str, symmetric: bool, mining: str) -> None:
+    """A worst negative at minus infinity costs nothing, unless the positive is no larger: then no number is right."""
+    queries, keys = at_minus_infinity(place)
+    actual, exact = (
+        run(*(x.to(dtype) for x in (queries, keys)), name, mining=mining, symmetric=symmetric)[0]
+        for dtype, name in ((torch.float32, impl), (torch.float64, "reference"))
+    )
+    lost = torch.zeros(40, dtype=torch.bool)
+    if place == "positive of NaN" or (mining != "semi_hard" and (symmetric or place != "column 3")):
+        lost[0 if place == "row 0" else 3] = True
+    assert torch.equal(exact.isnan(), lost)
+    assert torch.equal(actual.isnan(), lost)
+    torch.testing.assert_close(actual[~lost].double(), exact[~lost], rtol=1e-6, atol=1e-6)
+
+
 def by_hand(queries: Tensor, keys: Tensor, margin: float, mining: str, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Losses [N] and d (their sum) / d similarities [N, M], negative by negative."""
     similarities = (queries.double() @ keys.double().T).tolist()

@@ -7,7 +7,18 @@ import mmkernels
 from mmkernels.testing import assert_within_budget, features
 from tests.cpu_kernels import DTYPES, assert_same_bits, each_case, needs_library, strided_pairs
 from tests.op_arguments import output_masks
-from tests.triplet.cases import CASES, IN_ONE_PASS, MININGS, Case, assert_results, by_hand, check_case, run
+from tests.triplet.cases import (
+    AT_MINUS_INFINITY,
+    CASES,
+    IN_ONE_PASS,
+    MININGS,
+    Case,
+    assert_results,
+    by_hand,
+    check_case,
+    check_minus_infinity,
+    run,
+)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.n * case.m < 20_000], ids=str)
@@ -205,6 +216,14 @@ def test_nan_in_nan_out(mining, value, where, symmetric):
         for a, b in zip(actual, eager, strict=True):
             assert (~b.isfinite() <= ~a.isfinite()).all()
     assert lost.any() == (not mmkernels.triplet(queries, keys, impl="cpu", **options).isfinite())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("place", AT_MINUS_INFINITY)
+@pytest.mark.parametrize("mining", MININGS)
+@needs_library
+def test_worst_negatives_at_minus_infinity(mining, place, symmetric):
+    check_minus_infinity(place, "cpu", symmetric, mining)
 
 
 @pytest.mark.parametrize("mining", MININGS)

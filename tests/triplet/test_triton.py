@@ -12,7 +12,7 @@ from mmkernels._tiles import configs, launch, products
 from mmkernels.testing import features
 from mmkernels.triplet import triton_kernels
 from tests.interpreting import DTYPES, FAST_IN_FP16, guarded_allocations, guarded_rows
-from tests.triplet.cases import MININGS, Case, assert_results, cases, run
+from tests.triplet.cases import AT_MINUS_INFINITY, MININGS, Case, assert_results, cases, check_minus_infinity, run
 
 TILE = configs.CONFIGS["interpreter"]["half"].forward.block_m
 SIZES = [
@@ -105,6 +105,13 @@ def test_nan_is_not_hidden(mining, where, symmetric):
         for a, b in zip(actual, eager, strict=True):
             assert (b.isnan() <= a.isnan()).all()
     assert run(queries, keys, "triton", "mean", **options)[0].isnan()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("place", AT_MINUS_INFINITY)
+@pytest.mark.parametrize("mining", MININGS)
+def test_worst_negatives_at_minus_infinity(mining, place, symmetric):
+    check_minus_infinity(place, "triton", symmetric, mining)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])

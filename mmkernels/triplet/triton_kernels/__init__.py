@@ -76,8 +76,8 @@ def triplet_forward(
         )  # fmt: skip
         losses, worst = positives.new_empty(N), positives.new_empty(directions, N, dtype=torch.int32)
         finish_worst_kernel[(triton.cdiv(N, MERGE_BLOCK),)](
-            row_best, row_index, col_best, col_index, positives, losses, worst, N, groups, splits, float(margin),
-            SYMMETRIC=symmetric, BLOCK=MERGE_BLOCK, **NO_FUSION,
+            row_best, row_index, col_best, col_index, positives, losses, worst, N, M, groups, splits, float(margin),
+            SYMMETRIC=symmetric, SEMI_HARD=mining == "semi_hard", BLOCK=MERGE_BLOCK, **NO_FUSION,
         )  # fmt: skip
     return losses, worst
 

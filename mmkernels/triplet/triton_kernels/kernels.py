@@ -9,6 +9,9 @@ from mmkernels._tiles.engine import all_have_read, block_of_tiles, halves, progr
 
 _INFINITY = tl.constexpr(float("inf"))
 _LAST = tl.constexpr(2**31 - 1)
+# In place of a similarity that is no negative's, where hinges are added: finite, so that no NaN comes of it beside a
+# positive at minus infinity.
+_EXCLUDED = tl.constexpr(-1e38)
 
 
 @triton.jit(do_not_specialize=["N", "M"])
@@ -30,10 +33,10 @@ def positives_kernel(
 
 
 @triton.jit
-def _negatives(s, rows, cols, N, M):
-    """The similarities of a tile; minus infinity on the diagonal and past the last row and column."""
+def _negatives(s, rows, cols, N, M, EXCLUDED: tl.constexpr):
+    """The similarities of a tile; EXCLUDED on the diagonal and past the last row and column."""
     negative = (rows < N)[:, None] & (cols < M)[None, :] & (rows[:, None] != cols[None, :])
-    return tl.where(negative, s, -_INFINITY)
+    return tl.where(negative, s, EXCLUDED)
 
 
 @triton.jit
@@ -52,7 +55,7 @@ def _add_hinges(
 ):  # fmt: skip
     """The rows' sums and counts with the columns col_start and following; the columns' in memory; and the gradient."""
     cols = col_start + tl.arange(0, WIDTH)
-    s = _negatives(s, rows, cols, N, M)
+    s = _negatives(s, rows, cols, N, M, _EXCLUDED)
     cost, counts = _costs(s, row_positive[:, None], margin)
     row_sum += tl.sum(cost, 1)
     if GRADIENT:
@@ -213,7 +216,7 @@ def _add_worst(
 ):  # fmt: skip
     """The rows' worst with the columns col_start and following; the columns' in memory."""
     cols = col_start + tl.arange(0, WIDTH)
-    s = _negatives(s, rows, cols, N, M)
+    s = _negatives(s, rows, cols, N, M, -_INFINITY)
     value = _candidates(s, row_positive[:, None], margin, SEMI_HARD)
     best = tl.max(value, 1)
     index = tl.min(tl.where(value == best[:, None], cols[None, :], _LAST), 1)
@@ -282,7 +285,10 @@ def worst_kernel(
 
 
 @triton.jit
-def _merged_hinge(all_best, all_index, count, length, rows, ok, positive, margin, BLOCK: tl.constexpr):
+def _merged_hinge(
+    all_best, all_index, count, length, num_negatives, rows, ok, positive, margin,
+    SEMI_HARD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The hinge of the worst negative over `count` parts, the first of equals; and its place, -1 for a hinge of 0."""
     best = tl.full((BLOCK,), -_INFINITY, tl.float32)
     index = tl.zeros((BLOCK,), tl.int32)
@@ -291,25 +297,31 @@ def _merged_hinge(all_best, all_index, count, length, rows, ok, positive, margin
         value = tl.load(all_best + at, mask=ok, other=-_INFINITY)
         index = tl.where(value > best, tl.load(all_index + at, mask=ok, other=0), index)
         best = tl.maximum(best, value)
+    # A worst negative at minus infinity is one like others, as a semi-hard one beside a positive of NaN alone.
+    none = num_negatives == 0
+    if SEMI_HARD:
+        none |= (best == -_INFINITY) & (positive == positive)
     # Infinity stands for a NaN.
     above = (tl.where(best == _INFINITY, float("nan"), best) - positive) + margin
-    costless = (above <= 0.0) | (best == -_INFINITY)
+    costless = (above <= 0.0) | none
     return tl.where(costless, 0.0, above), tl.where(costless, -1, index)
 
 
-@triton.jit(do_not_specialize=["N", "num_groups", "num_splits", "margin"])
+@triton.jit(do_not_specialize=["N", "M", "num_groups", "num_splits", "margin"])
 def finish_worst_kernel(
-    row_best, row_index, col_best, col_index, positives, losses, worst, N, num_groups, num_splits, margin,
-    SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
+    row_best, row_index, col_best, col_index, positives, losses, worst, N, M, num_groups, num_splits, margin,
+    SYMMETRIC: tl.constexpr, SEMI_HARD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """losses [N] and worst [2, N] ([1, N] unless SYMMETRIC) from the parts that worst_kernel left."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = rows < N
     positive = tl.load(positives + rows, mask=ok, other=0.0)
-    loss, index = _merged_hinge(row_best, row_index, num_splits, N, rows, ok, positive, margin, BLOCK)
+    loss, index = _merged_hinge(row_best, row_index, num_splits, N, M - 1, rows, ok, positive, margin, SEMI_HARD, BLOCK)
     tl.store(worst + rows, index, mask=ok)
     if SYMMETRIC:
-        other, index = _merged_hinge(col_best, col_index, num_groups, N, rows, ok, positive, margin, BLOCK)
+        other, index = _merged_hinge(
+            col_best, col_index, num_groups, N, N - 1, rows, ok, positive, margin, SEMI_HARD, BLOCK
+        )
         tl.store(worst + N + rows, index, mask=ok)
         loss = (loss + other) * 0.5
     tl.store(losses + rows, loss, mask=ok)
