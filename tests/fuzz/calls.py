@@ -61,7 +61,7 @@ def assert_no_wrong_number(
     actual: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor], dtype: torch.dtype, terms: float = 0.0
 ) -> None:
     """Of inputs that are not finite: no loss is a number where float64 has none, none is another number, and gradients
-    show what they cannot know."""
+    show what they cannot know. ``terms`` is the size of what a loss beside them is a difference of."""
     (loss, *grads), (eager_loss, *_), (exact_loss, *exact_grads) = actual, eager, exact
     finite = loss.isfinite()
     assert exact_loss[finite].isfinite().all(), f"numbers where float64 has none: {loss} is not {exact_loss}"

@@ -95,11 +95,24 @@ class Draw:
         found.copy_(x)
         return found
 
+    def has_equal_terms(self) -> bool:
+        """Whether many terms of a sum may be equal: rows of equal features, or rows of one, which are 1 and -1."""
+        kinds = {"equal rows", "zero rows", "sparse", "expanded"} & {str(value) for value in self.said.values()}
+        return bool(kinds) or self.said.get("D") == 1
+
     def alike(self, count: int) -> float:
         """By how much the rounding errors of a sum of ``count`` terms may exceed those of the ops' own cases: of many
         cases the largest error lies further out, and terms that are alike err alike."""
-        kinds = {"equal rows", "zero rows", "sparse", "expanded"} & {str(value) for value in self.said.values()}
-        return 2 * count**0.5 if kinds else 2.0
+        return 2 * count**0.5 if self.has_equal_terms() else 2.0
+
+    def of_equal_terms(self, count: int) -> float:
+        """To what the band of a sum of ``count`` terms that may be equal is relative, as a multiple of their sum.
+
+        While the sum lies between two powers of 2, every addition of the same term is off by the same amount: errors
+        add up and do not cancel. An addition in float32 is off by 2^-24 of the sum so far at most, i terms of
+        ``count``, all of them by ``count`` / 2 times 2^-24 of the whole sum; a band is 2^3 such units wide.
+        """
+        return count / 16 if self.has_equal_terms() else 0.0
 
     def plant(self, name: str, x: Tensor, kinds: Sequence[float] = NOT_FINITE) -> Tensor:
         """A copy with up to three values that are not finite."""

@@ -66,6 +66,12 @@ def of_probabilities(logits: float) -> float:
     return max(1.0, logits / 4)
 
 
+def of_cross_entropy(draw: Draw, count: int, logits: float) -> float:
+    """The size of what a cross-entropy over ``count`` classes is a difference of: logits, and the logarithm of a sum,
+    in which that sum's relative error is an absolute one."""
+    return max(draw.alike(count) * logits, draw.of_equal_terms(count))
+
+
 def weights_of_rows(draw: Draw, n: int) -> Tensor:
     dtype = draw.pick("dtype of weights", [torch.float32, torch.float64, torch.bfloat16])
     weights = torch.rand(n, generator=draw.generator()) + 0.1
@@ -136,27 +142,30 @@ def info_nce(draw: Draw) -> None:
     if options.get("symmetric", True) and draw.chance("with query_queue", 0.2):
         options["query_queue"] = draw.rows("query_queue", draw.size("R", 140), queries.shape[1], dtype)
 
+    everything = [queries, keys, *(options[name] for name in QUEUES if name in options)]
+    product = max(largest_product(queries, *everything[1:]), largest_product(keys, *everything[1:]))
+    of_loss = of_cross_entropy(draw, sum(map(len, everything)), abs(scale) * product)
     planted = draw.chance("planted", 0.15)
     if planted:
-        # Of targets that are shares, torch multiplies logits of -inf by 0.
-        shares = "query_groups" in options or "label_smoothing" in options
-        queries, keys = plant_in_pairs(draw, queries, keys, NOT_FINITE[:1] if shares else NOT_FINITE)
+        queries, keys = plant_in_pairs(draw, queries, keys)
+    # Of targets that are shares, torch's cross-entropy multiplies logits of -inf by 0: the reference leaves them out.
+    shares = "query_groups" in options or "label_smoothing" in options
     results = (
         info_nce_cases.run(queries, keys, scale, "cpu", **options),
-        info_nce_cases.run_eager(queries, keys, scale, **options),
+        info_nce_cases.run(queries, keys, scale, "reference", **options)
+        if planted and shares
+        else info_nce_cases.run_eager(queries, keys, scale, **options),
         info_nce_cases.run(queries.double(), keys.double(), scale, "reference", **options),
     )
     if planted:
-        assert_no_wrong_number(*results, dtype)
+        assert_no_wrong_number(*results, dtype, of_loss)
         return
     on_queries, on_keys = weights_of_info_nce(queries, keys, scale, options)
-    everything = [queries, keys, *(options[name] for name in QUEUES if name in options)]
-    product = max(largest_product(queries, *everything[1:]), largest_product(keys, *everything[1:]))
     largest = max(x.double().abs().max().item() for x in everything)
     of_features = abs(scale) * largest * of_probabilities(abs(scale) * product)
     of_scale = 2 * n**0.5 * product
-    terms = [abs(scale) * product, on_queries * of_features, on_keys * of_features, of_scale]
-    terms = [draw.alike(max(n, m)) * size for size in terms]
+    of_gradients = [on_queries * of_features, on_keys * of_features, of_scale]
+    terms = [of_loss, *(draw.alike(max(n, m)) * size for size in of_gradients)]
     info_nce_cases.assert_results(*results, queries, keys, scale, terms)
 
     weights = weights_of_rows(draw, n) if draw.chance("weights", 0.4) else None
@@ -168,7 +177,7 @@ def info_nce(draw: Draw) -> None:
     of_queues = share * max(terms[1:3])
     leaves += [Leaf(name, options.pop(name), of_queues) for name in QUEUES if name in options]
     if weights is not None:
-        leaves.append(of_weights(weights, results[2][0], reduction))
+        leaves.append(of_weights(weights, results[2][0], terms[0], reduction))
     names = [leaf.name for leaf in leaves]
 
     def call(impl: str, *tensors: Tensor) -> Tensor:
@@ -178,9 +187,10 @@ def info_nce(draw: Draw) -> None:
     check_call(draw, call, leaves, dtype, share * terms[0] * (1 if reduction == "none" else n))
 
 
-def of_weights(weights: Tensor, losses: Tensor, reduction: str) -> Leaf:
-    """The gradient to the weights is a loss, of a weighted mean its difference from the mean."""
-    largest = losses.abs().max().item()
+def of_weights(weights: Tensor, losses: Tensor, of_loss: float, reduction: str) -> Leaf:
+    """The gradient to a weight is its row's loss, as exact as that: ``of_loss`` is the size of what losses are a
+    difference of. Under a weighted mean it is the loss's difference from the mean."""
+    largest = max(losses.abs().max().item(), of_loss)
     return Leaf("weights", weights, largest if reduction != "mean" else 2 * largest / weights.double().sum().item())
 
 
@@ -192,10 +202,14 @@ def distillation(draw: Draw) -> None:
     inputs = (*student, *pairs(draw, dtype, n, m, "teacher_"))
     scale, teacher_scale = draw.pick("scale", SCALES), draw.pick("teacher_scale", SCALES)
     options = (scale, teacher_scale, symmetric)
+    # A target is e^(x - lse): its relative error is that of the teacher's logits.
+    sharp = 1 + abs(teacher_scale) * largest_product(*inputs[2:])
+    product = largest_product(*student)
+    of_loss = of_cross_entropy(draw, max(n, m), sharp * abs(scale) * product)
     planted = draw.chance("planted", 0.15)
     if planted:
-        where = draw.pick("planted in", range(4))  # NaN alone: torch multiplies logits of -inf by shares of 0
-        inputs = tuple(draw.plant("planted", x, NOT_FINITE[:1]) if i == where else x for i, x in enumerate(inputs))
+        where = draw.pick("planted in", range(4))
+        inputs = tuple(draw.plant("planted", x) if i == where else x for i, x in enumerate(inputs))
     results = (
         distillation_cases.run(inputs, *options, "cpu"),
         distillation_cases.run(inputs, *options, "eager"),
@@ -203,7 +217,7 @@ def distillation(draw: Draw) -> None:
     )
     if planted:
         (distilled, _, *a), (eager, _, *b), (exact, _, *c) = results
-        assert_no_wrong_number([distilled, *a], [eager, *b], [exact, *c], dtype)
+        assert_no_wrong_number([distilled, *a], [eager, *b], [exact, *c], dtype, of_loss)
         return
     q, k, teacher_q, teacher_k = (x.double() for x in inputs)
     logits, teacher = scale * q @ k.T, teacher_scale * teacher_q @ teacher_k.T
@@ -212,14 +226,11 @@ def distillation(draw: Draw) -> None:
         logits.T.softmax(1) + teacher.T.softmax(1) + torch.eye(m, n) if symmetric else None,
         torch.arange(n),
     )
-    # A target is e^(x - lse): its relative error is that of the teacher's logits.
-    sharp = 1 + abs(teacher_scale) * largest_product(teacher_q, teacher_k)
-    product, largest = largest_product(q, k), [x.abs().max().item() for x in (k, q)]
-    terms = [sharp * abs(scale) * product] * 2
+    largest = [x.abs().max().item() for x in (k, q)]
     of_features = 2 * (sharp + of_probabilities(abs(scale) * product)) * abs(scale)
-    terms += [of_features * on * x for on, x in zip(weights_of_both, largest, strict=True)]
-    terms.append(2 * sharp * n**0.5 * product)
-    terms = [draw.alike(max(n, m)) * size for size in terms]
+    of_gradients = [of_features * on * x for on, x in zip(weights_of_both, largest, strict=True)]
+    of_gradients.append(2 * sharp * n**0.5 * product)
+    terms = [of_loss, of_loss, *(draw.alike(max(n, m)) * size for size in of_gradients)]
     distillation_cases.assert_results(*results, inputs, scale, terms)
 
     weights = weights_of_rows(draw, n) if draw.chance("weights", 0.4) else None
@@ -229,7 +240,7 @@ def distillation(draw: Draw) -> None:
     if learns:
         leaves.append(Leaf("logit_scale", logit_scale, share * terms[4]))
     if weights is not None:
-        leaves.append(of_weights(weights, results[2][0], reduction))
+        leaves.append(of_weights(weights, results[2][0], terms[0], reduction))
     names = [leaf.name for leaf in leaves]
 
     def call(impl: str, *tensors: Tensor) -> Tensor:
@@ -258,7 +269,10 @@ def siglip(draw: Draw) -> None:
     if planted:
         assert_no_wrong_number(actual, eager, exact, dtype)
         return
-    alike = draw.alike(max(n, m))
+    # Sizes are those of one pair: a sum of equal ones is that many times it, and is added in float32 in any dtype.
+    count = max(n, m)
+    in_float32 = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
+    alike = max(draw.alike(count), in_float32 * count * draw.of_equal_terms(count))
     siglip_cases.assert_results(actual, eager, exact, queries, keys, scale, bias, reduction, alike)
 
     (logit_scale, scale_learns), (logit_bias, bias_learns) = (
@@ -336,6 +350,9 @@ def linear_cross_entropy(draw: Draw) -> None:
         targets = targets.masked_fill(ignored, ignore_index)
     options = {"ignore_index": ignore_index, "label_smoothing": draw.pick("label_smoothing", [0.0, 0.0, 0.1, 1.0])}
 
+    of_hidden = largest_product(weight, hidden)
+    of_logits = of_hidden + (0.0 if bias is None else bias.double().abs().max().item())
+    of_loss = of_cross_entropy(draw, max(n, classes), of_logits)
     if planted:
         where = draw.pick("planted in", ["hidden", "weight"])
         hidden, weight = (
@@ -350,22 +367,20 @@ def linear_cross_entropy(draw: Draw) -> None:
         ),
     )
     if planted:
-        assert_no_wrong_number(*results, dtype)
+        assert_no_wrong_number(*results, dtype, of_loss)
         return
     counts = targets != ignore_index
-    of_hidden = largest_product(weight, hidden)
     logits = F.linear(hidden.double(), weight.double(), None if bias is None else bias.double())[counts]
     # How much of all rows' probabilities and targets falls to one class, as a multiple of one row's.
     on_class = logits.softmax(1).sum(0) + torch.bincount(targets[counts], minlength=classes)
     on_classes = max(1.0, on_class.max().item() / 2)
     largest = [x.double().abs().max().item() if len(x) else 0.0 for x in (weight, hidden)]
-    terms = [
-        of_hidden + (0.0 if bias is None else bias.double().abs().max().item()),
+    of_gradients = [
         of_probabilities(of_hidden) * largest[0],
         of_probabilities(of_hidden) * on_classes * largest[1],
         of_probabilities(of_hidden) * on_classes,
     ]
-    terms = [draw.alike(max(n, classes)) * size for size in terms]
+    terms = [of_loss, *(draw.alike(max(n, classes)) * size for size in of_gradients)]
     linear_cross_entropy_cases.assert_results(*results, hidden, weight, terms)
 
     reduction = draw.pick("reduction", REDUCTIONS)
