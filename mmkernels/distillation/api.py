@@ -8,6 +8,7 @@ from mmkernels import _backends
 from mmkernels._checks import (
     as_scalar,
     check_device,
+    check_flag,
     check_matrix,
     check_number,
     check_pairs,
@@ -132,6 +133,7 @@ def _check_teacher(
             f"got {teacher_keys.shape[1]}"
         )
     check_number("teacher_scale", teacher_scale, queries.device)
+    check_flag("symmetric", symmetric)
     if symmetric and queries.shape[0] != keys.shape[0]:
         raise ValueError(
             f"keys: expected {queries.shape[0]} rows, one for each query, with a teacher and symmetric=True, "

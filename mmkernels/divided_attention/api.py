@@ -11,6 +11,7 @@ from mmkernels._checks import (
     check_count,
     check_device,
     check_features,
+    check_flag,
     check_int64,
     check_mask,
     check_share,
@@ -118,6 +119,7 @@ def divided_attention(
     """
     layout, scale = _check(qkv, num_frames, num_heads, axis, cls_mode, token_order, scale, frame_mask)
     check_share("dropout_p", dropout_p)
+    check_flag("return_lse", return_lse)
     seed = _seed(dropout_seed, qkv.device) if dropout_p > 0 else None
     qkv = in_autocast_dtype(qkv)
     chosen = _backends.choose("divided_attention", impl, qkv.device.type, qkv.dtype, _limit(qkv, num_heads))

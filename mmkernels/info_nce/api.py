@@ -10,6 +10,7 @@ from mmkernels import _backends
 from mmkernels._checks import (
     as_scalar,
     check_device,
+    check_flag,
     check_indices,
     check_label_smoothing,
     check_matrix,
@@ -98,6 +99,7 @@ def info_nce(
     """
     check_pairs(queries, keys)
     check_number("logit_scale", logit_scale, queries.device)
+    check_flag("symmetric", symmetric)
     check_label_smoothing(label_smoothing)
     check_reduction(reduction)
     check_weights(queries, weights)

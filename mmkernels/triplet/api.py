@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from mmkernels import _backends
-from mmkernels._checks import check_choice, check_matches, check_pairs, check_reduction, in_one_dtype
+from mmkernels._checks import check_choice, check_flag, check_matches, check_pairs, check_reduction, in_one_dtype
 from mmkernels._reduction import reduced
 from mmkernels.triplet import ops, reference
 from mmkernels.triplet.options import Options
@@ -87,6 +87,5 @@ def _check(queries: Tensor, keys: Tensor, margin: float, mining: str, symmetric:
     if not 0.0 <= margin < float("inf"):
         raise ValueError(f"margin: expected a finite value of at least 0, got {margin}")
     check_choice("mining", mining, _MININGS)
-    if not isinstance(symmetric, bool):
-        raise TypeError(f"symmetric: expected a bool, got {type(symmetric).__name__}")
+    check_flag("symmetric", symmetric)
     check_reduction(reduction)

@@ -37,6 +37,7 @@ def bad_inputs():
     return {
         "queries: expected a tensor": (TypeError, good | {"queries": [1.0]}),
         "logit_scale: expected a float or a tensor of one element, got str": (TypeError, good | {"logit_scale": "1"}),
+        "symmetric: expected a bool, got str": (TypeError, good | {"symmetric": "no"}),
         "reduction: expected 'none', 'mean' or 'sum'": (ValueError, good | {"reduction": "max"}),
         r"weights: expected shape \(4,\)": (ValueError, good | {"weights": torch.ones(3)}),
         "teacher_scale: expected a float or a tensor of one element, got NoneType": (

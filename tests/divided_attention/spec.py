@@ -52,6 +52,7 @@ def bad_inputs():
         "axis: expected one of 'time', 'space', 'joint', got 'depth'": (ValueError, x, {"axis": "depth"}),
         "cls_mode: expected one of .* got 'mean'": (ValueError, x, {"cls_mode": "mean"}),
         "token_order: expected one of 'nt', 'tn', got 'th'": (ValueError, x, {"token_order": "th"}),
+        "return_lse: expected a bool, got str": (TypeError, x, {"return_lse": "no"}),
         "num_frames: expected an int, got float": (TypeError, x, {"num_frames": 3.0}),
         "num_frames: expected at least 1, got 0": (ValueError, x, {"num_frames": 0}),
         "num_heads: expected an int, got bool": (TypeError, x, {"num_heads": True}),

@@ -127,6 +127,7 @@ def arguments(draw: Draw, op: str) -> dict[str, tuple[Any, Wrong]]:
     if op == "info_nce":
         groups = {"query_groups": (torch.arange(n) % 2, INDICES), "key_groups": (torch.arange(m) % 2, INDICES)}
         some |= {"logit_scale": (5.0, NUMBER), "label_smoothing": (0.1, SHARE), "targets": (targets, TARGETS)}
+        some |= {"symmetric": (True, FLAG)}
         more = {
             "key_queue": (features(3, size, dtype, seed=3), PAIR),
             "query_queue": (features(2, size, dtype, seed=3), PAIR),
@@ -140,7 +141,8 @@ def arguments(draw: Draw, op: str) -> dict[str, tuple[Any, Wrong]]:
     if op == "distillation":
         some["keys"] = (some["keys"][0][:n], PAIR)
         teacher = {f"teacher_{name}": (features(n, 4, dtype, seed=4), PAIR) for name in ("queries", "keys")}
-        return some | teacher | {"logit_scale": (5.0, NUMBER), "teacher_scale": (5.0, NUMBER)} | common | weights
+        some |= teacher | {"logit_scale": (5.0, NUMBER), "teacher_scale": (5.0, NUMBER), "symmetric": (True, FLAG)}
+        return some | common | weights
     if op == "siglip":
         return some | {"logit_scale": (5.0, NUMBER), "logit_bias": (-5.0, NUMBER)} | common
     if op == "triplet":
@@ -190,7 +192,8 @@ def arguments(draw: Draw, op: str) -> dict[str, tuple[Any, Wrong]]:
             "float": lambda x: torch.ones(1),
             "two": lambda x: torch.tensor([1, 2]),
         }
-        return given | {"dropout_p": (0.1, SHARE | {"1": lambda x: 1.0}), "dropout_seed": (1, seed), "impl": impl}
+        given |= {"dropout_p": (0.1, SHARE | {"1": lambda x: 1.0}), "dropout_seed": (1, seed)}
+        return given | {"return_lse": (False, FLAG), "impl": impl}
     B, K, vocabulary = 2, draw.size("K", 4, least=2), draw.size("V", 9, least=3)
     logits = features(B * K, vocabulary, dtype)
     return {
@@ -208,6 +211,8 @@ def arguments(draw: Draw, op: str) -> dict[str, tuple[Any, Wrong]]:
         "valid": (torch.ones(B, K, dtype=torch.bool), MASK),
         "forbidden": (torch.zeros(vocabulary, dtype=torch.bool), MASK),
         "num_candidates": (K, {name: make for name, make in COUNT.items() if name != "None"}),
+        "normalize": (True, FLAG),
+        "mask_first": (False, FLAG),
         "impl": impl,
     }
 
