@@ -236,8 +236,8 @@ def beam_search(
 
     Raises:
         ValueError: sampling, groups, forced words, contrastive, assisted or DoLa decoding, a static cache, a cache that
-            cannot be reordered, logits, attentions or hidden states of every step, or stopping criteria other than
-            length and EOS: each by name.
+            cannot be reordered, Moshi, whose audio codes lie beside the cache, logits, attentions or hidden states of
+            every step, or stopping criteria other than length and EOS: each by name.
     """
     from transformers.generation import stopping_criteria as stopping
     from transformers.generation.utils import (
@@ -261,6 +261,11 @@ def beam_search(
     for name in ("synced_gpus", "assistant_model", "streamer"):
         if model_kwargs.pop(name, None):
             raise ValueError(f"{name}: expected none with custom_generate=beam_search")
+    if hasattr(model, "generated_audio_codes"):  # Moshi's generate sets it, and adds to it by its own search's beams
+        raise ValueError(
+            "model: expected one whose cache holds all that a beam has, got "
+            f"{type(model).__name__}, which keeps generated_audio_codes itself; call it without custom_generate"
+        )
     K, rows, prompt_length = c.num_beams, *input_ids.shape
     B = rows // K
     first = slice(None, None, K)

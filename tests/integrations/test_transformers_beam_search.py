@@ -142,6 +142,25 @@ def test_states_of_recurrent_models_follow_their_beams(kind):
         assert torch.equal(model.generate(PROMPTS, custom_generate=beam_search, **options), whole)
 
 
+def test_audio_codes_beside_the_cache_are_refused_by_name():
+    ids = {"pad_token_id": 3, "eos_token_id": 2, "bos_token_id": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 1}
+    sizes = {**heads, "hidden_size": 16, "max_position_embeddings": 64, "num_codebooks": 4, "audio_vocab_size": 8}
+    mimi = {**heads, "model_type": "mimi", "hidden_size": 16, "num_filters": 4, "intermediate_size": 16}
+    mimi |= {"codebook_size": 8, "codebook_dim": 8, "vector_quantization_hidden_dimension": 8, "num_quantizers": 4}
+    mimi |= {"num_semantic_quantizers": 1, "upsample_groups": 16}
+    sizes |= {"ffn_dim": 32, "vocab_size": 23}
+    config = transformers.MoshiConfig(**sizes, **ids, audio_encoder_config=mimi, depth_decoder_config=sizes)
+    model = transformers.MoshiForConditionalGeneration(config).eval()
+    codes = torch.zeros(2, 4, 3, dtype=torch.int64)
+    inputs = {"input_ids": torch.full((2, 3), 5), "attention_mask": torch.ones(2, 3, dtype=torch.int64)}
+    inputs |= {"user_audio_codes": codes, "moshi_audio_codes": codes}
+    options = {"num_beams": 2, "max_new_tokens": 3, "do_sample": False, "return_audio_waveforms": False}
+    options["concat_unconditional_inputs"] = False
+    with pytest.raises(ValueError, match="got MoshiForConditionalGeneration, which keeps generated_audio_codes"):
+        model.generate(**inputs, **options, custom_generate=beam_search)
+
+
 def test_features_in_place_of_a_prompt():
     model = randomised(transformers.LlamaForCausalLM(language_models()["Llama"]))
     options = {"inputs_embeds": torch.randn(2, 5, 16), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
