@@ -30,7 +30,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     state = json.dumps(metadata)
     # Bytes first, then plain writes: a memory-mapped file on a full disk would end the process by a signal.
-    data = save(whole, {"state": state, "sha256": _digest(whole, state)})
+    data = save(whole, {"state": state, "sha256": checksum(whole, state)})
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,8 +62,8 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _digest(tensors: Mapping[str, Tensor], state: str) -> str:
-    """A checksum of all that a checkpoint holds: a disk or a copy may change a byte that no format notices."""
+def checksum(tensors: Mapping[str, Tensor], state: str) -> str:
+    """A checksum of all that a file of tensors holds: a disk or a copy may change a byte that no format notices."""
     found = hashlib.sha256(state.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -94,7 +94,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         described = json.loads(metadata["state"])
     except json.JSONDecodeError as error:
         raise CheckpointError(f"checkpoint {path} is damaged (its description: {error})") from error
-    if "sha256" in metadata and metadata["sha256"] != _digest(tensors, metadata["state"]):
+    if "sha256" in metadata and metadata["sha256"] != checksum(tensors, metadata["state"]):
         raise CheckpointError(f"checkpoint {path} is damaged: its checksum is another, so some byte of it has changed")
     if not all_finite(tensors):
         raise CheckpointError(f"checkpoint {path} holds weights that are not finite; train again with a lower --lr")

@@ -7,7 +7,9 @@ import hashlib
 import io
 import itertools
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -133,17 +135,37 @@ def test_corrupt_drawing_is_named_and_counted(tmp_path: Path, monkeypatch: pytes
         load_style("twemoji", 16, tmp_path / "cache", BadDataLog("raise"))
 
 
-def test_damaged_cache_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-5],
+        lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+        lambda data: data.replace(b"1f600", b"1f601"),
+        lambda data: data.replace(b"sha256", b"sha257"),
+    ],
+    ids=["cut", "a bit of a pixel", "a bit of a code", "no checksum"],
+)
+def test_damaged_cache_is_made_again(
+    damage: Callable[[bytes], bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     art = tmp_path / "art" / "assets" / "72x72"
     art.mkdir(parents=True)
     Image.new("RGBA", (72, 72), (255, 0, 0, 255)).save(art / "1f600.png")
     monkeypatch.setattr(emoji_styles, "_package_dir", lambda *_: tmp_path / "art")
     first = load_style("twemoji", 16, tmp_path / "cache", BadDataLog())
     cached = next((tmp_path / "cache").iterdir())
-    cached.write_bytes(cached.read_bytes()[:-5])
+    whole = cached.read_bytes()
+    cached.write_bytes(damage(whole))
     again = load_style("twemoji", 16, tmp_path / "cache", BadDataLog())
+    assert re.match(rf"cache {re.escape(str(cached))} is damaged \(.*\); it is made anew\n", capsys.readouterr().out)
+    assert again.keys() == first.keys()
     assert torch.equal(first["1f600"].image, again["1f600"].image)
     assert torch.equal(first["1f600"].plain, again["1f600"].plain)
+    load_style("twemoji", 16, tmp_path / "cache", BadDataLog())
+    assert capsys.readouterr().out == "", "the cache is whole again"
 
 
 def test_batches_are_a_function_of_the_step(synthetic: Splits) -> None:
