@@ -103,11 +103,10 @@ def beam_search_step(
 
     totals = (scores[:, :, None] + log_probs.reshape(B, K, V)).reshape(B, K * V)
     totals = torch.where(possible, totals, -torch.inf)
-    # Stable sorts, the last criterion first.
+    # Stable sorts, the last criterion first. What is not possible has a logit of -inf there, and stands behind those
+    # that are, even where these score -inf, too.
     order = torch.where(possible, x.reshape(B, K * V), -torch.inf).sort(dim=1, descending=True, stable=True).indices
     order = order.gather(1, totals.gather(1, order).sort(dim=1, descending=True, stable=True).indices)
-    # A possible candidate may still score -inf: those that are not come last.
-    order = order.gather(1, (~possible.gather(1, order)).int().sort(dim=1, stable=True).indices)
     order = order[:, :num_candidates]
     found = possible.gather(1, order)
     columns = (
