@@ -86,6 +86,17 @@ class Meanings:
         """Texts -> unit vectors [n, width]."""
         return F.normalize(self.read(texts) - self.centre, dim=1)
 
+    def know(self, texts: Sequence[str]) -> bool:
+        """Whether training met one of these texts as a caption."""
+        return not self.names.isdisjoint(texts)
+
+    def beside(self, images: Tensor, captions: Tensor, texts: Sequence[str]) -> Tensor:
+        """Scores [n, m] of images for captions that training never met: the mean of the model's cosine and of meanings.
+
+        ``images`` [n, E] and ``captions`` [m, E] are unit features of the model, ``texts`` the captions in words.
+        """
+        return (images @ captions.T + self.images(images) @ self.texts(texts).T) / 2
+
 
 def search(encoder: Encoder, train: ImageTextSet, images: Tensor, texts: Sequence[str]) -> Tensor:
     """Scores [texts, n] of images [n, 4, S, S]: cosines of the model, or of meanings for words that no caption has."""
@@ -156,8 +167,12 @@ def evaluate(
             report["notes"].append(f"not evaluated, for the time was over: {name}")
             continue
         full = data.gallery()
-        images, texts = encoder.images(full.images), encoder.texts(full.names())
-        found = evaluate_galleries(data, splits.gallery_limit, images, texts, baselines)
+        names = full.names()
+        images, texts = encoder.images(full.images), encoder.texts(names)
+        further = {}
+        if zero_shot.meanings is not None and not zero_shot.meanings.know(names):
+            further["model and meanings"] = zero_shot.meanings.beside(images, texts, names)
+        found = evaluate_galleries(data, splits.gallery_limit, images, texts, baselines, further)
         entry: dict[str, Any] = {"retrieval": found, "zero_shot": {}}
         nearest = baselines.framed.nearest_concepts(full.images)
         for label_set, words in splits.label_sets.items():

@@ -91,14 +91,14 @@ class Baselines:
         return found
 
 
-def retrieval(images: Tensor, texts: Tensor, baselines: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """Both directions of one gallery, from features [n, E] and the scores [n, n] of each baseline."""
+def retrieval(images: Tensor, texts: Tensor, others: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Both directions of one gallery, from features [n, E] and the scores [n, n] of others, such as baselines."""
     found: dict[str, dict[str, Any]] = {}
     for way in WAYS:
         forth = way == WAYS[0]
         ranks = mmkernels.retrieval_ranks(images, texts) if forth else mmkernels.retrieval_ranks(texts, images)
         by = {"model": Retrieval.from_ranks(ranks)}
-        for who, scores in baselines.items():
+        for who, scores in others.items():
             by[who] = Retrieval.from_ranks(ranks_of_scores(scores if forth else scores.T))
         by["chance"] = Retrieval.chance(len(images))
         found[way] = {who: asdict(value) for who, value in by.items()}
@@ -112,11 +112,16 @@ def galleries(data: ImageTextSet, limit: int) -> dict[str, ImageTextSet]:
 
 
 def evaluate_galleries(
-    data: ImageTextSet, limit: int, images: Tensor, texts: Tensor, baselines: Baselines
+    data: ImageTextSet,
+    limit: int,
+    images: Tensor,
+    texts: Tensor,
+    baselines: Baselines,
+    further: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Retrieval in each gallery of a set; the features are those of its full gallery."""
+    """Retrieval in each gallery of a set; features, and ``further`` scores [n, n], are those of its full gallery."""
     full = data.gallery()
-    scores = baselines.scores(full)
+    scores = {**(further or {}), **baselines.scores(full)}
     row_of = {concept: row for row, concept in enumerate(full.concept_ids.tolist())}
     found: dict[str, Any] = {}
     for kind, part in galleries(data, limit).items():

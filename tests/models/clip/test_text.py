@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from models.clip.__main__ import main
-from models.clip.evaluate import ZeroShot, class_features, clip_encoder, search
+from models.clip.evaluate import Meanings, ZeroShot, class_features, clip_encoder, search
 from models.clip.model import CLIP, PRESETS, TextConfig
 from models.clip.open_clip import to_open_clip
 from models.clip.text import FROZEN, FrozenText, minilm, text_reader
@@ -166,8 +166,13 @@ def test_every_command_works_with_a_frozen_encoder(words: WordSums, capsys: pyte
     assert main(["train", "--out", "run", "--steps", "40", *options.split()]) == 0
     assert main(["eval", "run"]) == 0
     report = json.loads(Path("run/report.json").read_text())
-    found = next(iter(report["sets"]["new style (dotted)"]["retrieval"].values()))["text to image"]
-    assert found["model"]["median_rank"] < 0.6 * found["chance"]["median_rank"]
+    trained, unseen = (
+        next(iter(report["sets"][name]["retrieval"].values()))["text to image"]
+        for name in ("new style (dotted)", "unseen concepts")
+    )
+    assert "model and meanings" in unseen
+    assert "model and meanings" not in trained, "captions that were trained on need no meanings"
+    assert trained["model"]["median_rank"] < 0.6 * trained["chance"]["median_rank"]
     assert main(["retrieve", "run", "--text", "something red and round", "--top", "3"]) == 0
     assert main(["export", "run", "clip.pt2"]) == 0
     program = torch.export.load("clip.pt2").module()
@@ -253,6 +258,29 @@ def test_classes_are_found_by_what_the_captions_mean(words: WordSums, synthetic:
     assert sum("circle" in gallery.names()[row] for row in free.topk(10).indices.tolist()) >= 8
     assert not torch.allclose(free, encoder.texts(["circle"])[0] @ found.T, atol=0.1)
     torch.testing.assert_close(caption, found @ found[7], rtol=0, atol=1e-5)
+
+
+def test_new_captions_are_found_by_the_model_and_by_meanings(words: WordSums, synthetic: Splits) -> None:
+    """A text space that was bent where training had no caption gives half of a score, and meanings the other half."""
+    config = replace(PRESETS["nano"], embed_dim=WIDTH, text=TextConfig(frozen="minilm", width=WIDTH), scale=80.0)
+    torch.manual_seed(0)
+    encoder = clip_encoder(CLIP(config), words.reader(None))
+    meanings = Meanings(encoder, synthetic.train)
+    gallery = synthetic.tests["unseen concepts"].gallery()
+    names = gallery.names()
+    assert not meanings.know(names)
+    assert meanings.know([*names, synthetic.train.gallery().names()[0]])
+    images = encoder.texts(names) + torch.randn(len(names), WIDTH) / WIDTH**0.5  # near their captions, noisily
+    images, bent = torch.nn.functional.normalize(images, dim=1), torch.randn(WIDTH, WIDTH)
+    captions = torch.nn.functional.normalize(encoder.texts(names) @ bent, dim=1)
+    scores = meanings.beside(images, captions, names)
+    of_meanings = meanings.images(images) @ meanings.texts(names).T
+    torch.testing.assert_close(scores, 0.5 * images @ captions.T + 0.5 * of_meanings)
+
+    def right(scores: torch.Tensor) -> float:
+        return float((scores.argsort(1).argsort(1).diagonal() / (len(names) - 1)).mean())  # 0.5 is chance, 1 the best
+
+    assert right(of_meanings) > 0.6 > right(images @ captions.T)
 
 
 def test_words_stand_for_images_that_are_understood_whole(words: WordSums) -> None:
