@@ -51,7 +51,7 @@ def _cases(gpu: str, precision: str, config: Config) -> Iterable[Case]:
 def tiles_of_logits(make: Callable[..., Case], config: Config, **flags: bool) -> Iterable[Case]:
     """The kernels that make tiles of logits, and what merges their statistics, in one kind of cross-entropy."""
     both = (False, True)
-    yield make("forward_kernel", config.of_forward(flags["GROUPS"]), **flags)
+    yield make("forward_kernel", config.of_forward(flags["GROUPS"], flags["SYMMETRIC"]), **flags)
     for smoothed in both:
         block = {"STEP": launch.MERGE_STEP, "BLOCK": launch.MERGE_BLOCK}
         yield make("finish_forward_kernel", None, SMOOTHED=smoothed, **flags, **block)

@@ -17,9 +17,13 @@ class Config(NamedTuple):
     # Tiles for groups, where the plain tile would spill.
     grouped_grad_logits: Tile | None = None
     grouped_forward: Tile | None = None
+    # The tile for both directions without groups, which holds the columns' sums beside the products.
+    symmetric_forward: Tile | None = None
 
-    def of_forward(self, groups: bool) -> Tile:
-        return self.grouped_forward if groups and self.grouped_forward is not None else self.forward
+    def of_forward(self, groups: bool, symmetric: bool) -> Tile:
+        if groups:
+            return self.grouped_forward or self.forward
+        return (self.symmetric_forward if symmetric else None) or self.forward
 
     def of_grad_logits(self, groups: bool) -> Tile:
         return self.grouped_grad_logits if groups and self.grouped_grad_logits is not None else self.grad_logits
@@ -31,7 +35,11 @@ CONFIGS: dict[str, dict[str, Config]] = {
     # Shared memory stays below 99 KB: chips of compute capability 8.6, 8.9 and 12.0 have no more.
     "sm_80": {
         "half": Config(
-            Tile(128, 128, 32, 8, 4), Tile(128, 128, 32, 8, 4), Tile(128, 256, 32, 8, 4), Tile(64, 128, 32, 8, 4)
+            Tile(128, 128, 32, 8, 4),
+            Tile(128, 128, 32, 8, 4),
+            Tile(128, 256, 32, 8, 4),
+            Tile(64, 128, 32, 8, 4),
+            symmetric_forward=Tile(128, 64, 32, 8, 4),
         ),
         "tf32x3": Config(Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3)),
         "ieee": Config(
@@ -52,7 +60,12 @@ CONFIGS: dict[str, dict[str, Config]] = {
         ),
     },
     "sm_100": {
-        "half": Config(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4)),
+        "half": Config(
+            Tile(128, 128, 64, 8, 4),
+            Tile(128, 128, 64, 8, 4),
+            Tile(128, 256, 64, 8, 4),
+            symmetric_forward=Tile(128, 64, 64, 8, 4),
+        ),
         "tf32x3": Config(Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3)),
         "ieee": Config(Tile(64, 64, 16, 4, 2), Tile(64, 64, 16, 4, 2), Tile(64, 64, 32, 8, 2)),
     },

@@ -147,6 +147,30 @@ def tile_statistics(s, row_ok, col_ok, exact, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def clear_columns(col_out, col_plane, cols, ok, SUMS: tl.constexpr):
+    """Statistics of no row for the columns, in memory; SUMS: and the third plane."""
+    # Who loads a column next may be another thread than the one that stores it here.
+    all_have_read()
+    tl.store(col_out + cols, tl.full(cols.shape, LOWEST, tl.float32), mask=ok)
+    tl.store(col_out + col_plane + cols, tl.zeros(cols.shape, tl.float32), mask=ok)
+    if SUMS:
+        tl.store(col_out + 2 * col_plane + cols, tl.zeros(cols.shape, tl.float32), mask=ok)
+    tl.debug_barrier()
+
+
+@triton.jit
+def join_columns(col_out, col_plane, cols, ok, m, z):
+    """Join the columns' (m, z) to those in memory, which this program alone owns."""
+    # Both statistics lie in one tile, which the compiler spreads over the threads: each alone would be held by all.
+    at = col_out + cols[:, None] + tl.arange(0, 2)[None, :] * col_plane  # [BN, 2]
+    old_m, old_z = tl.split(tl.load(at, mask=ok[:, None], other=0.0))
+    m, z = merge(old_m, old_z, m, z)
+    all_have_read()
+    tl.store(at, tl.join(m, z), mask=ok[:, None])
+    tl.debug_barrier()
+
+
+@triton.jit
 def softmax_grad(s, lse, rest, weight):
     """u_i 2^(s - lse_i), [BM, BN]. lse + rest is the log-sum-exp: lse alone, rounded at 100, would leave probabilities
     4e-6 off."""

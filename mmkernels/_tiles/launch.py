@@ -3,6 +3,7 @@
 import functools
 from typing import NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 
@@ -61,3 +62,35 @@ def walk_over(num_rows: int, num_cols: int, tile: Tile) -> Walk:
         triton.cdiv(row_tiles, tiles_per_group),
         triton.cdiv(col_tiles, tiles_per_split),
     )
+
+
+_MOST_TILES = 32  # below one another in a block: the kernels keep a bit for each
+_TOP = 0.6  # what the head and the foot of a column of tiles take, in tiles: predicted for sm_90
+_PROCESSORS = 132  # where there is no GPU: as many as an H100 has
+
+
+def walk_down_columns(num_rows: int, num_cols: int, tile: Tile, device: torch.device) -> Walk:
+    """Blocks as the kernels take them that walk down one column of tiles after the other: as high as can be, while all
+    multiprocessors have about as much to do. A row and a column have MAX_PARTIALS partial results at most, and more
+    only past 32 blocks of 32 tiles."""
+    processors = (
+        torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _PROCESSORS
+    )
+    return _best_walk(
+        triton.cdiv(num_rows, tile.block_m), triton.cdiv(num_cols, tile.block_n), processors, MAX_PARTIALS
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _best_walk(row_tiles: int, col_tiles: int, processors: int, most: int) -> Walk:
+    def shape(height: int, width: int) -> Walk:
+        return Walk(height, width, triton.cdiv(row_tiles, height), triton.cdiv(col_tiles, width))
+
+    def cost(walk: Walk) -> tuple[float, int]:
+        rounds = triton.cdiv(walk.groups * walk.splits, processors)
+        return rounds * walk.tiles_per_split * (walk.tiles_per_group + _TOP), walk.groups + walk.splits
+
+    lowest, narrowest = triton.cdiv(row_tiles, most), triton.cdiv(col_tiles, most)
+    heights = range(min(lowest, _MOST_TILES), min(row_tiles, _MOST_TILES) + 1)
+    widths = range(narrowest, min(col_tiles, 4 * narrowest) + 1)
+    return min((shape(height, width) for height in heights for width in widths), key=cost)

@@ -208,6 +208,41 @@ def test_tiles_whose_rows_lie_far_apart():
     check(queries, keys * strength, 1.0)
 
 
+@pytest.mark.parametrize("of", ["rows", "columns", "one row", "one column", "negative scale"])
+def test_rows_and_columns_far_below_others_of_their_block(of, monkeypatch):
+    """Tiles without a positive keep one maximum for a slot of rows; what lies far below it is made again."""
+    monkeypatch.setattr(launch, "MAX_PARTIALS", 2)
+    queries, keys = batch(4 * TILE, 4 * TILE, 16, FP32)
+    strength = torch.ones(len(queries), 1)
+    if of == "one row" or of == "one column":
+        strength *= 300
+        strength[TILE + 3] = 0.3
+    elif of != "negative scale":
+        strength = torch.logspace(-1, 2.5, len(queries))[:, None]
+    check(
+        queries * (strength if "row" in of else 1),
+        keys * (strength if "column" in of else 1),
+        -1.0 if of == "negative scale" else 1.0,
+    )
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_and_infinity_stay_where_they_belong_in_tiles_without_a_positive(value, monkeypatch):
+    monkeypatch.setattr(launch, "MAX_PARTIALS", 2)
+    queries, keys = batch(4 * TILE, 4 * TILE, 16, FP32)
+    keys[3, 5] = value
+    of_key = [value * x for x in queries[:, 5].sign()]
+    rows = run_kernels(queries, keys, torch.tensor(10.0), symmetric=False)[0]
+    both = run_kernels(queries, keys, torch.tensor(10.0))[0]
+    for row, logit in enumerate(of_key):
+        hidden = logit == -torch.inf and row != 3  # a key that no softmax sees
+        assert rows[row].isfinite() == hidden
+        assert both[row].isfinite() == hidden
+    keys[2 * TILE : 3 * TILE] = torch.nan
+    for symmetric in (True, False):
+        assert run_kernels(queries, keys, torch.tensor(10.0), symmetric=symmetric)[0].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", FAST_IN_FP16)
 def test_tiny_gradients_do_not_vanish(dtype):
     queries, keys = batch(40, 40, 32, dtype)

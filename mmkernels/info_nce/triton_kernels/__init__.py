@@ -1,7 +1,8 @@
 """Cross-entropies of rows and columns of logits in Triton: one pass over tiles forward, strips of gradients backward.
 
-Forward, G = 2 N M D FLOP: a program owns a block of tiles. Every tile updates the running maximum and sum of its
-rows and of its columns; the partial statistics, at most 32 for each row and each column, are merged in a fixed order.
+Forward, G = 2 N M D FLOP: a program owns a block of tiles and walks down its columns. Every tile updates the running
+maximum and sum of its rows in memory and of its columns in registers; the partial statistics, at most 32 for each row
+and each column, are merged in a fixed order.
 
 Backward, 3 G: a strip of the gradient of the logits, dS, is computed and stored in the dtype of the features; a plain
 product of the strip gives dQ, and one of the strip transposed gives dK (mmkernels._tiles.products).
@@ -10,7 +11,7 @@ holds 64 rows x 512 features at most: its narrow tiles are bound by the L2 cache
 computes dS once more (2 G more at D = 1024, 6 G more at D = 2048).
 
 Memory beyond inputs and outputs, in bytes, e = bytes of an element:
-    forward   12 N + 8 (min(32, N / tile) M + min(32, M / tile) N)
+    forward   12 N + 8 (min(32, N / tile) M + min(32, M / tile) N); sums of the warps, at most 4 MiB
     backward  12 N + 4 M; one strip, min(dS, max(2/3 of the L2 cache, 2048 rows), max(256 MiB, 128 rows));
               if there are several and e = 2, 4 min(N, M) D; partial products, 128 KiB for each multiprocessor
     and a padded copy of the features where D or the row stride is no multiple of 16 or the address none of 16 bytes.
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from mmkernels._checks import require_targets
 from mmkernels._tiles.configs import choose
-from mmkernels._tiles.launch import MERGE_BLOCK, MERGE_STEP, NO_FUSION, aligned, launch_options, walk_over
+from mmkernels._tiles.launch import MERGE_BLOCK, MERGE_STEP, NO_FUSION, aligned, launch_options, walk_down_columns
 from mmkernels._tiles.products import fp16_unit, gradients_of_both
 from mmkernels._tiles.triton import Tile, on_device
 from mmkernels.info_nce.groups import Groups, number_groups, require_groups
@@ -85,23 +86,24 @@ def cross_entropy_forward(of: CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
     queries, keys, scale, bias, targets, groups, symmetric, label_smoothing = of
     N, M = queries.shape[0], keys.shape[0]
     config, precision = choose(queries)
-    tile = config.of_forward(groups is not None)
+    tile = config.of_forward(groups is not None, symmetric)
     queries, keys = aligned(queries), aligned(keys)
     targets = _targets(targets, N, queries.device)
     row_ids, key_ids, of_query, of_key = (targets,) * 4 if groups is None else groups
 
-    walk = walk_over(N, M, tile)
+    walk = walk_down_columns(N, M, tile, queries.device)
     smoothed = label_smoothing > 0
     losses, positives = scale.new_empty(N), scale.new_empty(N)
     row_lse, col_lse = scale.new_empty(2, N), scale.new_empty(2, M if symmetric else 0)
     planes = 2 if groups is None else 3
     row_partials = scale.new_empty(planes, walk.splits, N)
     col_partials = scale.new_empty(planes, walk.groups, M) if symmetric else row_partials
+    parts = scale.new_empty(walk.groups * walk.splits * tile.block_m // 16 * tile.block_n if symmetric else 0)
 
     with on_device(queries.device):
         forward_kernel[(walk.groups * walk.splits,)](
             queries, keys, scale, scale if bias is None else bias,
-            row_ids, key_ids, positives, row_partials, col_partials,
+            row_ids, key_ids, positives, row_partials, col_partials, parts,
             N, M, len(key_ids), queries.shape[1], queries.stride(0), keys.stride(0), *walk,
             SYMMETRIC=symmetric, BIAS=bias is not None, GROUPS=groups is not None,
             PRECISION=precision, **launch_options(tile),

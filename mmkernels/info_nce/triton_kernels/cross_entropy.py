@@ -8,7 +8,9 @@ import triton.language as tl
 from mmkernels._tiles.engine import (
     all_have_read,
     block_of_tiles,
+    clear_columns,
     halves,
+    join_columns,
     merge,
     partials_of_block,
     similarities,
@@ -17,85 +19,139 @@ from mmkernels._tiles.engine import (
     store_in_two,
     strip_place,
     strip_tile,
-    tile_statistics,
     with_bias,
 )
 from mmkernels._tiles.triton import LN2, LOG2E, LOWEST
 
+# How far the largest logit of a row may lie below that of its slot, and the sum of a column below the largest logit of
+# its block, in base 2. s - m of what counts is then rounded to at most 2^-18, and no exponential that counts to 0.
+_SPREAD = tl.constexpr(64.0)
+_LEAST = tl.constexpr(2.0**-64)
+
 
 @triton.jit
-def _add_to_statistics(
-    s, bias, m, z, p, rows, target, key_groups, positives, col_out, col_plane, col_start, N, M, num_grouped, first,
-    SYMMETRIC: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+def _exact_part(
+    s, bias, m, z, p, rows, targets, key_groups, positives, col_out, col_plane, col_start, N, M, num_grouped,
+    COLUMNS: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Join the columns from col_start on to the rows' (m, z), and the rows to the columns' (m, z) in memory.
 
-    `first`: there is nothing in memory yet. GROUPS joins the sums p of the positives' logits, too; `target` then holds
-    the rows' groups.
+    Every m is the true maximum: the loss m - s + log2 z of an entry s that outweighs all others is then as small as
+    they are, and not the rounding of 2^(s - m). GROUPS joins the sums p of the positives' logits, too; `targets` then
+    are the rows' groups.
     """
     cols = col_start + tl.arange(0, WIDTH)
     row_ok = rows < N
     col_ok = cols < M
     s = with_bias(s, bias, cols, M, BIAS)
     s = tl.where(row_ok[:, None] & col_ok[None, :], s, float("-inf"))
+    target = tl.load(targets + rows, mask=row_ok, other=-1).to(tl.int32)
     if GROUPS:
         same = _same_group(target, key_groups, cols, num_grouped)
-        matches = tl.max(tl.max(same.to(tl.int32), 1), 0)
         of_group = tl.where(same, s, 0.0)
         p += tl.sum(of_group, 1)
-        if SYMMETRIC:
-            # One plane of a pair is used, for the reason given at the pairs below.
+        if COLUMNS:
+            # One plane of a pair is used, for the reason given in join_columns.
             col_p = tl.sum(of_group, 0)
-            one = tl.arange(0, 2)[None, :] == 0
             at_p = col_out + 2 * col_plane + cols[:, None] + tl.arange(0, 2)[None, :]  # [BN, 2]
-            old_p = tl.load(at_p, mask=(cols < tl.where(first, 0, M))[:, None] & one, other=0.0)
+            one = col_ok[:, None] & (tl.arange(0, 2)[None, :] == 0)
+            old_p = tl.load(at_p, mask=one, other=0.0)
             all_have_read()
-            tl.store(at_p, tl.join(col_p, col_p) + old_p, mask=col_ok[:, None] & one)
+            tl.store(at_p, tl.join(col_p, col_p) + old_p, mask=one)
     else:
         here = (target >= col_start) & (target < col_start + WIDTH)
-        matches = tl.max(here.to(tl.int32), 0)
-        if matches > 0:
-            positive = tl.sum(tl.where(cols[None, :] == target[:, None], s, 0.0), 1)
-            tl.store(positives + rows, positive, mask=here)
-
-    row_m, row_z, tile_m, tile_z = tile_statistics(s, row_ok, col_ok, matches, SYMMETRIC)
-    m, z = merge(m, z, row_m, row_z)
-    if SYMMETRIC:
-        old = cols < tl.where(first, 0, M)
-        # Both statistics lie in one tile, which the compiler spreads over the threads: each alone would be held by all.
-        pair = tl.arange(0, 2)
-        at = col_out + cols[:, None] + pair[None, :] * col_plane  # [BN, 2]
-        none = tl.where(pair == 0, LOWEST, 0.0)
-        col_m, col_z = tl.split(tl.load(at, mask=old[:, None], other=none[None, :]))
-        col_m, col_z = merge(col_m, col_z, tile_m, tile_z)
-        all_have_read()
-        tl.store(at, tl.join(col_m, col_z), mask=col_ok[:, None])
+        positive = tl.sum(tl.where(cols[None, :] == target[:, None], s, 0.0), 1)
+        tl.store(positives + rows, positive, mask=here)
+    row_m = tl.maximum(tl.max(s, 1), LOWEST)
+    m, z = merge(m, z, row_m, tl.sum(tl.exp2(s - row_m[:, None]), 1))
+    if COLUMNS:
+        col_m = tl.maximum(tl.max(s, 0), LOWEST)
+        col_z = tl.sum(tl.exp2(s - col_m[None, :]), 0)
+        join_columns(col_out, col_plane, cols, col_ok, col_m, col_z)
     return m, z, p
 
 
 @triton.jit
-def _add_half(
-    s, bias, m, z, p, rows, target, key_groups, positives, col_out, col_plane, col_start, N, M, num_grouped, first,
-    SYMMETRIC: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+def _exact_tile(
+    s, bias, rows, targets, key_groups, positives, col_out, col_plane, col_start, N, M, num_grouped,
+    COLUMNS: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Run _add_to_statistics; with GROUPS in two steps, because the sums of groups take more registers."""
-    if GROUPS:
-        STEP: tl.constexpr = WIDTH // 2
-        left, right = halves(s)
-        m, z, p = _add_to_statistics(
-            left, bias, m, z, p, rows, target, key_groups, positives, col_out, col_plane, col_start,
-            N, M, num_grouped, first, SYMMETRIC, BIAS, GROUPS, STEP,
-        )  # fmt: skip
-        m, z, p = _add_to_statistics(
-            right, bias, m, z, p, rows, target, key_groups, positives, col_out, col_plane, col_start + STEP,
-            N, M, num_grouped, first, SYMMETRIC, BIAS, GROUPS, STEP,
-        )  # fmt: skip
-    else:
-        m, z, p = _add_to_statistics(
-            s, bias, m, z, p, rows, target, key_groups, positives, col_out, col_plane, col_start,
-            N, M, num_grouped, first, SYMMETRIC, BIAS, GROUPS, WIDTH,
-        )  # fmt: skip
+    """(m, z, p) of the rows of a tile, and its columns into memory, as _exact_part joins them part by part: so that the
+    parts need not share the registers."""
+    m = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    z = tl.zeros((BLOCK_M,), tl.float32)
+    p = tl.zeros((BLOCK_M,), tl.float32)
+    HALF: tl.constexpr = BLOCK_N // 2
+    left, right = halves(s)
+    for half in tl.static_range(2):
+        part = left if half == 0 else right
+        start = col_start + half * HALF
+        if GROUPS:  # whose sums take more registers
+            first, second = halves(part)
+            m, z, p = _exact_part(
+                first, bias, m, z, p, rows, targets, key_groups, positives, col_out, col_plane, start,
+                N, M, num_grouped, COLUMNS, BIAS, GROUPS, HALF // 2,
+            )  # fmt: skip
+            m, z, p = _exact_part(
+                second, bias, m, z, p, rows, targets, key_groups, positives, col_out, col_plane, start + HALF // 2,
+                N, M, num_grouped, COLUMNS, BIAS, GROUPS, HALF // 2,
+            )  # fmt: skip
+        else:
+            m, z, p = _exact_part(
+                part, bias, m, z, p, rows, targets, key_groups, positives, col_out, col_plane, start,
+                N, M, num_grouped, COLUMNS, BIAS, GROUPS, HALF,
+            )  # fmt: skip
     return m, z, p
+
+
+@triton.jit
+def _tiles_with_positives(
+    targets, first_row, height, col_start, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Bit i: tile i below first_row has a row whose target is one of the columns from col_start on."""
+    bits = tl.zeros((BLOCK_M,), tl.int32)
+    for index in range(height):
+        rows = first_row + index * BLOCK_M + tl.arange(0, BLOCK_M)
+        target = tl.load(targets + rows, mask=rows < N, other=-1).to(tl.int32)
+        bits |= ((target >= col_start) & (target < col_start + BLOCK_N)).to(tl.int32) << index
+    return tl.reduce(bits, 0, _either)
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def _flush(sums, m, left_out, parts, col_out, col_plane, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Join the columns' sums of 2^(s - m), [BM, BN], to those in memory. Returns 1 if one of them is too small for
+    that, or if a row was left out.
+
+    Rows of one warp are added in registers. What the warps have goes through `parts` [BM / 16, BN] in memory, for a sum
+    over all rows in registers would be made by every warp, for all columns.
+    """
+    lost = tl.max((left_out != 0).to(tl.int32), 0)
+    top = tl.max(m, 0)
+    if top > LOWEST:
+        scaled = sums * tl.exp2(m - top)[:, None]
+        part = tl.arange(0, BLOCK_M // 16)
+        col = tl.arange(0, BLOCK_N)
+        tl.store(
+            parts + part[:, None] * BLOCK_N + col[None, :],
+            tl.sum(tl.reshape(scaled, (BLOCK_M // 16, 16, BLOCK_N)), 1),
+        )
+        tl.debug_barrier()
+        z = tl.load(parts + col)
+        for index in tl.static_range(1, BLOCK_M // 16):
+            z += tl.load(parts + index * BLOCK_N + col)
+        old_m = tl.load(col_out + cols)
+        new_m, new_z = merge(old_m, tl.load(col_out + col_plane + cols), tl.zeros_like(z) + top, z)
+        all_have_read()
+        tl.store(col_out + cols, new_m)
+        tl.store(col_out + col_plane + cols, new_z)
+        lost |= tl.max((~(z > _LEAST)).to(tl.int32), 0)  # NaN: 1
+    return lost
 
 
 @triton.jit
@@ -109,16 +165,20 @@ def _same_group(row_group, key_groups, cols, num_grouped):
     do_not_specialize=["N", "M", "num_grouped", "tiles_per_group", "tiles_per_split", "num_groups", "num_splits"]
 )
 def forward_kernel(
-    queries, keys, scale, bias, targets, key_groups, positives, row_partials, col_partials,
+    queries, keys, scale, bias, targets, key_groups, positives, row_partials, col_partials, parts,
     N, M, num_grouped, D, stride_q, stride_k, tiles_per_group, tiles_per_split, num_groups, num_splits,
     SYMMETRIC: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of a group of rows against a split of the columns.
+    """Statistics of a group of rows against a split of the columns, column by column of tiles.
 
     row_partials [2, num_splits, N] and col_partials [2, num_groups, M] take (m, z), z = sum of 2^(s - m); positives [N]
-    takes s[i, targets[i]], from the same tile as the statistics; a target of -1 is none. The columns' statistics
-    grow in col_partials itself: this program alone owns its part of them.
+    takes s[i, targets[i]], from the same tile as the statistics; a target of -1 is none. The statistics grow in the
+    partials: this program alone owns its part of them.
+
+    A plain tile, inside the logits and without a positive, takes one exponential an entry for its row and its column,
+    relative to the largest logit m so far of its slot: the i-th row of all tiles of the column. The columns' sums stay
+    in registers until _flush, rescaled as m grows. All other tiles take true maxima of rows and of columns.
 
     With GROUPS the positives of a row are the columns of its group, `targets` [N] against key_groups [num_grouped], and
     both partials have a third plane in place of positives: the sum of the positives' logits.
@@ -130,38 +190,92 @@ def forward_kernel(
     row_out, row_plane, col_out, col_plane = partials_of_block(
         row_partials, col_partials, group, split, N, M, num_groups, num_splits
     )
-
-    for row_start in tl.range(first_row, end_row, BLOCK_M, disable_licm=True):
-        rows = row_start + tl.arange(0, BLOCK_M)
-        row_ok = rows < N
-        target = tl.load(targets + rows, mask=row_ok, other=-1).to(tl.int32)  # [BM]
-        m = tl.full((BLOCK_M,), LOWEST, tl.float32)
-        z = tl.zeros((BLOCK_M,), tl.float32)
-        p = tl.zeros((BLOCK_M,), tl.float32)
+    parts += tl.program_id(0) * (BLOCK_M // 16 * BLOCK_N)
+    height = tl.cdiv(end_row - first_row, BLOCK_M)
+    for col_start in tl.range(first_col, end_col, BLOCK_N, disable_licm=True):
+        cols = col_start + tl.arange(0, BLOCK_N)
+        RUNNING: tl.constexpr = SYMMETRIC and not GROUPS  # the columns' sums, in registers
         if SYMMETRIC:
-            # Below, threads read what others of this program wrote to col_partials for the tiles above.
-            tl.debug_barrier()
-        for col_start in tl.range(first_col, end_col, BLOCK_N, disable_licm=True):
-            tile = similarities(
-                queries, keys, rows, col_start + tl.arange(0, BLOCK_N),
-                N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
-            )  # fmt: skip
-            first = row_start == first_row
-            # The halves of a tile go one after the other, so that they need not share the registers.
-            HALF: tl.constexpr = BLOCK_N // 2
-            left, right = halves(scale2 * tile)
-            m, z, p = _add_half(
-                left, bias, m, z, p, rows, target, key_groups, positives, col_out, col_plane, col_start,
-                N, M, num_grouped, first, SYMMETRIC, BIAS, GROUPS, HALF,
-            )  # fmt: skip
-            m, z, p = _add_half(
-                right, bias, m, z, p, rows, target, key_groups, positives, col_out, col_plane, col_start + HALF,
-                N, M, num_grouped, first, SYMMETRIC, BIAS, GROUPS, HALF,
-            )  # fmt: skip
-        tl.store(row_out + rows, m, mask=row_ok)
-        tl.store(row_out + row_plane + rows, z, mask=row_ok)
-        if GROUPS:
-            tl.store(row_out + 2 * row_plane + rows, p, mask=row_ok)
+            clear_columns(col_out, col_plane, cols, cols < M, GROUPS)
+        tl.debug_barrier()  # threads read what others of this program wrote to row_partials
+        positives_in = 0
+        if not GROUPS:
+            positives_in = _tiles_with_positives(targets, first_row, height, col_start, N, BLOCK_M, BLOCK_N)
+        m = tl.full((BLOCK_M,), LOWEST, tl.float32)
+        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        left_out = tl.zeros((BLOCK_M,), tl.int32)  # bit i: the row of tile i
+        again = 0
+        # The second half of the steps makes the tiles again, exactly, if rows were left out or columns' sums are lost.
+        for step in tl.range(0, 2 * height if RUNNING else height, disable_licm=True):
+            if (step < height) | (again > 0):
+                index = step % height
+                row_start = first_row + index * BLOCK_M
+                rows = row_start + tl.arange(0, BLOCK_M)
+                written = rows < N
+                if RUNNING:
+                    second = step >= height
+                    if second:
+                        written &= (left_out >> index) & 1 > 0
+                        if step == height:
+                            clear_columns(col_out, col_plane, cols, cols < M, GROUPS)
+                old = written & (col_start > first_col)
+                old_m = tl.load(row_out + rows, mask=old, other=LOWEST)
+                old_z = tl.load(row_out + row_plane + rows, mask=old, other=0.0)
+                tile = similarities(
+                    queries, keys, rows, cols, N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+                )  # fmt: skip
+                if GROUPS:  # whose positives are anywhere
+                    row_m, row_z, p = _exact_tile(
+                        scale2 * tile, bias, rows, targets, key_groups, positives, col_out, col_plane, col_start,
+                        N, M, num_grouped, SYMMETRIC, BIAS, GROUPS, BLOCK_M, BLOCK_N,
+                    )  # fmt: skip
+                    p += tl.load(row_out + 2 * row_plane + rows, mask=old, other=0.0)
+                else:
+                    plain = (row_start + BLOCK_M <= N) & (col_start + BLOCK_N <= M) & (scale2 >= 0) & (step < height)
+                    plain &= (positives_in >> index) & 1 == 0
+                    row_m = m
+                    row_z = m
+                    if plain:
+                        if BIAS:
+                            s = with_bias(scale2 * tile, bias, cols, M, BIAS)
+                            peak = tl.max(s, 1)
+                        else:
+                            peak = scale2 * tl.max(tile, 1)
+                        if SYMMETRIC:
+                            row_m = tl.maximum(m, peak)
+                        else:
+                            row_m = tl.maximum(peak, LOWEST)
+                        if BIAS:
+                            e = tl.exp2(s - row_m[:, None])
+                        else:
+                            e = tl.exp2(
+                                tl.fma(tile, tl.zeros_like(tile) + scale2, tl.zeros_like(tile) - row_m[:, None])
+                            )
+                        row_z = tl.sum(e, 1)
+                        if SYMMETRIC:
+                            sums = tl.fma(sums, tl.zeros_like(e) + tl.exp2(m - row_m)[:, None], e)
+                            m = row_m
+                            lags = ~(m - peak < _SPREAD)  # NaN and infinity, too
+                            left_out |= lags.to(tl.int32) << index
+                            row_m = tl.where(lags, LOWEST, row_m)
+                            row_z = tl.where(lags, 0.0, row_z)
+                    if RUNNING:
+                        last = step == height - 1
+                        if last | (not plain):
+                            again |= _flush(sums, m, left_out, parts, col_out, col_plane, cols, BLOCK_M, BLOCK_N)
+                            m = tl.full((BLOCK_M,), LOWEST, tl.float32)
+                            sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                    if not plain:
+                        row_m, row_z, p = _exact_tile(
+                            scale2 * tile, bias, rows, targets, key_groups, positives, col_out, col_plane, col_start,
+                            N, M, num_grouped, SYMMETRIC, BIAS, GROUPS, BLOCK_M, BLOCK_N,
+                        )  # fmt: skip
+                # Every thread has read the old ones: the steps of the product wait for all.
+                row_m, row_z = merge(old_m, old_z, row_m, row_z)
+                tl.store(row_out + rows, row_m, mask=written)
+                tl.store(row_out + row_plane + rows, row_z, mask=written)
+                if GROUPS:
+                    tl.store(row_out + 2 * row_plane + rows, p, mask=written)
 
 
 @triton.jit
