@@ -15,10 +15,11 @@ A sweep compiles each chosen form in many tiles, prints them by predicted time a
 import argparse
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import gpu_sweep, registry
+from benchmarks import gpu_limits, gpu_sweep, registry
 from benchmarks.gpu_compile import assembly, compile_case, faults, heaviest, in_processes, predict_case
 from benchmarks.harness.gpu_forms import GPUS, Case, Compiled, Problem
 from benchmarks.issue_model.pipes import CHIPS
@@ -42,13 +43,15 @@ def read_form(case: Case) -> Form:
     return Form(case, compile_case(case), problems, predict_case(case, [problem.steps for problem in problems]))
 
 
+PAGE = Path(__file__).parents[1] / "docs/gpu_predictions.md"
 HEADS = (
     "kernel", "tile", "warps", "stages", "registers", "spilled B", "shared KiB", "occupancy (blocks)", "matrix instr.",
     "problem", "GFLOP", "MB", "bound ms", "limit",
 )  # fmt: skip
 PREDICTED = (
     "kernel", "tile", "warps", "stages", "blocks", "problem", "instr. step", "rest", "an element",
-    "MUFU/SHFL/BAR/LDG of rest", "rest issue", "matrix", "issue", "MUFU", "LSU", "ALU", "FMA", "cycles a tile", "TFLOP/s", "ms", "x bound",
+    "MUFU/SHFL/BAR/LDG of rest", "rest issue", "matrix", "issue", "MUFU", "LSU", "ALU", "FMA", "cycles a tile",
+    "TFLOP/s", "ms", "x bound",
 )  # fmt: skip
 
 
@@ -65,6 +68,8 @@ def main() -> None:
         "--set", nargs="+", default=[], metavar="NAME=VALUE[,VALUE]", help="other constants, num_warps, num_stages"
     )
     parser.add_argument("--sweep", action="store_true", help="many tiles of each form, by predicted time")
+    parser.add_argument("--ratchet", action="store_true", help="lower the limits of gpu_limits.json to what is beaten")
+    parser.add_argument("--page", action="store_true", help=f"put the predictions into {PAGE.name}")
     parser.add_argument("--json", type=Path, help="write the table there, too")
     arguments = parser.parse_args()
     unknown = set(arguments.ops) - {*FOLDERS, "calibration"}
@@ -107,6 +112,18 @@ def main() -> None:
         print(table([list(PREDICTED), *predictions]))
     if arguments.json:
         arguments.json.write_text(json.dumps([r for form in forms for r in _records(form)], indent=1) + "\n")
+    if arguments.page:
+        marked = r"(?s)(?<=<!-- predictions -->\n).*?(?=<!-- end of)"
+        page, count = re.subn(marked, lambda _: _page(forms), PAGE.read_text())
+        assert count == 1, f"{PAGE}: expected the marks of one table of predictions"
+        PAGE.write_text(page)
+    if arguments.ratchet:
+        predicted = {
+            gpu_limits.key(form.case): form.problems[0].predicted(form.tiles[0], CHIPS[form.case.gpu]) * 1e3
+            for form in forms
+            if gpu_limits.applies(form.case)
+        }
+        gpu_limits.FILE.write_text(json.dumps(gpu_limits.lowered(predicted), indent=1) + "\n")
     broken = [form.case.name for form in forms if faults(form.case, form.compiled)] + [name for name, _ in failed]
     if broken:
         raise SystemExit("faults in: " + ", ".join(broken))
@@ -170,6 +187,33 @@ def _predicted(form: Form) -> list[list[str]]:
         )  # fmt: skip
         lines.append([str(cell) for cell in cells])
     return lines
+
+
+def _page(forms: list[Form]) -> str:
+    """The predictions as a table in Markdown."""
+    lines = [
+        "| op | kernel | tile, warps | blocks | problem | step, rest | rest an element | MUFU / SHFL / BAR "
+        "| rest issue | product | cycles | TFLOP/s | ms | bound |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for form in forms:
+        case, chip = form.case, CHIPS[form.case.gpu]
+        constants = dict(case.constants)
+        elements = constants.get("BLOCK_M", 0) * constants.get("BLOCK_N", 0) / (32 * case.num_warps)
+        for problem, tile in zip(form.problems, form.tiles, strict=True):
+            if not tile.flops:
+                continue
+            named, seconds = tile.rest.named, problem.predicted(tile, chip)
+            cells = (
+                case.op, case.name.replace(f"-{case.dtype}-{case.precision}-{case.gpu}", ""),
+                f"{_tile_name(case)}, {case.num_warps}", form.compiled.blocks, problem.name,
+                f"{tile.step.instructions}, {tile.rest.instructions}", f"{tile.rest.instructions / elements:.1f}",
+                f"{named['MUFU']} / {named['SHFL']} / {named['BAR']}", f"{tile.rest_clocks['issue']:,.0f}",
+                f"{tile.clocks['matrix']:,.0f}", f"{tile.cycles:,.0f}", f"{problem.flops / seconds / 1e12:.0f}",
+                f"{seconds * 1e3:.3g}", f"{problem.bound(case)[0] * 1e3:.3g}",
+            )  # fmt: skip
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def _records(form: Form) -> list[dict[str, Any]]:

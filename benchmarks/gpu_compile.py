@@ -164,7 +164,15 @@ def predict_case(case: Case, steps: Sequence[int]) -> list[Tile]:
     taken = _read_nvidia(compiled, gpu, case.num_warps, _matrix(case))
     code = sass.read(compiled.asm["cubin"])
     blocks = max(1, taken.blocks)
-    return [predict.tile_of(code, CHIPS[case.gpu], predict.Shape(case.num_warps, blocks, number)) for number in steps]
+    shape = predict.Shape(case.num_warps, blocks, 1, _shapeless_flops(case))
+    return [predict.tile_of(code, CHIPS[case.gpu], shape._replace(steps=number)) for number in steps]
+
+
+def _shapeless_flops(case: Case) -> float:
+    """A warp's share of one product of sm_100: the whole tile, 32 bytes deep."""
+    constants = dict(case.constants)
+    depth = 8 if case.dtype == "fp32" else 16
+    return 2.0 * constants.get("BLOCK_M", 0) * constants.get("BLOCK_N", 0) * depth / case.num_warps
 
 
 def in_processes(function: Callable[[Case], T], chosen: Sequence[Case], workers: int | None = None) -> list[T | str]:

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from benchmarks import gpu_bounds, registry
+from benchmarks import gpu_bounds, gpu_limits, registry
 from benchmarks.harness.gpu_forms import Case
 
 __all__ = ["check", "each_form", "gpu_bounds", "registry"]
@@ -24,5 +24,7 @@ def each_form(forms: Iterable[Case], is_plain: Callable[[Case], bool]) -> pytest
 
 
 def check(form: Case) -> None:
-    """The form neither spills nor takes too much shared memory; it uses the matrix units, and TF32 only if asked to."""
+    """The form neither spills nor takes too much shared memory; it uses the matrix units, and TF32 only if asked to. By
+    the model of the scheduler it is no slower than its limit."""
     assert gpu_bounds.faults(form, gpu_bounds.compile_case(form)) == []
+    assert gpu_limits.excess(form) == ""

@@ -31,31 +31,46 @@ class Step(NamedTuple):
     running: int  # how many groups a wait leaves running
 
 
-def steps_of(path: Sequence[Instruction], chip: Chip, product_clocks: float | None = None) -> list[Step]:
-    """The path as the model reads it. product_clocks: those of a product whose name has no shape."""
-    known: dict[Instruction, Step] = {}
-    return [known.setdefault(i, _step(i, chip, product_clocks)) if i not in known else known[i] for i in path]
+def steps_of(path: Sequence[Instruction], chip: Chip, shapeless_flops: float = 0.0) -> list[Step]:
+    """The path as the model reads it. shapeless_flops: what a product whose name has no shape is to each warp."""
+    # sm_100 waits for its products at memory barriers. The first wait after a product leaves that one running, because
+    # the loop waits for the one before; the second is for the last.
+    copies = any(i.name.startswith("UTMA") for i in path)  # by tensor maps, which wait at such barriers, too
+    steps, waits = [], 0
+    for instruction in path:
+        kind, running = _kind(instruction)
+        if kind == "wait at a barrier in memory":
+            waits += 1
+            kind, running = ("", 0) if copies else ("wait for products", int(waits == 1))
+        elif kind.startswith("product"):
+            waits = 0
+        taken = use(instruction, chip, shapeless_flops)
+        steps.append(Step(instruction, taken.pipe, taken.clocks, taken.latency, kind, running))
+    return steps
 
 
-def _step(instruction: Instruction, chip: Chip, product_clocks: float | None) -> Step:
-    taken = use(instruction, chip)
-    clocks = taken.clocks
-    if taken.pipe == "matrix" and clocks == 0 and product_clocks:
-        clocks = product_clocks
-    kind, running = "", 0
-    if instruction.name == "BAR" and ".ARV" not in instruction.opcode:
-        kind = "barrier"
-    elif is_asynchronous(instruction):
-        kind = "product, last of its group" if "gsb0" in instruction.text else "product"
-    elif instruction.opcode.startswith("WARPGROUP.DEPBAR"):
-        kind, running = "wait for products", _number(instruction.text)
-    elif instruction.name in ("LDGSTS", "LDG", "LD"):
-        kind = "copy" if instruction.name == "LDGSTS" else "load"
-    elif instruction.name == "LDGDEPBAR":
-        kind = "end of copies"
-    elif instruction.name == "DEPBAR" and "SB0" in instruction.text:
-        kind, running = "wait for copies", _number(instruction.text)
-    return Step(instruction, taken.pipe, clocks, taken.latency, kind, running)
+def _kind(instruction: Instruction) -> tuple[str, int]:
+    """What the model does with an instruction, and how many groups a wait leaves running."""
+    name, opcode, text = instruction.name, instruction.opcode, instruction.text
+    if name == "BAR" and ".ARV" not in opcode:
+        return "barrier", 0
+    if is_asynchronous(instruction):
+        return ("product, last of its group" if "gsb0" in text else "product"), 0
+    if name == "UTCBAR":
+        return "end of products", 0
+    if opcode.startswith("WARPGROUP.DEPBAR"):
+        return "wait for products", _number(text)
+    if "TRYWAIT" in opcode:
+        return "wait at a barrier in memory", 0
+    if name in ("LDG", "LD"):
+        return "load", 0
+    if name == "LDGSTS":
+        return "copy", 0
+    if name == "LDGDEPBAR":
+        return "end of copies", 0
+    if name == "DEPBAR" and "SB0" in text:
+        return "wait for copies", _number(text)
+    return "", 0
 
 
 def _number(text: str) -> int:
@@ -112,7 +127,7 @@ def issue(steps: Sequence[Step], chip: Chip, warps: int, blocks: int = 1, offset
         done = clock + step.clocks
         warp.ready = clock + max(1, i.stall)
         latency = max(4, step.latency)
-        if step.kind.startswith("product"):
+        if step.pipe == "matrix" and step.kind:
             done = max(pipes["matrix queue"], clock) + step.clocks
             pipes["matrix queue"] = done
             warp.open_products = done + _PRODUCT_CLOCKS
@@ -131,6 +146,8 @@ def issue(steps: Sequence[Step], chip: Chip, warps: int, blocks: int = 1, offset
             pipes[step.pipe] = done
             if step.kind == "wait for products":
                 warp.ready = max(warp.ready, *_finished(warp.products, step.running))
+            elif step.kind == "end of products":
+                warp.products.append(warp.open_products)
             elif step.kind == "end of copies":
                 warp.copies.append(warp.open_copies)
             elif step.kind == "wait for copies":

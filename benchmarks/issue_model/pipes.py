@@ -150,15 +150,18 @@ def stored_bytes(instruction: Instruction) -> int:
     return memory_bytes(instruction) if instruction.name in ("STG", "ST") else 0
 
 
-def use(instruction: Instruction, chip: Chip) -> Use:
-    """What the instruction takes on the chip. One that the tables do not know is an error: a new chip needs a look."""
+def use(instruction: Instruction, chip: Chip, shapeless_flops: float = 0.0) -> Use:
+    """What the instruction takes on the chip. One that the tables do not know is an error: a new chip needs a look.
+
+    shapeless_flops: what a product whose name has no shape is to each warp.
+    """
     if is_matrix(instruction):
         rate = chip.matrix / SCHEDULERS
         if any(part in instruction.opcode for part in (".TF32", ".1684", ".1688.F32.TF32")):
             rate /= 2
         elif instruction.name.startswith("Q"):
             rate *= 2
-        return Use("matrix", product_flops(instruction) / rate)
+        return Use("matrix", (product_flops(instruction) or shapeless_flops) / rate)
     if instruction.name not in chip.uses:
         raise KeyError(f"no clocks for {instruction.opcode} on {chip.name}")
     found = chip.uses[instruction.name]

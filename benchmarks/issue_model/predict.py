@@ -22,7 +22,7 @@ class Shape(NamedTuple):
     warps: int  # of a block
     blocks: int  # resident on a multiprocessor
     steps: int
-    product_flops: float = 0.0  # of an instruction whose name has no shape, on one scheduler
+    shapeless_flops: float = 0.0  # what a product whose name has no shape is to each warp
 
 
 class Work(NamedTuple):
@@ -33,10 +33,10 @@ class Work(NamedTuple):
     named: Counter[str]  # how many instructions of each name
 
     @classmethod
-    def of(cls, path: Sequence[Instruction], chip: Chip) -> "Work":
+    def of(cls, path: Sequence[Instruction], chip: Chip, shapeless_flops: float = 0.0) -> "Work":
         clocks: dict[str, float] = {}
         for instruction in path:
-            taken = use(instruction, chip)
+            taken = use(instruction, chip, shapeless_flops)
             clocks[taken.pipe] = clocks.get(taken.pipe, 0.0) + taken.clocks
         return cls(len(path), clocks, Counter(i.name for i in path))
 
@@ -79,15 +79,21 @@ def tile_of(code: Code, chip: Chip, shape: Shape) -> Tile:
     parts = flow.path(around)
     step = [i for loop in main for i in _straight(flow, flow.path(loop))]
     rest = _straight(flow, parts, leaving_out=main)
-    tile = _repeated(flow, parts, main, shape.steps)
+    trips = shape.steps - _peeled(step, rest)
+    tile = _repeated(flow, parts, main, trips)
     warps = max(1, shape.warps // SCHEDULERS)
-    rate = chip.matrix / SCHEDULERS
-    steps = model.steps_of(tile, chip, shape.product_flops / rate)
-    flops = sum(product_flops(i) or shape.product_flops for i in tile if is_matrix(i)) * shape.warps
-    return Tile(
-        Work.of(step, chip), Work.of(rest, chip), warps, shape.steps, flops,
-        _cycles(steps, chip, warps, shape.blocks, loops=around is not None),
-    )  # fmt: skip
+    flops = sum(product_flops(i) or shape.shapeless_flops for i in tile if is_matrix(i)) * shape.warps
+    steps = model.steps_of(tile, chip, shape.shapeless_flops)
+    cycles = _cycles(steps, chip, warps, shape.blocks, loops=around is not None)
+    of_step, of_rest = (Work.of(path, chip, shape.shapeless_flops) for path in (step, rest))
+    return Tile(of_step, of_rest, warps, trips, flops, cycles)
+
+
+def _peeled(step: Sequence[Instruction], rest: Sequence[Instruction]) -> int:
+    """How many trips of the main loop stand before it. On sm_100 the first does; elsewhere a product beside the loop is
+    one of its own."""
+    in_step, in_rest = ([i for i in path if i.name.startswith("UTC") and is_matrix(i)] for path in (step, rest))
+    return len(in_rest) // len(in_step) if in_step else 0
 
 
 def _cycles(steps: list[model.Step], chip: Chip, warps: int, blocks: int, loops: bool) -> float:

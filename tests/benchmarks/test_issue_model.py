@@ -126,6 +126,27 @@ def test_the_products_of_an_instruction(opcode, flops):
     assert pipes.product_flops(an(opcode)) == flops
 
 
+def test_products_of_sm_100_are_waited_for_at_barriers_in_memory():
+    B200 = pipes.CHIPS["sm_100"]
+    product, end = an("UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8]"), an("UTCBAR [UR9], URZ")
+    wait, use = an("SYNCS.PHASECHK.TRANS64.TRYWAIT P4, [UR9], R4"), an("FADD R0, R0, R1")
+    flops = 100 * B200.matrix / 4  # 100 clocks of a scheduler's share
+
+    def end_of(path: list[Instruction]) -> float:
+        return model.issue(model.steps_of(path, B200, flops), B200, warps=1)[0]
+
+    # The first wait is for the product before, the second for the last.
+    assert end_of([product, end, product, end, wait, use]) == 100 + 32
+    assert end_of([product, end, product, end, wait, wait, use]) == 200 + 32
+    # The first trip of the loop stands before it.
+    code = Code(
+        [product, end, product, end, wait, an("BRA `loop", predicate="P1"), wait, an("EXIT")],
+        {"loop": 2},
+    )
+    tile = predict.tile_of(code, B200, predict.Shape(4, 1, steps=8, shapeless_flops=flops))
+    assert (tile.steps, tile.clocks["matrix"]) == (7, 800)
+
+
 def test_a_tile_counts_its_main_loop_and_the_rest():
     code = Code(
         [
