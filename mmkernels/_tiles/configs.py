@@ -147,8 +147,8 @@ if OLDER_TRITON:  # under which the tiles above would spill
     _distillation["tf32x3"] = _distillation["tf32x3"]._replace(forward=Tile(64, 64, 16, 8, 2))
     for _op in ("siglip", "retrieval"):
         _OWN_TILES[_op]["sm_90", "half"] = Tile(128, 128, 64, 8, 4)
-    for _op in ("triplet", "retrieval"):
-        _OWN_TILES[_op]["sm_80", "half"] = Tile(128, 64, 32, 8, 4)
+    _OWN_TILES["triplet"]["sm_80", "half"] = Tile(64, 128, 32, 8, 4)
+    _OWN_TILES["retrieval"]["sm_80", "half"] = Tile(128, 64, 32, 8, 4)
     _OWN_TILES["triplet"]["sm_80", "tf32x3"] = Tile(64, 64, 16, 8, 3)
     _OWN_TILES["siglip"]["sm_80", "tf32x3"] = Tile(128, 64, 32, 8, 3)
 

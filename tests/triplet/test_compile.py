@@ -1,9 +1,8 @@
 """Every Triton kernel of triplet compiled for GPUs that are not here: no spill, no excess, matrix units in use."""
 
-from tests.compiling import check, each_form, gpu_bounds, registry
+from tests.compiling import check, each_form, registry
 
 FORMS = registry.gpu_bounds("triplet").cases()
-HEAVIEST = set(gpu_bounds.heaviest(FORMS))
 
 
 def is_plain(form) -> bool:
@@ -12,6 +11,7 @@ def is_plain(form) -> bool:
     return plain and dict(form.constants).get("SYMMETRIC", True)
 
 
-@each_form([form for form in FORMS if form in HEAVIEST or not is_plain(form)], is_plain)
+# All: under Triton 3.6 a form without semi-hard negatives spilled, and the heavier one with them did not.
+@each_form(FORMS, is_plain)
 def test_every_form(form):
     check(form)
