@@ -8,11 +8,20 @@ from typing import Any, NamedTuple
 from benchmarks.harness.gpu_forms import GPUS, Argument, Case, Problem
 from mmkernels.divided_attention import triton_kernels
 from mmkernels.divided_attention.layout import APART, AVERAGED, GLOBAL
-from mmkernels.divided_attention.triton_kernels import backward, engine, forward
-from mmkernels.divided_attention.triton_kernels.configs import CONFIGS, HEADS, Config, launch_options
+from mmkernels.divided_attention.triton_kernels import backward, engine, forward, whole
+from mmkernels.divided_attention.triton_kernels.configs import (
+    CONFIGS,
+    HEADS,
+    MOST_KEYS,
+    WHOLE,
+    Config,
+    launch_options,
+    whole_options,
+)
 
 _KERNELS = {
     "packed_forward": forward.packed_forward_kernel,
+    "whole_forward": whole.whole_forward_kernel,
     "forward": forward.forward_kernel,
     "packed_backward": backward.packed_backward_kernel,
     "grad_queries": backward.grad_queries_kernel,
@@ -47,8 +56,22 @@ CLIPS = (
     Clip("B=1 T=16 448px", 1, 16, 784),
 )
 # Products of a tile; least traffic in outputs: what is read and what is written.
-_PRODUCTS = {"packed_forward": 2, "forward": 2, "packed_backward": 5, "grad_queries": 3, "grad_keys": 4}
-_TRAFFIC = {"packed_forward": 4, "forward": 4, "packed_backward": 7, "grad_queries": 6, "grad_keys": 6}
+_PRODUCTS = {
+    "packed_forward": 2,
+    "whole_forward": 2,
+    "forward": 2,
+    "packed_backward": 5,
+    "grad_queries": 3,
+    "grad_keys": 4,
+}
+_TRAFFIC = {
+    "packed_forward": 4,
+    "whole_forward": 4,
+    "forward": 4,
+    "packed_backward": 7,
+    "grad_queries": 6,
+    "grad_keys": 6,
+}
 
 
 def cases(gpus: Iterable[str] = GPUS) -> list[Case]:
@@ -76,6 +99,8 @@ def _cases(gpu: str, precision: str, dtype: str, masked: bool, configs: dict[int
                     name, gpu, precision, dtype, tuple(constants.items()), warps, stages, has_dot=True,
                     may_spill=large or wide,
                 )  # fmt: skip
+    if precision == "half" and not masked:
+        yield from _whole_cases(gpu, dtype)
     for head, wide in itertools.product((8, 16, *HEADS), (False, True)):
         constants = {"MASKED": masked, "WIDE": wide, "BLOCK": triton_kernels.CLS_BLOCK, "HEAD": head}
         yield make("cls_sums", gpu, precision, dtype, tuple(constants.items()), triton_kernels.CLS_WARPS, 3)
@@ -84,6 +109,25 @@ def _cases(gpu: str, precision: str, dtype: str, masked: bool, configs: dict[int
         if not masked:
             constants = {"ROWS": triton_kernels.MERGE_ROWS, "HEAD": head}
             yield make("merge", gpu, precision, dtype, tuple(constants.items()), triton_kernels.MERGE_WARPS, 3)
+
+
+def _whole_cases(gpu: str, dtype: str) -> Iterator[Case]:
+    """The keys of a sequence in all sums of pieces: from the packed tile's items on, all multiples of 16."""
+    for tile, items in itertools.product(WHOLE.get(gpu, {}).values(), range(80, MOST_KEYS + 1, 16)):
+        options = whole_options(tile, items)
+        assert options
+        warps, stages = options.pop("num_warps"), options.pop("num_stages")
+        for cls, wide in itertools.product(CLS, (False, True)):
+            constants = {"CLS": cls, "WIDE": wide} | options
+            yield Case(
+                "divided_attention", "whole_forward", gpu, "half", dtype, tuple(constants.items()), warps, stages,
+                has_dot=True, may_spill=wide,
+            )  # fmt: skip
+
+
+def keys_of(case: Case) -> int:
+    """Keys that fit the pieces of a form of whole_forward."""
+    return sum(value for name, value in case.constants if name in ("P0", "P1", "P2"))
 
 
 def kernel(name: str) -> Any:
@@ -124,8 +168,13 @@ def problems(case: Case) -> list[Problem]:
             pairs = {"time": (tiles * block**2, tiles, 1)} if clip.frames <= block else {}
         else:
             space, time = clip.positions + 1, clip.frames
-            pairs = {"space": (time * space**2, time * -(-space // block), -(-space // depth))}
-            if time > 64:
+            if case.kernel == "whole_forward":
+                lengths = {"space": (time, space), "time": (clip.positions, time)}
+                fitting = {axis: x for axis, x in lengths.items() if x[1] > 64 and 0 <= keys_of(case) - x[1] < 16}
+                pairs = {axis: (n * size**2, n, -(-size // block)) for axis, (n, size) in fitting.items()}
+            else:
+                pairs = {"space": (time * space**2, time * -(-space // block), -(-space // depth))}
+            if time > 64 and case.kernel != "whole_forward":
                 pairs["time"] = (clip.positions * time**2, clip.positions * -(-time // block), -(-time // depth))
         for axis, (count, tiles, steps) in pairs.items():
             flops = 2.0 * _PRODUCTS[case.kernel] * heads * count * head
@@ -144,4 +193,5 @@ def is_main(case: Case) -> bool:
         and constants.get("CLS", cls) == cls
         and not constants.get("MASKED")
         and not constants.get("WIDE")
+        and keys_of(case) in (0, MOST_KEYS)
     )

@@ -1,8 +1,10 @@
 """The Triton kernels of divided_attention compiled for GPUs that are not here: no spill, no excess, matrix units."""
 
 import dataclasses
+import itertools
 
 from mmkernels.divided_attention.layout import AVERAGED, GLOBAL
+from mmkernels.divided_attention.triton_kernels.configs import MOST_KEYS
 from tests.compiling import check, each_form, gpu_bounds, registry
 
 OP = registry.gpu_bounds("divided_attention")
@@ -23,13 +25,11 @@ def is_plain(form) -> bool:
 def is_compiled(form) -> bool:
     """The heaviest form of each tile. fp16 takes what bf16 does, with instructions of other names: a sample of it."""
     constants = dict(form.constants)
+    if OP.keys_of(form) not in (0, MOST_KEYS):
+        return False
     if constants.get("WIDE"):  # with other addresses: a sample
-        return (
-            form.dtype == "bf16"
-            and head_of(form) == 64
-            and constants["MASKED"]
-            and constants.get("CLS", GLOBAL) == GLOBAL
-        )
+        largest = constants.get("MASKED", True) and constants.get("CLS", GLOBAL) == GLOBAL
+        return form.dtype == "bf16" and head_of(form) == 64 and largest
     if form.kernel == "grad_queries" and constants["CLS"] == AVERAGED:  # has a pass of its own, which GLOBAL has not
         constants["CLS"] = GLOBAL
         form = dataclasses.replace(form, constants=tuple(constants.items()))
@@ -60,7 +60,15 @@ def test_forms_follow_the_launchers():
                 ]
                 assert any(asked.items() <= options.items() for options in listed), (name, asked)
     kernels = {form.kernel for form in forms}
-    assert kernels == {*configs.Config._fields, "cls_sums", "merge"}
+    assert kernels == {*configs.Config._fields, "whole_forward", "cls_sums", "merge"}
+    listed = [
+        dict(form.constants) | {"num_warps": form.num_warps, "num_stages": form.num_stages}
+        for form in forms
+        if form.kernel == "whole_forward"
+    ]
+    for tile, items in itertools.product(configs.WHOLE["sm_90"].values(), range(65, configs.MOST_KEYS + 1)):
+        asked = configs.whole_options(tile, items)
+        assert any(asked.items() <= options.items() for options in listed), items
 
 
 def test_packed_tiles_fit_together():

@@ -88,11 +88,42 @@ def test_exponentials_as_inexact_as_a_gpu_may_take_them(case, monkeypatch):
 
 
 HALF = [(case, dtype) for dtype in (FP16, BF16) for case in FAST[dtype]]
+HALF.append((Case(2, 5, "time", scale=-0.5, regime="negative scale"), BF16))
 
 
 @pytest.mark.parametrize(("case", "dtype"), HALF, ids=str)
 def test_half(case, dtype):
     check(case, case.inputs(dtype))
+
+
+# Keys of one piece, of two and of three, less than a block of queries and more; up to the end of the last piece.
+WHOLE = [
+    Case(16, 2, "space", batch=1, heads=2, head=24, regime="one piece"),
+    Case(47, 2, "space", "global_cls", "tn", batch=1, heads=1, head=8, regime="two pieces"),
+    Case(2, 65, "time", "none", batch=1, heads=1, head=8, regime="three pieces"),
+    Case(39, 3, "space", batch=1, heads=1, scale=-0.5, regime="negative scale"),
+]
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("case", WHOLE, ids=str)
+def test_whole(case, dtype, monkeypatch):
+    choose, chosen = triton_kernels.choose_whole, []
+    monkeypatch.setattr(triton_kernels, "choose_whole", lambda *call: chosen.append(choose(*call)) or chosen[-1])
+    check(case, case.inputs(dtype))
+    assert all(chosen)
+    assert chosen
+
+
+def test_pieces_hold_all_items():
+    for largest, most in ((128, configs.MOST_KEYS), (32, 96)):
+        for items in range(1, most + 1):
+            pieces = configs.pieces_of(items, largest)
+            assert 0 <= sum(pieces) - items < 16
+            assert [size & (size - 1) for size in pieces] == [0] * configs.PIECES
+            assert all(size in (0, largest) or 16 <= size < largest for size in pieces)
+    assert configs.pieces_of(256, 32) is None
+    OP(torch.randn(1, 3, 48), num_frames=1, num_heads=1, axis="time", cls_mode="none", impl="triton")  # for guards
 
 
 @pytest.mark.slow

@@ -32,8 +32,9 @@ from mmkernels.divided_attention.triton_kernels.backward import (
     grad_queries_kernel,
     packed_backward_kernel,
 )
-from mmkernels.divided_attention.triton_kernels.configs import Config, choose, launch_options
+from mmkernels.divided_attention.triton_kernels.configs import Config, choose, choose_whole, launch_options
 from mmkernels.divided_attention.triton_kernels.forward import forward_kernel, packed_forward_kernel
+from mmkernels.divided_attention.triton_kernels.whole import whole_forward_kernel
 
 MERGE_ROWS = 16  # partials that a step of merge_kernel adds
 MERGE_WARPS = 4
@@ -87,18 +88,26 @@ def divided_attention_forward(
     parts = geometry.groups if cls else 0
     tile = config.packed_forward if packed else config.forward
     kernel = packed_forward_kernel if packed else forward_kernel
+    whole = None if packed or extras.masked else choose_whole(qkv, D, geometry.items)
     qkv = _readable(qkv)
     out = qkv.new_empty(B, L, C)
     lse = qkv.new_empty(B, num_heads, layout.num_rows, dtype=torch.float32)
     partials = qkv.new_empty(B, parts, C, dtype=torch.float32)
     tops = qkv.new_empty(B, num_heads, parts, dtype=torch.float32)
     sums = qkv.new_empty(B, num_heads, parts, dtype=torch.float32)
+    wide = _is_wide(qkv, out)
     with on_device(qkv.device):
-        kernel[geometry.programs(B, tile.block_m)](
-            qkv, extras.frame_mask, extras.cls_weights, extras.seed, out, lse, partials, tops, sums,
-            *geometry, *_strides(qkv), scale * LOG2E.value, extras.cls_weight, extras.threshold, extras.keep_scale,
-            CLS=cls, MASKED=extras.masked, WIDE=_is_wide(qkv, out), **launch_options(tile),
-        )  # fmt: skip
+        if whole:
+            whole_forward_kernel[geometry.programs(B, geometry.items)](
+                qkv, out, lse, partials, tops, sums, *geometry, *_strides(qkv), scale * LOG2E.value, extras.cls_weight,
+                CLS=cls, WIDE=wide, **whole,
+            )  # fmt: skip
+        else:
+            kernel[geometry.programs(B, tile.block_m)](
+                qkv, extras.frame_mask, extras.cls_weights, extras.seed, out, lse, partials, tops, sums,
+                *geometry, *_strides(qkv), scale * LOG2E.value, extras.cls_weight, extras.threshold, extras.keep_scale,
+                CLS=cls, MASKED=extras.masked, WIDE=wide, **launch_options(tile),
+            )  # fmt: skip
         if layout.has_cls:
             _merge(partials, tops, sums, out, lse, geometry, cls == GLOBAL, scale)
     return out, lse

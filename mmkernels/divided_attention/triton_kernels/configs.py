@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmkernels._tiles.triton import OLDER_TRITON, Tile, family_of
+from mmkernels._tiles.triton import OLDER_TRITON, Tile, family_of, round_up
 
 
 class Config(NamedTuple):
@@ -118,6 +118,45 @@ if OLDER_TRITON:  # under which these would spill
         CONFIGS[_gpu] |= {("half", False): _HALF | _wide, ("half", True): _HALF_MASKED | _wide}
     CONFIGS["sm_80"]["half", False][64] = _HALF[64]._replace(grad_keys=Tile(64, 32, 64, 8, 2))
     CONFIGS["gfx942"]["half", False][256] = CONFIGS["gfx942"]["half", True][256]
+
+
+# Of sequences whose keys stay in shared memory: block_m queries meet them in pieces of at most block_n, the largest
+# for which no form spills on an H100. A form of a global class token would on an A100; on a B200 a program takes all of
+# the tensor memory; an MI300X has no room for the keys.
+WHOLE: dict[str, dict[int, Tile]] = {
+    "sm_90": {head: Tile(64, 128, head, 4, 2) for head in (32, 64)},
+    "interpreter": {head: Tile(32, 32, head, 4, 1) for head in HEADS},
+}
+MOST_KEYS = 208  # more take more than 255 registers
+PIECES = 3
+
+
+def pieces_of(items: int, largest: int) -> list[int] | None:
+    """Powers of two of at most `largest` that add up to the items and less than 16 more; None if it takes too many."""
+    rest, pieces = round_up(items, 16), []
+    for size in [largest] * PIECES + [largest >> shift for shift in range(1, 8)]:
+        if 16 <= size <= rest:
+            pieces.append(size)
+            rest -= size
+    return None if rest or len(pieces) > PIECES else pieces + [0] * (PIECES - len(pieces))
+
+
+def choose_whole(qkv: Tensor, head_size: int, items: int) -> dict[str, int] | None:
+    """The launch options of whole_forward_kernel; None where its sequences are streamed."""
+    tiles = WHOLE.get(family_of(qkv.device), {})
+    head = next(head for head in HEADS if head >= head_size)
+    if qkv.dtype == torch.float32 or head not in tiles or items > MOST_KEYS:
+        return None
+    return whole_options(tiles[head], items)
+
+
+def whole_options(tile: Tile, items: int) -> dict[str, int] | None:
+    pieces = pieces_of(items, tile.block_n)
+    if pieces is None:
+        return None
+    options = launch_options(tile)
+    del options["BLOCK_N"]
+    return options | {f"P{i}": size for i, size in enumerate(pieces)}
 
 
 def choose(qkv: Tensor, head_size: int, masked: bool) -> Config:

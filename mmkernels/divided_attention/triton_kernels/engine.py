@@ -116,7 +116,7 @@ def magnitude(scale2):
 def signed(x, scale2):
     """x with the sign of the scale, so that the largest product is the largest score."""
     if scale2 < 0:
-        x = -x
+        x = (-x.to(tl.float32)).to(x.dtype)  # the interpreter negates the bits of bfloat16 as integers
     return x
 
 
