@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +139,21 @@ def test_every_flipped_byte_and_every_cut_of_an_ogg_file_is_found(tmp_path: Path
                 read_audio(path, 2 * RATE)
     path.write_bytes(data + b"TAG" + bytes(125))  # what a tagger appends is no damage
     assert torch.equal(read_audio(path, 2 * RATE)[0], expected)
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_every_lost_page_of_an_ogg_file_is_found(tmp_path: Path, subtype: str) -> None:
+    """What is left has its checksums: the numbers of the pages tell, and the mark of the last one."""
+    whole, path = tmp_path / "whole.ogg", tmp_path / "damaged.ogg"
+    soundfile.write(whole, tone(440, 8), RATE, subtype, format="OGG")
+    data = whole.read_bytes()
+    pages = [*(page.start() for page in re.finditer(b"OggS", data)), len(data)]
+    assert len(pages) > 4, "two pages of sound at least"
+    for start, end in itertools.pairwise(pages):
+        for changed in (data[:start], data[:start] + data[end:]):
+            path.write_bytes(changed)
+            with pytest.raises(BadDataError, match=r"damaged\.ogg: "):
+                read_audio(path, 8 * RATE)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
