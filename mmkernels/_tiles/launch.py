@@ -1,13 +1,13 @@
 """How the kernels over pairs are launched: the features as they read them, their options, and the blocks they walk."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
-from mmkernels._tiles.triton import Tile, round_up
+from mmkernels._tiles.triton import Tile, cdiv, round_up
 
 # The compiler must round scale * q.k before a maximum is subtracted from it. Fused into one operation, the largest
 # logit minus itself would not be zero, and a loss near zero at a large scale would be noise. Dots stay fused.
@@ -28,6 +28,50 @@ def launch_options(tile: Tile) -> dict[str, int]:
         "num_stages": tile.num_stages,
         **NO_FUSION,
     }
+
+
+class Launcher:
+    """A kernel with its constants: launcher(grid, *arguments) is kernel[grid](*arguments, **constants).
+
+    Triton binds, prints and looks up all arguments at every launch, which takes longer than the launch itself. Here a
+    form that was launched before is found by what its choice depends on: dtypes, addresses and sizes in multiples of
+    16, and sizes of 1. The first argument is a tensor, no integer is negative, and constants are the last parameters.
+    """
+
+    def __init__(self, kernel: Any, constants: dict[str, Any]) -> None:
+        self.kernel, self.constants = kernel, constants
+        self.values = tuple(constants[name] for name in kernel.arg_names if name in constants)
+        self.forms: dict[tuple[Any, ...], Any] = {}
+        # The interpreter has no forms. On AMD a form depends on the sizes of tensors, too.
+        self.has_forms = isinstance(kernel, JITFunction) and torch.version.hip is None
+
+    def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
+        addresses = largest = 0
+        key: list[Any] = [arguments[0].get_device()]
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                key.append(argument.dtype)
+                addresses |= argument.data_ptr()
+            elif isinstance(argument, int):
+                key.append(2 if argument == 1 else argument & 15 == 0)
+                largest |= argument
+        if not self.has_forms or addresses & 15 or largest >> 31:
+            self.kernel[grid](*arguments, **self.constants)
+            return
+        forms, kinds = self.forms, tuple(key)
+        form = forms.get(kinds)
+        if form is not None:
+            form[(*grid, 1, 1)[:3]](*arguments, *self.values)
+        else:
+            form = self.kernel[grid](*arguments, **self.constants)
+            if form is not None:
+                forms[kinds] = form
+
+
+@functools.cache
+def launcher(kernel: Any, tile: Tile | None = None, **constants: Any) -> Launcher:
+    """The launcher of a kernel over tiles, or of one without a product; the same one for the same constants."""
+    return Launcher(kernel, constants | (NO_FUSION if tile is None else launch_options(tile)))
 
 
 def aligned(features: Tensor) -> Tensor:
@@ -54,13 +98,13 @@ class Walk(NamedTuple):
 
 def walk_over(num_rows: int, num_cols: int, tile: Tile) -> Walk:
     """Blocks as small as MAX_PARTIALS partial results of each row and each column allow."""
-    row_tiles, col_tiles = triton.cdiv(num_rows, tile.block_m), triton.cdiv(num_cols, tile.block_n)
-    tiles_per_group, tiles_per_split = triton.cdiv(row_tiles, MAX_PARTIALS), triton.cdiv(col_tiles, MAX_PARTIALS)
+    row_tiles, col_tiles = cdiv(num_rows, tile.block_m), cdiv(num_cols, tile.block_n)
+    tiles_per_group, tiles_per_split = cdiv(row_tiles, MAX_PARTIALS), cdiv(col_tiles, MAX_PARTIALS)
     return Walk(
         tiles_per_group,
         tiles_per_split,
-        triton.cdiv(row_tiles, tiles_per_group),
-        triton.cdiv(col_tiles, tiles_per_split),
+        cdiv(row_tiles, tiles_per_group),
+        cdiv(col_tiles, tiles_per_split),
     )
 
 
@@ -76,21 +120,19 @@ def walk_down_columns(num_rows: int, num_cols: int, tile: Tile, device: torch.de
     processors = (
         torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _PROCESSORS
     )
-    return _best_walk(
-        triton.cdiv(num_rows, tile.block_m), triton.cdiv(num_cols, tile.block_n), processors, MAX_PARTIALS
-    )
+    return _best_walk(cdiv(num_rows, tile.block_m), cdiv(num_cols, tile.block_n), processors, MAX_PARTIALS)
 
 
 @functools.lru_cache(maxsize=1024)
 def _best_walk(row_tiles: int, col_tiles: int, processors: int, most: int) -> Walk:
     def shape(height: int, width: int) -> Walk:
-        return Walk(height, width, triton.cdiv(row_tiles, height), triton.cdiv(col_tiles, width))
+        return Walk(height, width, cdiv(row_tiles, height), cdiv(col_tiles, width))
 
     def cost(walk: Walk) -> tuple[float, int]:
-        rounds = triton.cdiv(walk.groups * walk.splits, processors)
+        rounds = cdiv(walk.groups * walk.splits, processors)
         return rounds * walk.tiles_per_split * (walk.tiles_per_group + _TOP), walk.groups + walk.splits
 
-    lowest, narrowest = triton.cdiv(row_tiles, most), triton.cdiv(col_tiles, most)
+    lowest, narrowest = cdiv(row_tiles, most), cdiv(col_tiles, most)
     heights = range(min(lowest, _MOST_TILES), min(row_tiles, _MOST_TILES) + 1)
     widths = range(narrowest, min(col_tiles, 4 * narrowest) + 1)
     return min((shape(height, width) for height in heights for width in widths), key=cost)

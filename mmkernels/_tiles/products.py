@@ -8,7 +8,6 @@ takes its gradient from one strip; the other side's is summed in float32 over th
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels._tiles.engine import halves, program_tile
-from mmkernels._tiles.launch import NO_FUSION, launch_options
-from mmkernels._tiles.triton import Chip, Tile, chip_of, dot, round_up
+from mmkernels._tiles.launch import launcher
+from mmkernels._tiles.triton import Chip, Tile, cdiv, chip_of, dot, round_up
 
 MERGE_ROWS = 8  # rows of a program of merge_product_kernel: 2,048 of 512 features fill 1,024 programs
 MERGE_FEATURES = 128  # and its features
@@ -176,7 +175,7 @@ def _strips(rows: int, cols: int, itemsize: int, of_columns: bool, multiple: int
     wanted = max(chip.l2_bytes * 2 // 3 // (other * itemsize), _STRIP_DEPTH)
     most = max(min(wanted, _STRIP_BYTES // (other * itemsize)) // unit * unit, unit)
     if most < length:
-        most = round_up(triton.cdiv(length, triton.cdiv(length, most)), unit)  # of equal size
+        most = round_up(cdiv(length, cdiv(length, most)), unit)  # of equal size
     most = min(most, round_up(length, multiple))
     return _Strips(True, other, most) if of_columns else _Strips(False, most, other)
 
@@ -210,19 +209,22 @@ class _Side:
         rows, depth = (strips.width, strips.height) if transposed else (strips.height, strips.width)
         num_x, self.num_features = grad.shape
         rows = min(rows, num_x)
-        self.feature_tiles = triton.cdiv(x.shape[1], product.block_n)
-        tiles = triton.cdiv(rows, product.block_m) * self.feature_tiles
+        self.feature_tiles = cdiv(x.shape[1], product.block_n)
+        tiles = cdiv(rows, product.block_m) * self.feature_tiles
         self.splits = _splits(tiles, depth // product.block_k, chip_of(x.device).multiprocessors)
         self.total = factor
         if over_strips:
             self.total = grad if grad.dtype == torch.float32 else factor.new_empty(grad.shape)
         self.partials = factor.new_empty(self.splits, rows, self.num_features) if self.splits > 1 else None
-        self.merge_tiles = triton.cdiv(self.num_features, MERGE_FEATURES)
-        of_product = triton.cdiv(num_x, product.block_m) * self.feature_tiles
-        of_merge = triton.cdiv(num_x, MERGE_ROWS) * self.merge_tiles
+        self.merge_tiles = cdiv(self.num_features, MERGE_FEATURES)
+        of_product = cdiv(num_x, product.block_m) * self.feature_tiles
+        of_merge = cdiv(num_x, MERGE_ROWS) * self.merge_tiles
         self.shares = factor.new_empty(of_product if self.splits == 1 else of_merge) if share else factor
         self.block_m = product.block_m
-        self.options = {"TRANSPOSED": transposed, "PRECISION": precision, **launch_options(product)}
+        split = self.partials is not None
+        self.of_product = launcher(
+            product_kernel, product, TRANSPOSED=transposed, SPLIT=split, SHARE=share and not split, PRECISION=precision
+        )
 
     def add(self, strip: Tensor, first_x: int, first_y: int, is_first: bool, is_last: bool) -> None:
         """The product of a strip whose gradients are those of the rows from first_x on."""
@@ -233,19 +235,18 @@ class _Side:
         if num_x <= 0:
             return
         place = (_FIRST.value if is_first else 0) | (_LAST.value if is_last else 0) if self.over_strips else _ALONE
-        split = self.partials is not None
         total = self.total if self.partials is None else self.partials
-        tiles = triton.cdiv(num_x, self.block_m) * self.feature_tiles
-        product_kernel[(tiles, self.splits)](
+        tiles = cdiv(num_x, self.block_m) * self.feature_tiles
+        self.of_product(
+            (tiles, self.splits),
             strip, x, y, total, self.factor, grad, self.shares,
             first_x, num_x, first_y, len(y), num_features, x.shape[1], x.stride(0), y.stride(0), width, depth, place,
-            SPLIT=split, SHARE=self.share and not split, **self.options,
         )  # fmt: skip
-        if split:
-            merge_product_kernel[(triton.cdiv(num_x, MERGE_ROWS) * self.merge_tiles,)](
+        if self.partials is not None:
+            launcher(merge_product_kernel, SHARE=self.share, BLOCK_M=MERGE_ROWS, BLOCK_N=MERGE_FEATURES)(
+                (cdiv(num_x, MERGE_ROWS) * self.merge_tiles,),
                 total, x, self.total, self.factor, grad, self.shares,
                 first_x, num_x, num_features, x.stride(0), self.splits, place,
-                SHARE=self.share, BLOCK_M=MERGE_ROWS, BLOCK_N=MERGE_FEATURES, **NO_FUSION,
             )  # fmt: skip
 
 
@@ -283,21 +284,23 @@ def gradients_of_both(
     cols = M if grad_queries is not None or key_sums is not None or grad_keys is None else len(grad_keys)
     multiple = max(tile.block_m, tile.block_n, product.block_m, product.block_k)
     strips = _strips(N, cols, queries.element_size(), of_columns, multiple, chip_of(queries.device))
-    num_strips = triton.cdiv(cols, strips.width) * triton.cdiv(N, strips.height)
-    one_side = functools.partial(_Side, strips=strips, product=product, precision=precision, factor=factor)
+    num_strips = cdiv(cols, strips.width) * cdiv(N, strips.height)
+    several = num_strips > 1
     sides = []
     if grad_queries is not None:
-        over_strips = num_strips > 1 and of_columns
-        sides.append(one_side(False, queries, keys, grad_queries, over_strips=over_strips, share=of_scale))
+        how = (several and of_columns, of_scale, product, precision, factor)
+        sides.append(_Side(False, queries, keys, grad_queries, strips, *how))
     if grad_keys is not None:
-        over_strips, share = num_strips > 1 and not of_columns, of_scale and not sides
-        sides.append(one_side(True, keys, queries, grad_keys, over_strips=over_strips, share=share))
-    buffer = queries.new_empty(strips.height * strips.width)
+        how = (several and not of_columns, of_scale and not sides, product, precision, factor)
+        sides.append(_Side(True, keys, queries, grad_keys, strips, *how))
+    buffer = queries.new_empty(strips.height, strips.width)
     for index in range(num_strips):
         first_row, first_col = (0, index * strips.width) if of_columns else (index * strips.height, 0)
         height = min(strips.height, round_up(N - first_row, multiple))
         width = min(strips.width, round_up(cols - first_col, multiple))
-        strip = buffer[: height * width].view(height, width)
+        strip = buffer
+        if (height, width) != (strips.height, strips.width):  # the last is smaller
+            strip = buffer.view(-1)[: height * width].view(height, width)
         fill(strip, first_row, first_col)
         if key_sums is not None:
             sums = key_sums[first_col : first_col + width]

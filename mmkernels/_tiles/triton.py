@@ -80,5 +80,10 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def cdiv(value: int, divisor: int) -> int:
+    """value / divisor, rounded up. triton.cdiv is for kernels, too, and takes microseconds outside of them."""
+    return -(-value // divisor)
+
+
 def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple

@@ -34,9 +34,9 @@ from mmkernels._tiles.engine import (
     strip_tile,
     tile_statistics,
 )
-from mmkernels._tiles.launch import MERGE_BLOCK, NO_FUSION, aligned, launch_options, walk_over
+from mmkernels._tiles.launch import MERGE_BLOCK, aligned, launcher, walk_over
 from mmkernels._tiles.products import fp16_unit, gradients_of_both
-from mmkernels._tiles.triton import LN2, LOG2E, LOWEST, Tile, on_device
+from mmkernels._tiles.triton import LN2, LOG2E, LOWEST, Tile, cdiv, on_device
 
 _SUMS = 5  # the sums of a row or a column: m, z, n, y, a
 
@@ -322,16 +322,16 @@ def distillation_forward(
     row_partials = scale.new_empty(_SUMS, walk.splits, N)
     col_partials = scale.new_empty(_SUMS, walk.groups, M) if symmetric else row_partials
     with on_device(queries.device):
-        distillation_forward_kernel[(walk.groups * walk.splits,)](
+        launcher(distillation_forward_kernel, tile, SYMMETRIC=symmetric, PRECISION=precision)(
+            (walk.groups * walk.splits,),
             queries, keys, scale, teacher_queries, teacher_keys, teacher_scale, positives, row_partials, col_partials,
             N, M, queries.shape[1], teacher_queries.shape[1],
             queries.stride(0), keys.stride(0), teacher_queries.stride(0), teacher_keys.stride(0), *walk,
-            SYMMETRIC=symmetric, PRECISION=precision, **launch_options(tile),
         )  # fmt: skip
-        finish_distillation_kernel[(triton.cdiv(N, MERGE_BLOCK),)](
+        launcher(finish_distillation_kernel, SYMMETRIC=symmetric, BLOCK=MERGE_BLOCK)(
+            (cdiv(N, MERGE_BLOCK),),
             row_partials, col_partials, positives, distilled, matched,
-            row_lse, col_lse, teacher_row_lse, teacher_col_lse,
-            N, M, walk.groups, walk.splits, SYMMETRIC=symmetric, BLOCK=MERGE_BLOCK, **NO_FUSION,
+            row_lse, col_lse, teacher_row_lse, teacher_col_lse, N, M, walk.groups, walk.splits,
         )  # fmt: skip
     return distilled, matched, row_lse, col_lse, teacher_row_lse, teacher_col_lse, scale.new_empty(0, M, N)
 
@@ -360,13 +360,13 @@ class _Logits(NamedTuple):
         """The part of dS that begins at first_row, first_col into the strip; see gradients_of_both."""
         queries, keys, teacher_queries, teacher_keys = self.queries, self.keys, self.teacher_queries, self.teacher_keys
         height, width = strip.shape
-        distillation_grad_kernel[(height // self.tile.block_m * (width // self.tile.block_n),)](
+        launcher(distillation_grad_kernel, self.tile, SYMMETRIC=self.symmetric, PRECISION=self.precision)(
+            (height // self.tile.block_m * (width // self.tile.block_n),),
             queries, keys, self.scale, teacher_queries, teacher_keys, self.teacher_scale,
             self.row_lse, self.col_lse, self.teacher_row_lse, self.teacher_col_lse,
             self.weights, self.teacher_weights, self.match_weights, strip,
             first_row, first_col, height, width, len(queries), len(keys), queries.shape[1], teacher_queries.shape[1],
             queries.stride(0), keys.stride(0), teacher_queries.stride(0), teacher_keys.stride(0),
-            SYMMETRIC=self.symmetric, PRECISION=self.precision, **launch_options(self.tile),
         )  # fmt: skip
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from mmkernels._tiles.configs import choose, choose_tile
 from mmkernels._tiles.engine import halves, program_tile, similarities
-from mmkernels._tiles.launch import NO_FUSION, aligned, launch_options
+from mmkernels._tiles.launch import aligned, launcher
 from mmkernels._tiles.products import fp16_unit, gradients_of_both
-from mmkernels._tiles.triton import LN2, LOG2E, on_device, round_up
+from mmkernels._tiles.triton import LN2, LOG2E, cdiv, on_device, round_up
 
 _PROGRAMS = 1024  # of a launch, if it has as many tiles
 _TILES = 4  # of a program at most: longer sums in float32 would lose digits
@@ -255,14 +255,14 @@ class _Pairs:
         self.tile, self.precision = choose_tile("siglip", queries)
         self.with_losses, self.sums = with_losses, sums
         self.losses = scale.new_empty(len(queries) if with_losses else 0)
-        blocks = triton.cdiv(len(queries), SUM_ROWS) if sums else 0
+        blocks = cdiv(len(queries), SUM_ROWS) if sums else 0
         self.totals = scale.new_empty(2, blocks, dtype=torch.float64)
 
     def sum_up(self) -> None:
         """The sums alone."""
         tile = self.tile
         height, width = round_up(len(self.queries), tile.block_m), round_up(len(self.keys), tile.block_n)
-        splits = triton.cdiv(width // tile.block_n, _TILES)
+        splits = cdiv(width // tile.block_n, _TILES)
         unit = max(tile.block_m, SUM_ROWS)
         step = min(max(_PARTIAL_BYTES // (12 * splits) // unit, 1) * unit, height)
         for first in range(0, height, step):
@@ -275,18 +275,19 @@ class _Pairs:
     def _launch(self, strip: Tensor | None, first: int, height: int, width: int) -> None:
         queries, keys, tile = self.queries, self.keys, self.tile
         row_tiles, col_tiles = height // tile.block_m, width // tile.block_n
-        tiles_per_split = min(triton.cdiv(col_tiles, triton.cdiv(_PROGRAMS, row_tiles)), _TILES)
-        splits = triton.cdiv(col_tiles, tiles_per_split)
+        tiles_per_split = min(cdiv(col_tiles, cdiv(_PROGRAMS, row_tiles)), _TILES)
+        splits = cdiv(col_tiles, tiles_per_split)
         summing = self.with_losses or self.sums
         partials = self.scale.new_empty(3, splits, height) if summing else self.scale
-        pairs_kernel[(row_tiles * splits,)](
+        flags = {"LOSSES": self.with_losses, "SUMS": self.sums}
+        launcher(pairs_kernel, tile, STORE=strip is not None, PRECISION=self.precision, **flags)(
+            (row_tiles * splits,),
             queries, keys, self.scale, self.bias, self.weights, partials, queries if strip is None else strip,
             first, height, width, len(queries), len(keys), queries.shape[1], queries.stride(0), keys.stride(0),
-            tiles_per_split, splits, LOSSES=self.with_losses, SUMS=self.sums, STORE=strip is not None,
-            PRECISION=self.precision, **launch_options(tile),
+            tiles_per_split, splits,
         )  # fmt: skip
         if summing:
-            finish_pairs_kernel[(triton.cdiv(height, SUM_ROWS),)](
+            launcher(finish_pairs_kernel, BLOCK=SUM_ROWS, STEP=SUM_STEP, **flags)(
+                (cdiv(height, SUM_ROWS),),
                 partials, self.losses, self.totals, first, height, len(queries), splits,
-                LOSSES=self.with_losses, SUMS=self.sums, BLOCK=SUM_ROWS, STEP=SUM_STEP, **NO_FUSION,
             )  # fmt: skip

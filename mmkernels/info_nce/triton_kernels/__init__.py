@@ -23,14 +23,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from mmkernels._checks import require_targets
 from mmkernels._tiles.configs import choose
-from mmkernels._tiles.launch import MERGE_BLOCK, MERGE_STEP, NO_FUSION, aligned, launch_options, walk_down_columns
+from mmkernels._tiles.launch import MERGE_BLOCK, MERGE_STEP, aligned, launcher, walk_down_columns
 from mmkernels._tiles.products import fp16_unit, gradients_of_both
-from mmkernels._tiles.triton import Tile, on_device
+from mmkernels._tiles.triton import Tile, cdiv, on_device
 from mmkernels.info_nce.groups import Groups, number_groups, require_groups
 from mmkernels.info_nce.triton_kernels.cross_entropy import (
     column_weights_kernel,
@@ -101,23 +100,22 @@ def cross_entropy_forward(of: CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
     parts = scale.new_empty(walk.groups * walk.splits * tile.block_m // 16 * tile.block_n if symmetric else 0)
 
     with on_device(queries.device):
-        forward_kernel[(walk.groups * walk.splits,)](
+        flags = {"SYMMETRIC": symmetric, "BIAS": bias is not None, "GROUPS": groups is not None}
+        launcher(forward_kernel, tile, PRECISION=precision, **flags)(
+            (walk.groups * walk.splits,),
             queries, keys, scale, scale if bias is None else bias,
             row_ids, key_ids, positives, row_partials, col_partials, parts,
             N, M, len(key_ids), queries.shape[1], queries.stride(0), keys.stride(0), *walk,
-            SYMMETRIC=symmetric, BIAS=bias is not None, GROUPS=groups is not None,
-            PRECISION=precision, **launch_options(tile),
         )  # fmt: skip
         query_sum = queries.sum(0, dtype=torch.float32) if smoothed and symmetric else scale
         key_sum = keys.sum(0, dtype=torch.float32) if smoothed else scale
         bias_sum = scale if bias is None or not smoothed else bias.sum()
-        blocks = triton.cdiv(N, MERGE_BLOCK) + (triton.cdiv(M, MERGE_BLOCK) if symmetric else 0)
-        finish_forward_kernel[(blocks,)](
+        blocks = cdiv(N, MERGE_BLOCK) + (cdiv(M, MERGE_BLOCK) if symmetric else 0)
+        launcher(finish_forward_kernel, SMOOTHED=smoothed, STEP=MERGE_STEP, BLOCK=MERGE_BLOCK, **flags)(
+            (blocks,),
             row_partials, col_partials, positives, targets, of_query, of_key, losses, row_lse, col_lse,
             queries, keys, query_sum, key_sum, bias_sum, scale,
             N, M, queries.shape[1], queries.stride(0), keys.stride(0), walk.groups, walk.splits, float(label_smoothing),
-            SYMMETRIC=symmetric, SMOOTHED=smoothed, BIAS=bias is not None, GROUPS=groups is not None,
-            STEP=MERGE_STEP, BLOCK=MERGE_BLOCK, **NO_FUSION,
         )  # fmt: skip
     return losses, row_lse, col_lse
 
@@ -220,25 +218,28 @@ class _Logits(NamedTuple):
         """The part of dS that begins at first_row, first_col into the strip; see gradients_of_both."""
         queries, keys, scale, bias, _, groups, symmetric, label_smoothing = self.of
         height, width = strip.shape
-        grad_logits_kernel[(height // self.tile.block_m * (width // self.tile.block_n),)](
+        flags = {"SYMMETRIC": symmetric, "BIAS": bias is not None, "GROUPS": groups is not None}
+        launcher(grad_logits_kernel, self.tile, SMOOTHED=label_smoothing > 0, PRECISION=self.precision, **flags)(
+            (height // self.tile.block_m * (width // self.tile.block_n),),
             queries, keys, scale, scale if bias is None else bias,
             self.row_ids, self.key_ids, self.row_lse, self.col_lse, self.row_weights, self.col_weights,
             self.row_shares, self.col_shares, strip,
             first_row, first_col, height, width, len(queries), len(keys), len(self.key_ids),
             queries.shape[1], queries.stride(0), keys.stride(0), float(label_smoothing),
-            SYMMETRIC=symmetric, SMOOTHED=label_smoothing > 0, BIAS=bias is not None, GROUPS=groups is not None,
-            PRECISION=self.precision, **launch_options(self.tile),
         )  # fmt: skip
 
 
 def _column_weights(weights: Tensor, targets: Tensor, num_keys: int, identity: bool) -> Tensor:
     """[M]: the sum of the weights of the queries whose target is the key."""
+    if identity and num_keys == weights.shape[0]:
+        return weights
     if identity:
         return F.pad(weights, (0, num_keys - weights.shape[0]))
     col_weights = weights.new_empty(num_keys)
-    column_weights_kernel[(triton.cdiv(num_keys, MERGE_BLOCK),)](
-        targets, weights, col_weights, weights.shape[0], num_keys, STEP=MERGE_STEP, BLOCK=MERGE_BLOCK, **NO_FUSION
-    )
+    launcher(column_weights_kernel, STEP=MERGE_STEP, BLOCK=MERGE_BLOCK)(
+        (cdiv(num_keys, MERGE_BLOCK),),
+        targets, weights, col_weights, weights.shape[0], num_keys,
+    )  # fmt: skip
     return col_weights
 
 

@@ -21,13 +21,12 @@ No atomics: results are the same bits from run to run.
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from mmkernels._tiles.configs import choose, choose_tile
-from mmkernels._tiles.launch import MERGE_BLOCK, MERGE_STEP, NO_FUSION, aligned, launch_options, walk_over
+from mmkernels._tiles.launch import MERGE_BLOCK, MERGE_STEP, aligned, launcher, walk_over
 from mmkernels._tiles.products import MERGE_FEATURES, MERGE_ROWS, fp16_unit, gradients_of_both
-from mmkernels._tiles.triton import on_device
+from mmkernels._tiles.triton import cdiv, on_device
 from mmkernels.triplet.triton_kernels.kernels import (
     finish_gradients_kernel,
     finish_worst_kernel,
@@ -59,25 +58,24 @@ def triplet_forward(
         if mining == "all":
             rows = positives.new_empty(2, splits, N)
             columns = positives.new_empty(2, groups, N) if symmetric else rows
-            hinges_kernel[(groups * splits,)](
+            launcher(hinges_kernel, tile, SYMMETRIC=symmetric, GRADIENT=False, PRECISION=precision)(
+                (groups * splits,),
                 queries, keys, positives, positives, positives, rows, columns,
                 0, N, M, N, M, *strides, *walk, groups, float(margin),
-                SYMMETRIC=symmetric, GRADIENT=False, PRECISION=precision, **launch_options(tile),
             )  # fmt: skip
             return _losses(rows, columns, symmetric), positives.new_empty(directions, 0, dtype=torch.int32)
         row_best, row_index = positives.new_empty(splits, N), positives.new_empty(splits, N, dtype=torch.int32)
         col_best, col_index = row_best, row_index
         if symmetric:
             col_best, col_index = positives.new_empty(groups, N), positives.new_empty(groups, N, dtype=torch.int32)
-        worst_kernel[(groups * splits,)](
-            queries, keys, positives, row_best, row_index, col_best, col_index,
-            N, M, *strides, *walk, float(margin),
-            SYMMETRIC=symmetric, SEMI_HARD=mining == "semi_hard", PRECISION=precision, **launch_options(tile),
+        launcher(worst_kernel, tile, SYMMETRIC=symmetric, SEMI_HARD=mining == "semi_hard", PRECISION=precision)(
+            (groups * splits,),
+            queries, keys, positives, row_best, row_index, col_best, col_index, N, M, *strides, *walk, float(margin),
         )  # fmt: skip
         losses, worst = positives.new_empty(N), positives.new_empty(directions, N, dtype=torch.int32)
-        finish_worst_kernel[(triton.cdiv(N, MERGE_BLOCK),)](
+        launcher(finish_worst_kernel, SYMMETRIC=symmetric, SEMI_HARD=mining == "semi_hard", BLOCK=MERGE_BLOCK)(
+            (cdiv(N, MERGE_BLOCK),),
             row_best, row_index, col_best, col_index, positives, losses, worst, N, M, groups, splits, float(margin),
-            SYMMETRIC=symmetric, SEMI_HARD=mining == "semi_hard", BLOCK=MERGE_BLOCK, **NO_FUSION,
         )  # fmt: skip
     return losses, worst
 
@@ -98,7 +96,7 @@ def triplet_hinge_gradients(
     with on_device(queries.device):
         positives = _positives(queries, keys)
         one = positives.new_ones(())
-        factor = one / (2 if symmetric else 1)
+        factor = one * 0.5 if symmetric else one
         if weights is None:
             weights = torch.ones_like(positives)
         else:
@@ -119,9 +117,9 @@ def triplet_hinge_gradients(
         for grad, x in ((grad_queries, keys), (grad_keys, queries)):
             if grad.numel() == 0:
                 continue
-            finish_gradients_kernel[(triton.cdiv(len(grad), MERGE_ROWS) * triton.cdiv(num_features, MERGE_FEATURES),)](
+            launcher(finish_gradients_kernel, BLOCK_M=MERGE_ROWS, BLOCK_N=MERGE_FEATURES)(
+                (cdiv(len(grad), MERGE_ROWS) * cdiv(num_features, MERGE_FEATURES),),
                 grad, x, of_positives, factor, len(grad), N, num_features, x.stride(0),
-                BLOCK_M=MERGE_ROWS, BLOCK_N=MERGE_FEATURES, **NO_FUSION,
             )  # fmt: skip
     return _losses(rows, columns, symmetric), grad_queries, grad_keys
 
@@ -149,17 +147,17 @@ class _Strips:
         tile = self.tile
         queries, keys, (height, width) = self.queries, self.keys, strip.shape
         groups, tiles = height // tile.block_m, width // tile.block_n
-        tiles_per_split = triton.cdiv(tiles, _MAX_SPLITS)
-        splits = triton.cdiv(tiles, tiles_per_split)
+        tiles_per_split = cdiv(tiles, _MAX_SPLITS)
+        splits = cdiv(tiles, tiles_per_split)
         if first_row == 0:
             self.rows = self.columns = self.positives.new_empty(2, splits, len(queries))
             if self.symmetric:
                 self.columns = self.positives.new_empty(2, groups, len(queries))
-        hinges_kernel[(groups * splits,)](
+        launcher(hinges_kernel, tile, SYMMETRIC=self.symmetric, GRADIENT=True, PRECISION=self.precision)(
+            (groups * splits,),
             queries, keys, self.positives, self.weights, strip, self.rows, self.columns,
             first_row, height, width, len(queries), len(keys), queries.shape[1], queries.stride(0), keys.stride(0),
             1, tiles_per_split, groups, splits, self.columns.shape[1], self.margin,
-            SYMMETRIC=self.symmetric, GRADIENT=True, PRECISION=self.precision, **launch_options(tile),
         )  # fmt: skip
 
 
@@ -203,9 +201,9 @@ def _sparse_product(
     starts = torch.searchsorted(rows, torch.arange(num_rows + 1, device=x.device, dtype=rows.dtype), out_int32=True)
     num_features = x.shape[1]
     out = x.new_empty(num_rows, num_features)
-    sparse_product_kernel[(num_rows * triton.cdiv(num_features, MERGE_FEATURES),)](
+    launcher(sparse_product_kernel, BLOCK=MERGE_FEATURES, STEP=MERGE_STEP)(
+        (num_rows * cdiv(num_features, MERGE_FEATURES),),
         starts, columns[order], values[order], x, out, num_features, x.stride(0),
-        BLOCK=MERGE_FEATURES, STEP=MERGE_STEP, **NO_FUSION,
     )  # fmt: skip
     return out
 
@@ -213,9 +211,9 @@ def _sparse_product(
 def _positives(queries: Tensor, keys: Tensor) -> Tensor:
     tile, precision = choose_tile("triplet", queries)
     positives = queries.new_empty(len(queries), dtype=torch.float32)
-    positives_kernel[(triton.cdiv(len(queries), tile.block_m),)](
+    launcher(positives_kernel, tile, PRECISION=precision)(
+        (cdiv(len(queries), tile.block_m),),
         queries, keys, positives, len(queries), len(keys), queries.shape[1], queries.stride(0), keys.stride(0),
-        PRECISION=precision, **launch_options(tile),
     )  # fmt: skip
     return positives
 
