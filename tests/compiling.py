@@ -26,5 +26,6 @@ def each_form(forms: Iterable[Case], is_plain: Callable[[Case], bool]) -> pytest
 def check(form: Case) -> None:
     """The form neither spills nor takes too much shared memory; it uses the matrix units, and TF32 only if asked to. By
     the model of the scheduler it is no slower than its limit."""
-    assert gpu_bounds.faults(form, gpu_bounds.compile_case(form)) == []
+    found = gpu_bounds.faults(form, gpu_bounds.compile_case(form))
+    assert not found, "; ".join(found)  # pytest explains the asserts of test files alone
     assert gpu_limits.excess(form) == ""

@@ -150,6 +150,7 @@ if OLDER_TRITON:  # under which the tiles above would spill
     _OWN_TILES["triplet"]["sm_80", "half"] = Tile(64, 128, 32, 8, 4)
     _OWN_TILES["retrieval"]["sm_80", "half"] = Tile(128, 64, 32, 8, 4)
     _OWN_TILES["triplet"]["sm_80", "tf32x3"] = Tile(64, 64, 16, 8, 3)
+    _OWN_TILES["siglip"]["sm_80", "half"] = Tile(128, 64, 64, 8, 3)
     _OWN_TILES["siglip"]["sm_80", "tf32x3"] = Tile(128, 64, 32, 8, 3)
 
 
