@@ -203,11 +203,12 @@ def _page(forms: list[Form]) -> str:
         for problem, tile in zip(form.problems, form.tiles, strict=True):
             if not tile.flops:
                 continue
+            an_element = f"{tile.rest.instructions / elements:.1f}" if elements else ""
             named, seconds = tile.rest.named, problem.predicted(tile, chip)
             cells = (
                 case.op, case.name.replace(f"-{case.dtype}-{case.precision}-{case.gpu}", ""),
                 f"{_tile_name(case)}, {case.num_warps}", form.compiled.blocks, problem.name,
-                f"{tile.step.instructions}, {tile.rest.instructions}", f"{tile.rest.instructions / elements:.1f}",
+                f"{tile.step.instructions}, {tile.rest.instructions}", an_element,
                 f"{named['MUFU']} / {named['SHFL']} / {named['BAR']}", f"{tile.rest_clocks['issue']:,.0f}",
                 f"{tile.clocks['matrix']:,.0f}", f"{tile.cycles:,.0f}", f"{problem.flops / seconds / 1e12:.0f}",
                 f"{seconds * 1e3:.3g}", f"{problem.bound(case)[0] * 1e3:.3g}",

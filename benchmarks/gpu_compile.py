@@ -164,7 +164,9 @@ def predict_case(case: Case, steps: Sequence[int]) -> list[Tile]:
     taken = _read_nvidia(compiled, gpu, case.num_warps, _matrix(case))
     code = sass.read(compiled.asm["cubin"])
     blocks = max(1, taken.blocks)
-    shape = predict.Shape(case.num_warps, blocks, 1, _shapeless_flops(case))
+    constants = dict(case.constants)
+    elements = constants.get("BLOCK_M", 0) * constants.get("BLOCK_N", 0) // (32 * case.num_warps)
+    shape = predict.Shape(case.num_warps, blocks, 1, elements, _shapeless_flops(case))
     return [predict.tile_of(code, CHIPS[case.gpu], shape._replace(steps=number)) for number in steps]
 
 

@@ -1,15 +1,15 @@
 """Loops of a kernel, and the path that a warp takes through one tile.
 
-The code alone does not say which way a branch goes. A path does all the work that can be done: it enters every loop,
-passes every matrix instruction and stores all that is stored; of the paths that do, it is the shortest, which is the
-one of inner tiles and of the likely case, as the kernels are written.
+The code alone does not say which way a branch goes. A path makes every product, enters every loop, stores something and
+has an operation for each element of the tile; of the paths that do, it is the shortest, which is the one of inner tiles
+and of the likely case, as the kernels are written: the unlikely case does more.
 """
 
 import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from benchmarks.issue_model.pipes import is_matrix, stored_bytes
+from benchmarks.issue_model.pipes import float_operations, is_matrix, is_store
 from benchmarks.issue_model.sass import Code, Instruction
 
 
@@ -56,8 +56,9 @@ class Flow:
         around = [other for other in self.loops if loop.body < other.body]
         return min(around, key=lambda other: len(other.body), default=None)
 
-    def path(self, loop: Loop | None) -> list[Part]:
-        """One trip through a loop, from its header to the jump back; None: the whole kernel."""
+    def path(self, loop: Loop | None, elements: int = 0) -> list[Part]:
+        """One trip through a loop, from its header to the jump back; None: the whole kernel. elements: how many
+        floating-point operations it needs outside of inner loops, if any path has so many."""
         within = loop.body if loop else self.reachable
         inner = self._children(loop)
         owner = {block: child for child in inner for block in child.body}
@@ -65,29 +66,28 @@ class Flow:
         start = loop.header if loop else 0
 
         @functools.cache
-        def best(block: int) -> tuple[tuple[int, ...], tuple[Part, ...]]:
-            """The work and the parts of the best way from a block to an end; _NOWHERE if no way ends."""
+        def best(block: int, has_stored: bool, floats: int) -> tuple[tuple[int, ...], tuple[Part, ...]]:
+            """The work and the parts of the best way from a block to an end, _NOWHERE if no way ends. The other
+            arguments: what was done before the block."""
             child = owner.get(block)
             blocks = child.body if child else frozenset([block])
             part = Part(self.blocks[block].first, self.blocks[block].end, child)
             exits = {s for b in blocks for s in self.blocks[b].successors} - blocks
-            ways = [best(s) for s in exits if s in within and s != start]
+            code = [i for b in blocks for i in self.instructions[self.blocks[b].first : self.blocks[b].end]]
+            has_stored |= any(is_store(i) for i in code)
+            floats = min(elements, floats + sum(float_operations(i) for i in code if child is None))
+            ways = [best(s, has_stored, floats) for s in exits if s in within and s != start]
             if blocks & set(ends):
-                ways.append(((0, 0, 0, 0), ()))
+                ways.append(((0, 0, int(has_stored), floats, 0), ()))
             if not ways:
                 return _NOWHERE, ()
-            work, parts = max(ways, key=lambda way: way[0])
-            done = self._work(blocks, child)
-            return tuple(a + b for a, b in zip(done, work, strict=True)), (part, *parts)
+            (products, loops, stored, done, short), parts = max(ways, key=lambda way: way[0])
+            waits = any(i.name == "SYNCS" for i in code) and len(code) < 16  # a wait that spins is no work
+            products += sum(is_matrix(i) for i in code)
+            loops += child is not None and not waits
+            return (products, loops, stored, done, short - len(code)), (part, *parts)
 
-        return _joined(best(start)[1])
-
-    def _work(self, blocks: Iterable[int], loop: Loop | None) -> tuple[int, ...]:
-        """What a path wants in this order: products, loops, stores, and few instructions."""
-        code = [i for b in blocks for i in self.instructions[self.blocks[b].first : self.blocks[b].end]]
-        waits = any(i.name == "SYNCS" for i in code) and len(code) < 16  # a wait that spins is no work
-        products = sum(is_matrix(i) for i in code)
-        return products, int(loop is not None and not waits), sum(stored_bytes(i) for i in code), -len(code)
+        return _joined(best(start, False, 0)[1])
 
     def _multiplies(self, blocks: Iterable[int]) -> bool:
         return any(is_matrix(i) for b in blocks for i in self.instructions[self.blocks[b].first : self.blocks[b].end])
@@ -129,7 +129,7 @@ class Flow:
         return loops
 
 
-_NOWHERE = (-(10**9), 0, 0, 0)
+_NOWHERE = (-(10**9), 0, 0, 0, 0)  # worse than any path
 
 
 def _joined(parts: Iterable[Part]) -> list[Part]:

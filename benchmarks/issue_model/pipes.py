@@ -145,9 +145,17 @@ def memory_bytes(instruction: Instruction) -> int:
     return 64 if {"U16", "S16"} & set(modifiers) else 128
 
 
-def stored_bytes(instruction: Instruction) -> int:
-    """Bytes that go to the GPU's memory."""
-    return memory_bytes(instruction) if instruction.name in ("STG", "ST") else 0
+_FLOATS = {"FADD", "FMUL", "FFMA", "MUFU", "FMNMX", "FSETP", "FSEL", "FSET", "HFMA2"}
+
+
+def float_operations(instruction: Instruction) -> int:
+    """How many numbers of a thread it works on."""
+    return 2 if instruction.name == "F2FP" else int(instruction.name in _FLOATS)
+
+
+def is_store(instruction: Instruction) -> bool:
+    """Whether it writes the GPU's memory."""
+    return instruction.name in ("STG", "ST", "RED", "REDG", "ATOM", "ATOMG")
 
 
 def use(instruction: Instruction, chip: Chip, shapeless_flops: float = 0.0) -> Use:

@@ -22,6 +22,7 @@ class Shape(NamedTuple):
     warps: int  # of a block
     blocks: int  # resident on a multiprocessor
     steps: int
+    elements: int = 0  # of a tile, that a thread holds
     shapeless_flops: float = 0.0  # what a product whose name has no shape is to each warp
 
 
@@ -76,7 +77,7 @@ def tile_of(code: Code, chip: Chip, shape: Shape) -> Tile:
     flow = Flow(code)
     main = flow.innermost_with_matrix()
     around = flow.enclosing(main[0]) if main else None
-    parts = flow.path(around)
+    parts = flow.path(around, shape.elements)
     step = [i for loop in main for i in _straight(flow, flow.path(loop))]
     rest = _straight(flow, parts, leaving_out=main)
     trips = shape.steps - _peeled(step, rest)

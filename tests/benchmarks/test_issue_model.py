@@ -38,7 +38,7 @@ def test_a_listing_is_read():
     assert code.labels == {".L_x_1": 1}
 
 
-def test_a_path_passes_products_loops_and_stores_by_the_shortest_way():
+def test_a_path_passes_products_loops_and_a_store_by_the_shortest_way():
     code = Code(
         [
             an("MOV R0, R1"),  # 0
@@ -51,19 +51,40 @@ def test_a_path_passes_products_loops_and_stores_by_the_shortest_way():
             an("FADD R0, R0, R1"),  # 7: the long one
             an("FADD R0, R0, R1"),
             an("FADD R0, R0, R1"),
-            an("BRA `end", predicate="P3"),  # 10: past the store
+            an("BRA `more", predicate="P3"),  # 10: past the store
             an("STG.E.128 [R2], R4"),  # 11
-            an("EXIT"),  # 12
-            an("FADD R0, R0, R1"),  # 13: a handler that jumps back into the path is no loop
+            an("BRA `end", predicate="P4"),  # 12: past what stores more
+            an("STG.E.128 [R2], R4"),  # 13
+            an("EXIT"),  # 14
+            an("FADD R0, R0, R1"),  # 15: a handler that jumps back into the path is no loop
             an("BRA `joined"),
         ],
-        {"loop": 2, "loop_end": 4, "long": 7, "joined": 10, "end": 12},
+        {"loop": 2, "loop_end": 4, "long": 7, "joined": 10, "more": 12, "end": 14},
     )
     found = flow.Flow(code)
     (loop,) = found.loops
     assert found.innermost_with_matrix() == [loop]
     ranges = [(part.first, part.end, part.loop is not None) for part in found.path(None)]
-    assert ranges == [(0, 2, False), (2, 4, True), (4, 7, False), (10, 13, False)]
+    assert ranges == [(0, 2, False), (2, 4, True), (4, 7, False), (10, 13, False), (14, 15, False)]
+
+
+def test_a_path_works_on_every_element():
+    code = Code(
+        [
+            an("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0"),  # 0
+            an("BRA `else", predicate="P5"),  # 1
+            *[an("MUFU.EX2 R0, R0")] * 3,  # 2: the plain way
+            an("BRA `end", predicate="!P5"),  # 5
+            an("BRA `end", predicate="P3"),  # 6: else, which the code does not know to be the other way always
+            *[an("MUFU.EX2 R0, R0")] * 8,  # 7: the exact way
+            an("STG.E.128 [R2], R4"),  # 15
+            an("EXIT"),
+        ],
+        {"else": 6, "end": 15},
+    )
+    found = flow.Flow(code)
+    assert [(part.first, part.end) for part in found.path(None, elements=3)] == [(0, 6), (15, 17)]
+    assert [(part.first, part.end) for part in found.path(None)] == [(0, 2), (6, 7), (15, 17)]
 
 
 def test_a_stall_and_a_scoreboard_hold_a_warp():
