@@ -11,7 +11,7 @@ from benchmarks.divided_attention.peers import Attention, attentions
 from benchmarks.harness import figures
 from benchmarks.harness.bench_cases import BenchCase
 from benchmarks.harness.cpu_runs import best_peaks, measured
-from benchmarks.harness.tables import Comparison, Headline, Table, duration, memory_text, multiple, name_of, titled
+from benchmarks.harness.tables import Comparison, Headline, Table, duration, memory_text, name_of, titled
 from benchmarks.harness.timing import bandwidth
 from mmkernels.divided_attention.layout import layout_of
 
@@ -142,8 +142,8 @@ def tables(results: list[dict[str, Any]]) -> dict[str, Table]:
                     size_of(ours),
                     f"**{duration(ours['seconds'])}**",
                     f"{ours['share_of_floor']:.0%} {ours['bound_by']}" if "share_of_floor" in ours else "-",
-                    f"{titled(best)} {duration(cell[best]['seconds'])} ({multiple(COMPARISON.ratio(cell, best))})",
-                    multiple(COMPARISON.ratio(cell, "eager")),
+                    f"{titled(best)} {duration(cell[best]['seconds'])} ({COMPARISON.multiple(cell, best)})",
+                    COMPARISON.multiple(cell, "eager"),
                     *(memory_text(cell[who]["bytes"]) for who in ("mmkernels", best, "eager")),
                 )
             )

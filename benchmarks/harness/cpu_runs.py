@@ -14,22 +14,31 @@ from mmkernels.testing import peak_allocated
 def timed(
     calls: Mapping[str, Callable[[], Any]], name: str, *, seconds: float, least: int, most: int = 50
 ) -> list[Row]:
-    """A row for each call: what it is called, under the key `name`, and its seconds."""
+    """A row for each call: what it is called, under the key `name`, and its seconds.
+
+    A row is marked `once` where its call was so much slower than the first one that it was not repeated.
+    """
     times = interleaved(calls, seconds=seconds, least=least, most=most)
-    return [
-        {name: call, "seconds": median(times[call]), "best": min(times[call]), "calls": len(times[call])}
-        for call in calls
-    ]
+    most_calls = max(map(len, times.values()))
+    rows: list[Row] = []
+    for call in calls:
+        row = {name: call, "seconds": median(times[call]), "best": min(times[call]), "calls": len(times[call])}
+        rows.append(row | ({"once": True} if len(times[call]) < most_calls else {}))
+    return rows
 
 
 def measured(
     calls: Mapping[str, Callable[[], Any]], name: str, dtype: torch.dtype, *, seconds: float, least: int, given: int = 0
 ) -> list[Row]:
-    """`timed`, with the bytes that a call holds beyond those `given`, and the cores' best rate before and after."""
+    """`timed`, with the bytes that a call holds beyond those `given`, and the cores' best rate before and after.
+
+    The bytes take one more call, which a call that is marked `once` is spared.
+    """
     peaks = [cpu_peak(dtype) or 0.0 for _ in range(3)]
     rows = timed(calls, name, seconds=seconds, least=least)
     peaks += [cpu_peak(dtype) or 0.0 for _ in range(3)]
-    return [row | {"bytes": peak_allocated(calls[row[name]]) - given, "peak": max(peaks)} for row in rows]
+    held = [None if "once" in row else peak_allocated(calls[row[name]]) - given for row in rows]
+    return [row | {"bytes": count, "peak": max(peaks)} for row, count in zip(rows, held, strict=True)]
 
 
 def best_peaks(results: Sequence[Row]) -> dict[str, float]:

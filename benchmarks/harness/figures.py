@@ -121,8 +121,14 @@ def memory(axes: Axes, comparison: Comparison, results: Sequence[Row], x: str) -
     """MiB against the size, both logarithmic."""
     names = dict.fromkeys([comparison.ours, *(row[comparison.who] for row in results)])
     series = {
-        who: sorted((row[x], row["bytes"] / 2**20) for row in results if row[comparison.who] == who) for who in names
+        who: sorted(
+            (row[x], row["bytes"] / 2**20)
+            for row in results
+            if row[comparison.who] == who and row["bytes"] is not None  # not measured of a call that is made once
+        )
+        for who in names
     }
+    series = {who: points for who, points in series.items() if points}
     sizes = sorted({row[x] for row in results})
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

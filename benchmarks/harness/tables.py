@@ -63,6 +63,10 @@ class Comparison(NamedTuple):
         """How many times ours they take."""
         return cell[who]["seconds"] / cell[self.ours]["seconds"]
 
+    def multiple(self, cell: Mapping[str, Row], who: str) -> str:
+        """The ratio as text, which tells where it comes from a single call."""
+        return multiple(self.ratio(cell, who)) + (", one call" if cell[who].get("once") else "")
+
     def peers(self, cell: Mapping[str, Row]) -> list[str]:
         """What users run, the fastest first. A model without a search is a part of all, and no peer."""
         others = [who for who in cell if not who.startswith("mmkernels") and who != "the model alone"]
@@ -95,7 +99,7 @@ class Comparison(NamedTuple):
             if limits:
                 texts.append(share_of_limit(ours))
             texts += [
-                f"{duration(cell[who]['seconds'])} ({multiple(self.ratio(cell, who))})" if who in cell else "-"
+                f"{duration(cell[who]['seconds'])} ({self.multiple(cell, who)})" if who in cell else "-"
                 for who in peers
             ]
             if memory:

@@ -7,25 +7,42 @@ from typing import Any
 
 import torch
 
+# A candidate that takes more than so many times as long as the first one is not called again: its multiple is clear.
+SLOW = 20
+# No compiler takes so many seconds: a first call beyond them is a slow call, and counts.
+LONGEST_COMPILATION = 30.0
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
 
 def interleaved(
     candidates: Mapping[str, Callable[[], Any]], *, seconds: float = 10.0, least: int = 3, most: int = 50
 ) -> dict[str, list[float]]:
     """Seconds of each call of each candidate, after one call of each that does not count.
 
-    Rounds go on until `seconds` have passed, but there are at least `least` and at most `most`.
+    Rounds go on until `seconds` have passed, but there are at least `least` and at most `most`. A candidate that takes
+    more than SLOW times as long as the first one has one time alone.
     """
-    for call in candidates.values():
-        call()
+    first = next(iter(candidates))
+    warm = {name: seconds_of(call) for name, call in candidates.items()}
     times: dict[str, list[float]] = {name: [] for name in candidates}
+
+    def is_slow(name: str, time_of_call: float) -> bool:
+        return name != first and time_of_call > SLOW * min(times[first])
+
     start = time.perf_counter()
     for turn in range(most):
         if turn >= least and time.perf_counter() - start > seconds:
             break
         for name, call in candidates.items():
-            before = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - before)
+            if times[name] and is_slow(name, times[name][0]):
+                continue
+            is_known = not times[name] and warm[name] > LONGEST_COMPILATION and is_slow(name, warm[name])
+            times[name].append(warm[name] if is_known else seconds_of(call))
     return times
 
 
