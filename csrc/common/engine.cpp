@@ -15,6 +15,10 @@ constexpr int64_t kPanelElements = kMaxRows * 512;
 // A call may hold this much beside inputs and gradients even where the inputs are smaller: 4,096 x 4,096 floats, as
 // FREE_BYTES in mmkernels/_autograd.py, which bounds the products that are kept.
 constexpr int64_t kFreeBytes = int64_t{64} << 20;
+// All panels share packed keys of at most this much: 4,096 keys of 512 floats, which an L3 of 16 MiB keeps beside the
+// queries. Where each panel packs for itself, more of them cost less: a panel is at least 64 queries, and 256 from
+// 2,048 on.
+constexpr int64_t kSharedBytes = int64_t{8} << 20;
 
 // Calls with the product that serves the dtype: pairs for bfloat16 where the machine multiplies them, else float32.
 template <class Call>
@@ -25,10 +29,10 @@ auto with_product([[maybe_unused]] Dtype dtype, const Call& call) {
   return call(Float32Product{});
 }
 
-// Waits until `panel` panels have passed. 4,096 loads of 5 clocks are 7 us at 3 GHz: a thread that waits longer gives
+// Waits until a count has come to `value`. 4,096 loads of 5 clocks are 7 us at 3 GHz: a thread that waits longer gives
 // its core to others.
-MMK_INLINE void wait_for_turn(const std::atomic<int32_t>& done, int64_t panel) {
-  for (int spins = 0; done.load(std::memory_order_acquire) != panel; ++spins) {
+MMK_INLINE void wait_for(const std::atomic<int32_t>& count, int64_t value) {
+  for (int spins = 0; count.load(std::memory_order_acquire) != value; ++spins) {
     if (spins > 4096) std::this_thread::yield();
   }
 }
@@ -54,7 +58,7 @@ struct Buffers {
     words = (x.size + Product::kPerWord - 1) / Product::kPerWord;
     panels_of_words = (words + kPanel - 1) / kPanel;
     padded_size = round_up(x.size, kPanel);
-    const int64_t rows = round_up(t.rows, kPanel), cols = round_up(t.cols, kRows);
+    const int64_t rows = round_up(t.rows, kPanel), cols = round_up(t.cols, 2);
     const auto take = [&](int64_t count) {
       float* p = scratch + floats;
       floats += round_up(count, 16);
@@ -73,23 +77,62 @@ struct Buffers {
 };
 
 // How often a tile of products calls the register kernel.
-inline int64_t calls_in_tile(const Logits& x, int64_t words, int64_t rows, int64_t cols, bool backward) {
+inline int64_t calls_in_tile(const Logits& x, int64_t words, int64_t rows, int64_t cols, bool features,
+                             bool gradients) {
   const int64_t tiles = (rows + kPanel - 1) / kPanel * ((cols + kRows - 1) / kRows);
   const int64_t panels = (x.size + kPanel - 1) / kPanel;
-  return (words + kWordsInL1 - 1) / kWordsInL1 * tiles + (backward ? panels * ((rows + kRows - 1) / kRows) : 0);
+  return (features ? (words + kWordsInL1 - 1) / kWordsInL1 * tiles : 0) +
+         (gradients ? panels * ((rows + kRows - 1) / kRows) : 0);
 }
 
-// Returns the words of a chunk of keys as the left operand: in place if they can be read there, else packed.
+// Whether the register kernel can read words of keys where they lie. The kRows rows that it reads at once must not all
+// fall on the same lines of an L1, whose sets repeat every 4 KiB.
 template <class Product>
-RowsLeft key_words(const Features& keys, int64_t col0, int64_t cols, int64_t size, int64_t capacity, float* packed) {
-  const int64_t element = keys.dtype == Dtype::kFloat32 ? 4 : 2, row_bytes = keys.row_stride * element;
-  const bool same_words = element * Product::kPerWord == 4 && size % Product::kPerWord == 0 && row_bytes % 4 == 0;
-  // The register kernel reads kRows rows at once, which must exist, and must not all fall on the same lines of an L1,
-  // whose sets repeat every 4 KiB.
-  if (same_words && cols % kRows == 0 && row_bytes % 4096 != 0)
-    return {reinterpret_cast<const float*>(static_cast<const char*>(keys.data) + col0 * row_bytes), row_bytes / 4, 0};
-  pack_rows<Product>(keys, col0, cols, size, capacity, packed);
+bool lie_as_words(const Features& keys, int64_t size) {
+  const int64_t element = bytes_of(keys.dtype), row_bytes = keys.row_stride * element;
+  return element * Product::kPerWord == 4 && size % Product::kPerWord == 0 && row_bytes % 4 == 0 &&
+         row_bytes % 4096 != 0;
+}
+
+// Returns the words of a chunk of keys as the left operand: in place if they can be read there, else packed. They are
+// packed here unless that is done.
+template <class Product>
+RowsLeft key_words(const Features& keys, int64_t col0, int64_t cols, int64_t size, int64_t capacity, float* packed,
+                   bool done = false) {
+  if (lie_as_words<Product>(keys, size))
+    return {static_cast<const float*>(keys.row(col0)), keys.row_stride / Product::kPerWord, 0};
+  if (!done) pack_rows<Product>(keys, col0, cols, size, capacity, packed);
   return {packed, kPanel, (capacity - 1) * kPanel};
+}
+
+// ---- Keys that all panels share
+
+// Returns the floats of all packed chunks, or 0 where a pass reads keys where they lie, or they take too much.
+template <class Product>
+int64_t shared_floats(const Logits& x, const Tiling& t, bool backward) {
+  const bool reads_packed = backward || (Product::kPerWord == 1 && !lie_as_words<Product>(x.keys, x.size));
+  const int64_t floats = t.chunks * round_up(t.cols, 2) * round_up(x.size, kPanel) / Product::kPerWord;
+  return reads_packed && t.panels > 1 && floats * 4 <= kSharedBytes ? floats : 0;
+}
+
+// Packs chunks until none is left.
+template <class Product>
+void share_keys(const Logits& x, const Tiling& t, Wavefront& wave) {
+  for (int64_t chunk; (chunk = wave.next_chunk.fetch_add(1)) < t.chunks;) {
+    const int64_t col0 = chunk * t.cols, cols = std::min(t.cols, x.keys.rows - col0);
+    pack_contracted_rows<Product>(x.keys, col0, cols, x.size, round_up(t.cols, 2),
+                                  wave.packed_keys + chunk * (t.packed_floats / t.chunks));
+    wave.packed[chunk].store(1, std::memory_order_release);
+  }
+}
+
+// The keys that the next tile reads, packed or as they lie.
+inline Ahead next_keys(const Logits& x, const Tiling& t, const Wavefront& wave, int64_t chunk, bool packed,
+                       int64_t calls) {
+  if (calls == 0) return {};  // the product is kept, and no gradient of queries is asked for
+  const int64_t floats = t.packed_floats / t.chunks;
+  if (packed) return Ahead::of(wave.packed_keys + chunk * floats, floats * 4, calls);
+  return Ahead::of(x.keys, chunk * t.cols, std::min(t.cols, x.keys.rows - chunk * t.cols), x.size, calls);
 }
 
 // S = K Q^T of one tile.
@@ -100,29 +143,29 @@ void product_of_features(const Buffers<Product>& b, const RowsLeft& keys, int64_
     const float* from = keys.data + w + w / kPanel * keys.jump;
     for (int64_t r = 0; r < rows; r += kPanel) {
       const float* right = b.query_columns + r * b.words + w * kPanel;
-      for (int64_t c = 0; c < cols; c += kRows) {
+      for_each_tile(cols, [&](int64_t c, auto height) {
         ahead.fetch();
         const FloatTile to{b.tile + c * kTileStride + r, kTileStride, w > 0};
-        multiply<Product>(count, RowsLeft{from + c * keys.row, keys.row, keys.jump}, right, to);
-      }
+        multiply<Product, height()>(count, RowsLeft{from + c * keys.row, keys.row, keys.jump}, right, to);
+      });
     }
   }
 }
 
 // dQ += G^T K.
 template <class Product>
-void add_query_gradients(const Buffers<Product>& b, int64_t rows, int64_t row_capacity, int64_t cols,
+void add_query_gradients(const Buffers<Product>& b, const float* keys, int64_t rows, int64_t row_capacity, int64_t cols,
                          int64_t col_capacity, bool first, Ahead& ahead) {
   constexpr int kPer = Product::kPerWord;
   const int64_t k_words = (cols + kPer - 1) / kPer;
   for (int64_t j = 0; j < b.padded_size / kPanel; ++j) {
-    const float* right = b.key_pairs + j * (col_capacity / kPer) * kPanel;
+    const float* right = keys + j * (col_capacity / kPer) * kPanel;
     float* out = b.grad_panel + j * row_capacity * kPanel;
-    for (int64_t r = 0; r < rows; r += kRows) {
+    for_each_tile(rows, [&](int64_t r, auto height) {
       ahead.fetch();
       const FloatTile to{out + r * kPanel, kPanel, !first};
-      multiply<Product>(k_words, FixedLeft<1, kTileStride>{b.grad_pairs + r}, right, to);
-    }
+      multiply<Product, height()>(k_words, FixedLeft<1, kTileStride>{b.grad_pairs + r}, right, to);
+    });
   }
 }
 
@@ -135,19 +178,15 @@ void add_key_gradients(const Buffers<Product>& b, int64_t rows, int64_t row_capa
   for (int64_t d = 0; d < size; d += kPanel) {
     const float* right = b.query_rows + d * (row_capacity / kPer);
     const int64_t width = std::min<int64_t>(kPanel, size - d);
-    for (int64_t c = 0; c < cols; c += kRows) {
+    for_each_tile(cols, [&](int64_t c, auto height) {
       const FixedLeft<kTileStride / kPer, 1> left{b.grad_rows + c * (kTileStride / kPer)};
-      const int64_t height = std::min<int64_t>(kRows, cols - c);
       const Tile to = out.at(c, d);
-      if (height == kRows && width == kPanel) {
-        multiply<Product>(k_words, left, right, to);
-        continue;
-      }
-      float part[kRows * kPanel];
-      multiply<Product>(k_words, left, right, FloatTile{part, kPanel, false});
-      for (int64_t i = 0; i < height; ++i)
+      if (width == kPanel) return multiply<Product, height()>(k_words, left, right, to);
+      float part[height() * kPanel];
+      multiply<Product, height()>(k_words, left, right, FloatTile{part, kPanel, false});
+      for (int64_t i = 0; i < height(); ++i)
         for (int64_t j = 0; j < width; ++j) to.set(i, j, part[i * kPanel + j] + (to.accumulate ? to.get(i, j) : 0.f));
-    }
+    });
   }
 }
 
@@ -194,20 +233,24 @@ void finish_keys(const Logits& x, Dtype dtype, int64_t col0, int64_t cols, const
 template <class Product>
 void forward_in(const Logits& x, const Tiling& t, Wavefront& wave, float* scratch, Epilogue& epilogue) {
   const Buffers<Product> b(x, t, false, scratch);
-  const int64_t col_capacity = round_up(t.cols, kRows);
+  const int64_t col_capacity = round_up(t.cols, 2);
+  const bool shares = wave.packed_keys != nullptr;
+  if (shares) share_keys<Product>(x, t, wave);
   for (int64_t panel; (panel = wave.next_panel.fetch_add(1)) < t.panels;) {
     const int64_t row0 = panel * t.rows, rows = std::min(t.rows, x.queries.rows - row0);
     pack_columns<Product>(x.queries, row0, rows, x.size, b.query_columns);
     epilogue.begin_panel(row0, rows);
     for (int64_t chunk = 0; chunk < t.chunks; ++chunk) {
       const int64_t col0 = chunk * t.cols, cols = std::min(t.cols, x.keys.rows - col0);
-      const RowsLeft keys = key_words<Product>(x.keys, col0, cols, x.size, col_capacity, b.key_rows);
-      const int64_t next = (chunk + 1) % t.chunks * t.cols, next_cols = std::min(t.cols, x.keys.rows - next);
-      Ahead ahead = Ahead::of(x.keys, next, next_cols, x.size, calls_in_tile(x, b.words, rows, cols, false));
+      if (shares) wait_for(wave.packed[chunk], 1);
+      float* packed = shares ? wave.packed_keys + chunk * (t.packed_floats / t.chunks) : b.key_rows;
+      const RowsLeft keys = key_words<Product>(x.keys, col0, cols, x.size, col_capacity, packed, shares);
+      const int64_t next = (chunk + 1) % t.chunks;
+      Ahead ahead = next_keys(x, t, wave, next, shares, calls_in_tile(x, b.words, rows, cols, true, false));
       product_of_features(b, keys, rows, cols, ahead);
       epilogue.tile(b.tile, col0, cols);
       if (epilogue.has_columns()) {
-        wait_for_turn(wave.done[chunk], panel);
+        wait_for(wave.done[chunk], panel);
         epilogue.update_columns(col0, cols);
         wave.done[chunk].store(static_cast<int32_t>(panel + 1), std::memory_order_release);
       }
@@ -220,40 +263,50 @@ template <class Product>
 void backward_in(const Logits& x, const Gradients& grads, const Tiling& t, Wavefront& wave, float* scratch,
                  Epilogue& epilogue) {
   const Buffers<Product> b(x, t, true, scratch);
-  const int64_t row_capacity = round_up(t.rows, kPanel), col_capacity = round_up(t.cols, kRows);
+  const int64_t row_capacity = round_up(t.rows, kPanel), col_capacity = round_up(t.cols, 2);
   const Dtype dtype = grads.in_float32 ? Dtype::kFloat32 : x.queries.dtype;
+  const bool shares = wave.packed_keys != nullptr && grads.queries != nullptr;
+  if (shares) share_keys<Product>(x, t, wave);
   for (int64_t panel; (panel = wave.next_panel.fetch_add(1)) < t.panels;) {
     const int64_t row0 = panel * t.rows, rows = std::min(t.rows, x.queries.rows - row0);
-    pack_columns<Product>(x.queries, row0, rows, x.size, b.query_columns);
-    if constexpr (Buffers<Product>::kPairs) {
-      pack_row_pairs(x.queries, row0, rows, x.size, row_capacity, b.query_rows);
-    } else {
-      pack_rows<Product>(x.queries, row0, rows, x.size, row_capacity, b.query_rows);
-    }
+    bool queries_packed = false;  // not where all products are recalled
+    pack_contracted_rows<Product>(x.queries, row0, rows, x.size, row_capacity, b.query_rows);
     epilogue.begin_panel(row0, rows);
     for (int64_t chunk = 0; chunk < t.chunks; ++chunk) {
       const int64_t col0 = chunk * t.cols, cols = std::min(t.cols, x.keys.rows - col0);
-      const RowsLeft keys = key_words<Product>(x.keys, col0, cols, x.size, col_capacity, b.key_rows);
-      const int64_t next = (chunk + 1) % t.chunks * t.cols, next_cols = std::min(t.cols, x.keys.rows - next);
-      Ahead ahead = Ahead::of(x.keys, next, next_cols, x.size, calls_in_tile(x, b.words, rows, cols, true));
-      if (!epilogue.recall(b.tile, col0, cols)) product_of_features(b, keys, rows, cols, ahead);
-      epilogue.tile(b.tile, col0, cols);
-      // Lanes and rows past the edge of the logits held padding, which must add nothing to the gradients.
-      const int64_t padded_rows = round_up(rows, kPanel), padded_cols = round_up(cols, kRows);
-      for (int64_t c = 0; c < cols && rows < padded_rows; ++c)
-        std::fill(b.tile + c * kTileStride + rows, b.tile + c * kTileStride + padded_rows, 0.f);
-      for (int64_t c = cols; c < padded_cols; ++c)
-        std::fill(b.tile + c * kTileStride, b.tile + c * kTileStride + padded_rows, 0.f);
-      if constexpr (Buffers<Product>::kPairs) {
-        pack_row_pairs(x.keys, col0, cols, x.size, col_capacity, b.key_pairs);
-        round_tile(b, padded_rows, padded_cols);
-      } else if (grads.queries != nullptr && keys.data != b.key_rows) {
-        pack_rows<Product>(x.keys, col0, cols, x.size, col_capacity, b.key_rows);
+      // What the gradients of the queries contract. As float32 it serves the product of features too.
+      float* contracted = shares ? wave.packed_keys + chunk * (t.packed_floats / t.chunks) : b.key_pairs;
+      bool is_packed = shares;
+      if (shares) wait_for(wave.packed[chunk], 1);
+      const bool recalled = epilogue.recall(b.tile, col0, cols);
+      Ahead ahead = next_keys(x, t, wave, (chunk + 1) % t.chunks, shares && recalled,
+                              calls_in_tile(x, b.words, rows, cols, !recalled, grads.queries != nullptr));
+      if (!recalled) {
+        if (!queries_packed) pack_columns<Product>(x.queries, row0, rows, x.size, b.query_columns);
+        queries_packed = true;
+        float* words = Buffers<Product>::kPairs ? b.key_rows : contracted;
+        const bool done = is_packed && !Buffers<Product>::kPairs;
+        const RowsLeft keys = key_words<Product>(x.keys, col0, cols, x.size, col_capacity, words, done);
+        is_packed = is_packed || keys.data == contracted;
+        product_of_features(b, keys, rows, cols, ahead);
       }
-      if (grads.queries != nullptr) add_query_gradients(b, rows, row_capacity, cols, col_capacity, chunk == 0, ahead);
+      epilogue.tile(b.tile, col0, cols);
+      if constexpr (Buffers<Product>::kPairs) {
+        // The partner of a last row or column without one must add nothing to the gradients.
+        const int64_t padded_rows = round_up(rows, kPanel), padded_cols = round_up(cols, 2);
+        for (int64_t c = 0; c < cols && rows < padded_rows; ++c)
+          std::fill(b.tile + c * kTileStride + rows, b.tile + c * kTileStride + padded_rows, 0.f);
+        for (int64_t c = cols; c < padded_cols; ++c)
+          std::fill(b.tile + c * kTileStride, b.tile + c * kTileStride + padded_rows, 0.f);
+        round_tile(b, padded_rows, padded_cols);
+      }
+      if (grads.queries != nullptr) {
+        if (!is_packed) pack_contracted_rows<Product>(x.keys, col0, cols, x.size, col_capacity, contracted);
+        add_query_gradients(b, contracted, rows, row_capacity, cols, col_capacity, chunk == 0, ahead);
+      }
       const int64_t wanted_cols = grads.keys == nullptr ? 0 : std::min(cols, x.keys.rows - grads.keys_left_out - col0);
       if (wanted_cols <= 0 && !epilogue.has_columns()) continue;
-      wait_for_turn(wave.done[chunk], panel);
+      wait_for(wave.done[chunk], panel);
       const auto add = [&](const auto& out) {
         add_key_gradients(b, rows, row_capacity, wanted_cols, x.size, out);
         if (panel == t.panels - 1) finish_keys(x, dtype, col0, wanted_cols, out, grads.keys, b.tile);
@@ -349,8 +402,7 @@ float* Companion::products(int64_t col0, int64_t cols, const float* kept) const 
     using Product = decltype(product);
     const Buffers<Product> b(logits, tiling, false, scratch);
     if (recall_tile(logits, kept, row0, rows, col0, cols, b.tile)) return b.tile;
-    const RowsLeft keys =
-        key_words<Product>(logits.keys, col0, cols, logits.size, round_up(tiling.cols, kRows), b.key_rows);
+    const RowsLeft keys = key_words<Product>(logits.keys, col0, cols, logits.size, tiling.cols, b.key_rows);
     Ahead nothing;
     product_of_features(b, keys, rows, cols, nothing);
     return b.tile;
@@ -364,16 +416,19 @@ Tiling choose_tiling(const Logits& x, bool backward, int64_t threads, const Logi
   const int64_t widest = companion == nullptr ? x.size : std::max(x.size, companion->size);
   const int64_t highest = std::min(kMaxRows, std::max<int64_t>(kPanel, kPanelElements / widest / kPanel * kPanel));
   t.rows = std::min(highest, std::max<int64_t>(64, round_up((n + 7) / 8, kPanel)));
-  t.cols = std::min(kMaxCols, round_up(m, kRows));
+  t.cols = std::min(kMaxCols, m);
   t.panels = (n + t.rows - 1) / t.rows;
   t.chunks = (m + t.cols - 1) / t.cols;
   t.scratch_floats = engine_floats(x, t, backward);
+  t.packed_floats =
+      with_product(x.queries.dtype, [&](auto product) { return shared_floats<decltype(product)>(x, t, backward); });
   if (companion != nullptr) t.scratch_floats += engine_floats(*companion, t, false);
 
   const int64_t element = x.queries.dtype == Dtype::kFloat32 ? 4 : 2;
   // All that a call holds beside inputs and gradients stays within the size of the inputs: statistics, 12 floats = 48
-  // bytes per row; for half precision the low halves of the sums; and scratch, which bounds the threads.
-  const int64_t held = (n + m) * 48 + (element == 2 ? m * x.size * 2 : 0);
+  // bytes per row; for half precision the low halves of the sums; packed keys; and scratch, which
+  // bounds the threads.
+  const int64_t held = (n + m) * 48 + (element == 2 ? m * x.size * 2 : 0) + t.packed_floats * 4;
   const int64_t allowed = (std::max((n + m) * x.size * element, kFreeBytes) - held) / (t.scratch_floats * 4);
   // A small problem is over before a second thread has woken up: 2^20 multiply-adds of info_nce (128 x 128 x 64) take
   // 30 us on one core.

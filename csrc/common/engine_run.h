@@ -16,9 +16,12 @@ template <class Pass, class Problem>
 void run(Pass pass, const Problem& problem, const Tiling& tiling, const at::TensorOptions& floats) {
   const at::Tensor scratch = at::empty({tiling.threads * tiling.scratch_floats}, floats);
   float* parts = scratch.mutable_data_ptr<float>();
-  std::vector<std::atomic<int32_t>> done(tiling.chunks);
+  const at::Tensor packed_keys = at::empty({tiling.packed_floats}, floats);
+  std::vector<std::atomic<int32_t>> done(tiling.chunks), packed(tiling.chunks);
   Wavefront wave;
   wave.done = done.data();
+  wave.packed = packed.data();
+  if (tiling.packed_floats > 0) wave.packed_keys = packed_keys.mutable_data_ptr<float>();
   at::parallel_for(0, tiling.threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) pass(problem, tiling, wave, parts + i * tiling.scratch_floats);
   });

@@ -21,6 +21,7 @@ struct Tiling {
   int64_t panels, chunks;
   int64_t threads;         // as many as the wavefront keeps busy within the memory allowed
   int64_t scratch_floats;  // of each thread
+  int64_t packed_floats;   // of keys that all panels read packed; 0: each panel packs for itself
 };
 
 // Keeps an order without locks. Threads take panels in turn, and each walks the chunks from the first to the last.
@@ -30,6 +31,12 @@ struct Tiling {
 struct Wavefront {
   std::atomic<int64_t> next_panel{0};
   std::atomic<int32_t>* done;  // [chunks], zeros
+
+  // The chunks of keys that all panels share: each is packed once, before the first panel, by whichever thread takes
+  // it.
+  float* packed_keys = nullptr;  // [chunks][packed_floats / chunks], or null
+  std::atomic<int64_t> next_chunk{0};
+  std::atomic<int32_t>* packed = nullptr;  // [chunks], 1 once the chunk is packed
 };
 
 // The outputs of a backward pass, in the dtype of the features or in float32. A null pointer asks for no such output.

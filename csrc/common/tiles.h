@@ -13,10 +13,13 @@ namespace mmkernels {
 
 inline namespace MMK_VARIANT {
 
-// The register tile has kRows x kPanel sums, kVecs vectors wide: 8 x 2 of AVX-512's 32 registers, 4 x 2 of the 16 of
-// AVX2, beside 2 for the panel and 1 for a word of A. Two multiply-adds a clock of 4 clocks each need 8 sums under way.
-constexpr int kVecs = 2;
-constexpr int kRows = Vec::kLanes == 16 ? 8 : 4;
+// The register tile has kRows x kPanel sums, kVecs vectors wide, beside kVecs vectors of the panel and a word of A:
+//   AVX-512   8 x 2 of 32 registers          AVX2    6 x 2 of 16 registers
+//   aarch64   5 x 4 of 32 registers          SSE2    4 x 2 of 16 registers; a product needs one too, without an fma
+// Two multiply-adds a clock of 4 clocks each need 8 sums under way; 12 leave room for a load that comes late.
+constexpr bool kNarrow = Vec::kLanes == 4, kHas32Registers = Vec::kRegisters == 32;
+constexpr int kVecs = kNarrow && kHas32Registers ? 4 : 2;
+constexpr int kRows = Vec::kLanes == 16 ? 8 : kNarrow ? (kHas32Registers ? 5 : 4) : 6;
 constexpr int kPanel = kVecs * Vec::kLanes;
 
 MMK_INLINE int64_t round_up(int64_t x, int64_t to) {
@@ -34,8 +37,23 @@ struct BFloat16Product {
 };
 #endif
 
-// The types of tile that a finished register tile is put into. Each takes the part of a kRows x kPanel tile that lies
-// inside the matrix.
+// Calls visit(row, height) for each register tile that `rows` rows take: kRows of them, and the rest in a lower one.
+// The height is a constant, so that the register kernel reads and writes no row that is not there.
+template <int kHeight, class Visit>
+MMK_INLINE void visit_rest(int64_t row, int64_t rest, const Visit& visit) {
+  if constexpr (kHeight > 0) {
+    if (rest == kHeight) return visit(row, std::integral_constant<int, kHeight>{});
+    visit_rest<kHeight - 1>(row, rest, visit);
+  }
+}
+template <class Visit>
+MMK_INLINE void for_each_tile(int64_t rows, const Visit& visit) {
+  int64_t row = 0;
+  for (; row + kRows <= rows; row += kRows) visit(row, std::integral_constant<int, kRows>{});
+  visit_rest<kRows - 1>(row, rows - row, visit);
+}
+
+// The types of tile that a finished register tile is put into.
 
 // A tile of floats whose rows lie row_stride apart.
 struct FloatTile {
@@ -43,8 +61,8 @@ struct FloatTile {
   int64_t row_stride;
   bool accumulate;
 
-  MMK_INLINE void prefetch() const {
-    for (int i = 0; i < kRows; ++i)
+  MMK_INLINE void prefetch(int height) const {
+    for (int i = 0; i < height; ++i)
       for (int j = 0; j < kPanel; j += 16) __builtin_prefetch(data + i * row_stride + j, 1, 3);
   }
   MMK_INLINE FloatTile at(int64_t row, int64_t col) const {
@@ -67,8 +85,8 @@ struct SplitTile {
   int64_t row_stride;
   bool accumulate;
 
-  MMK_INLINE void prefetch() const {
-    for (int i = 0; i < kRows; ++i) {
+  MMK_INLINE void prefetch(int height) const {
+    for (int i = 0; i < height; ++i) {
       __builtin_prefetch(high + i * row_stride, 1, 3);
       __builtin_prefetch(low + i * row_stride, 1, 3);
     }
@@ -111,22 +129,28 @@ struct ColumnsLeft {
   static constexpr int64_t row = 1, jump = 0;
 };
 
-// tile = A B (+ tile): kRows rows of A, one panel of B, contracted over k words. Word (k, j) of B at b[k * kPanel + j].
-// It multiplies the first kUsed vectors of the panel.
-template <class Product, int kUsed = kVecs, class Left, class Tile>
+// tile = A B (+ tile): kHeight rows of A, one panel of B, contracted over k words. Word (k, j) of B at
+// b[k * kPanel + j]. It multiplies the first kUsed vectors of the panel.
+template <class Product, int kHeight, int kUsed = kVecs, class Left, class Tile>
 MMK_INLINE void multiply(int64_t k_words, const Left& left, const float* b, const Tile& tile) {
   const float* a = left.data;
-  Vec acc[kRows][kUsed];
-  for (int i = 0; i < kRows; ++i)
+  Vec acc[kHeight][kUsed];
+#pragma GCC unroll 16
+  for (int i = 0; i < kHeight; ++i)
+#pragma GCC unroll 16
     for (int j = 0; j < kUsed; ++j) acc[i][j] = Vec::set1(0.f);
-  tile.prefetch();
-  for (int64_t k0 = 0; k0 < k_words; k0 += kPanel) {
-    const int count = k_words - k0 < kPanel ? static_cast<int>(k_words - k0) : kPanel;
-    for (int k = 0; k < count; ++k) {
+  tile.prefetch(kHeight);
+  const int64_t words_to_jump = left.jump == 0 ? k_words : kPanel;
+  for (int64_t k0 = 0; k0 < k_words; k0 += words_to_jump) {
+    const int64_t count = k_words - k0 < words_to_jump ? k_words - k0 : words_to_jump;
+    for (int64_t k = 0; k < count; ++k) {
       Vec right[kUsed];
+#pragma GCC unroll 16
       for (int j = 0; j < kUsed; ++j) right[j] = Vec::load(b + j * Vec::kLanes);
-      for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kHeight; ++i) {
         const Vec word = Vec::set1(a[i * left.row]);
+#pragma GCC unroll 16
         for (int j = 0; j < kUsed; ++j) acc[i][j] = Product::fma(word, right[j], acc[i][j]);
       }
       a += left.step;
@@ -134,7 +158,9 @@ MMK_INLINE void multiply(int64_t k_words, const Left& left, const float* b, cons
     }
     a += left.jump;
   }
-  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 16
+  for (int i = 0; i < kHeight; ++i)
+#pragma GCC unroll 16
     for (int j = 0; j < kUsed; ++j) tile.put(i, j, acc[i][j]);
 }
 
@@ -147,9 +173,11 @@ struct Ahead {
   // Fetches rows [row, row + count) of x in `calls` equal parts.
   static Ahead of(const Features& x, int64_t row, int64_t count, int64_t size, int64_t calls) {
     if (count <= 0 || x.row_stride != size) return {};
-    const int64_t bytes = x.dtype == Dtype::kFloat32 ? 4 : 2;
-    const char* first = static_cast<const char*>(x.data) + row * size * bytes;
-    const int64_t lines = (count * size * bytes + 63) / 64;
+    return of(x.row(row), count * size * bytes_of(x.dtype), calls);
+  }
+  static Ahead of(const void* data, int64_t bytes, int64_t calls) {
+    const char* first = static_cast<const char*>(data);
+    const int64_t lines = (bytes + 63) / 64;
     return {first, first + lines * 64, (lines + calls - 1) / calls};
   }
   MMK_INLINE void fetch() {
@@ -268,6 +296,15 @@ void pack_row_pairs(const Rows& x, int64_t row, int64_t count, int64_t size, int
   }
 }
 #endif
+
+// Packs rows [row, row + count) as the right operand of a product that contracts over the rows.
+template <class Product, class Rows>
+void pack_contracted_rows(const Rows& x, int64_t row, int64_t count, int64_t size, int64_t capacity, float* out) {
+#ifdef MMK_HAS_BF16_PRODUCT
+  if constexpr (Product::kPerWord == 2) return pack_row_pairs(x, row, count, size, capacity, out);
+#endif
+  pack_rows<Product>(x, row, count, size, capacity, out);
+}
 
 }  // namespace MMK_VARIANT
 }  // namespace mmkernels

@@ -14,31 +14,35 @@ namespace divided_attention {
 // A block's tile of scores takes 2^16 floats = 256 KiB, half of a 512 KiB L2. Only if 64 rows take less, or if they are
 // so long that 2 kRows of them take more, is it otherwise. The backward pass has two such tiles.
 constexpr int64_t kBlockFloats = 1 << 16;
-// The most queries of a block: against 1,024 keys they take those 2^16 floats.
-constexpr int64_t kMostRows = 64;
+// The most queries of a block: half of the 197 tokens of a frame at 224 pixels, in whole register tiles. A product over
+// the queries of a block reads and writes its sums once for each block.
+constexpr int64_t kMostRows = (197 / 2 / kRows + 1) * kRows;
+// The rows of this many register tiles are multiplied by a panel of keys while it lies in L1.
+constexpr int kTilesTogether = 2;
 
 // The buffers of one thread, cut from its scratch.
 template <class Product>
 struct LongBuffers {
   static constexpr bool kPairs = Product::kPerWord == 2;
 
-  int64_t words, word_panels;  // of a row of features
-  int64_t size;                // of a row of features, whole panels
-  int64_t keys;                // capacity: whole register tiles, and an even number
-  int64_t stride;              // of a row of scores
-  int64_t rows;                // of a block of queries
+  int64_t words;         // of a row of features
+  int64_t words_stride;  // of a row of words: whole vectors
+  int64_t size;          // of a row of features, whole panels
+  int64_t keys;          // capacity: an even number
+  int64_t stride;        // of a row of scores
+  int64_t rows;          // of a block of queries
   int64_t* tokens;
   float* key_columns;    // [keys / kPanel][words][kPanel]
   float* value_columns;  // as key_columns, backward alone
   float* value_rows;     // [size / kPanel][keys][kPanel], pairs of rows for bfloat16
   float* key_rows;       // as value_rows, backward alone
-  float* query_words;    // [word_panels][rows][kPanel]
+  float* query_words;    // [rows][words_stride]
   float* scores;         // [rows][stride]
   float* results;        // [rows][size]
   float* factors;        // [stride], dropout's of one row
   // Backward alone.
   float* grad_words;                   // as query_words, of the gradient of the output
-  float *query_pairs, *grad_pairs;     // rows for the products over queries; float32: the words serve
+  float *query_rows, *grad_rows;       // for the products over queries: [size / kPanel][rows][kPanel], or pairs of rows
   float* products;                     // [rows][stride], dp and ds
   float *score_pairs, *product_pairs;  // bfloat16: pairs of queries, [rows / 2][stride]; float32: scores and products
   float *key_grads, *value_grads;      // [size / kPanel][keys][kPanel]
@@ -46,14 +50,16 @@ struct LongBuffers {
 
   LongBuffers(const Clips& clips, bool backward, float* scratch) {
     words = (clips.head_size + Product::kPerWord - 1) / Product::kPerWord;
-    word_panels = (words + kPanel - 1) / kPanel;
+    words_stride = round_up(words, Vec::kLanes);
+    if (words_stride % 1024 == 0) words_stride += 16;  // rows 4 KiB apart would fight for the same lines of L1
     size = round_up(clips.head_size, kPanel);
     const int64_t most = clips.most_rows();
-    keys = round_up(most, std::max(kRows, 2));
+    keys = round_up(most, 2);
     stride = round_up(most, kPanel);
-    if (stride % 1024 == 0) stride += 16;  // rows 4 KiB apart would fight for the same lines of L1
-    rows = std::clamp<int64_t>(kBlockFloats / stride / kRows * kRows, 2 * kRows, kMostRows);
-    rows = std::min(rows, round_up(most, kRows));
+    if (stride % 1024 == 0) stride += 16;  // as above
+    const int64_t highest = std::clamp<int64_t>(kBlockFloats / stride / kRows * kRows, 2 * kRows, kMostRows);
+    const int64_t blocks = (most + highest - 1) / highest;
+    rows = round_up((most + blocks - 1) / blocks, kRows);  // a last block of few rows would cost nearly a whole one
     const auto take = [&](int64_t count) {
       float* start = scratch + floats;
       floats += round_up(count, 16);
@@ -63,16 +69,16 @@ struct LongBuffers {
     const int64_t columns = round_up(most, kPanel) * words, by_rows = size * keys / Product::kPerWord;
     key_columns = take(columns);
     value_rows = backward ? nullptr : take(by_rows);
-    query_words = take(word_panels * rows * kPanel);
+    query_words = take(rows * words_stride);
     scores = take(rows * stride);
     results = take(rows * size);
     factors = take(stride);
     if (!backward) return;
     value_columns = take(columns);
     key_rows = take(by_rows);
-    grad_words = take(word_panels * rows * kPanel);
-    query_pairs = kPairs ? take(size * rows / 2) : query_words;
-    grad_pairs = kPairs ? take(size * rows / 2) : grad_words;
+    grad_words = take(rows * words_stride);
+    query_rows = take(size * rows / Product::kPerWord);
+    grad_rows = take(size * rows / Product::kPerWord);
     products = take(rows * stride);
     score_pairs = kPairs ? take(rows / 2 * stride) : scores;
     product_pairs = kPairs ? take(rows / 2 * stride) : products;
@@ -82,10 +88,6 @@ struct LongBuffers {
 
   // How often the register kernel is called for one Q K^T.
   int64_t calls(int64_t count) const { return (count + kPanel - 1) / kPanel * ((count + kRows - 1) / kRows); }
-
-  RowsLeft left(const float* words_of_rows, int64_t row) const {
-    return {words_of_rows + row * kPanel, kPanel, (rows - 1) * kPanel};
-  }
 };
 
 // Prefetches the rows that the next task reads, a few at each call of the register kernel. They lie a fixed number of
@@ -119,29 +121,33 @@ struct NextRows {
 
 // ---- Products
 
-// Rows [row, row + count) as the right operand of a product that contracts over the rows.
+// Copies rows [row, row + count) as words, one row after the other: the left operand of a product.
 template <class Product, class Rows>
-void pack_contracted_rows(const Rows& x, int64_t row, int64_t count, int64_t size, int64_t capacity, float* out) {
-#ifdef MMK_HAS_BF16_PRODUCT
-  if constexpr (Product::kPerWord == 2) return pack_row_pairs(x, row, count, size, capacity, out);
-#endif
-  pack_rows<Product>(x, row, count, size, capacity, out);
+void copy_words(const Rows& x, int64_t row, int64_t count, int64_t size, int64_t stride, float* out) {
+  with_dtype(x.dtype, [&](auto dtype) {
+    for (int64_t i = 0; i < count; ++i, out += stride)
+      for (int64_t w = 0; w * Product::kPerWord < size; w += Vec::kLanes)
+        load_words<Product, dtype()>(x.row(row + i), w * Product::kPerWord, size).store(out + w);
+  });
 }
 
-// tile[row, row + kRows)[stride] = words of rows times columns. A few rows at a time, so that what comes next, softmax
+// tile[row, row + count)[stride] = words of rows times columns. A few rows at a time, so that what comes next, softmax
 // or its derivative, finds them in L1.
 template <class Product>
 void multiply_columns(const LongBuffers<Product>& buffers, const float* words_of_rows, const float* columns,
-                      int64_t row, int64_t keys, float* tile, NextRows& next) {
+                      int64_t row, int64_t count, int64_t keys, float* tile, NextRows& next) {
   for (int64_t j = 0; j < keys; j += kPanel) {
-    next.fetch();
     const float* panel = columns + j * buffers.words;
-    const FloatTile to{tile + row * buffers.stride + j, buffers.stride, false};
-    if (keys - j <= kPanel / 2) {
-      multiply<Product, kVecs / 2>(buffers.words, buffers.left(words_of_rows, row), panel, to);
-    } else {
-      multiply<Product>(buffers.words, buffers.left(words_of_rows, row), panel, to);
-    }
+    for_each_tile(count, [&](int64_t i, auto height) {
+      next.fetch();
+      const RowsLeft left{words_of_rows + (row + i) * buffers.words_stride, buffers.words_stride, 0};
+      const FloatTile to{tile + (row + i) * buffers.stride + j, buffers.stride, false};
+      if (keys - j <= kPanel / 2) {
+        multiply<Product, height(), kVecs / 2>(buffers.words, left, panel, to);
+      } else {
+        multiply<Product, height()>(buffers.words, left, panel, to);
+      }
+    });
   }
 }
 
@@ -152,9 +158,10 @@ void multiply_rows(const LongBuffers<Product>& buffers, const float* tile, const
   const int64_t k_words = (keys + Product::kPerWord - 1) / Product::kPerWord;
   for (int64_t d = 0; d < buffers.size; d += kPanel) {
     const float* panel = right + d * (buffers.keys / Product::kPerWord);
-    for (int64_t i = 0; i < rows; i += kRows)
-      multiply<Product>(k_words, RowsLeft{tile + i * buffers.stride, buffers.stride, 0}, panel,
-                        FloatTile{buffers.results + i * buffers.size + d, buffers.size, false});
+    for_each_tile(rows, [&](int64_t i, auto height) {
+      multiply<Product, height()>(k_words, RowsLeft{tile + i * buffers.stride, buffers.stride, 0}, panel,
+                                  FloatTile{buffers.results + i * buffers.size + d, buffers.size, false});
+    });
   }
 }
 
@@ -165,9 +172,10 @@ void add_transposed(const LongBuffers<Product>& buffers, const float* tile, cons
   const int64_t k_words = (rows + Product::kPerWord - 1) / Product::kPerWord;
   for (int64_t d = 0; d < buffers.size; d += kPanel) {
     const float* panel = right + d * (buffers.rows / Product::kPerWord);
-    for (int64_t j = 0; j < keys; j += kRows)
-      multiply<Product>(k_words, ColumnsLeft{tile + j, buffers.stride}, panel,
-                        FloatTile{grads + d * buffers.keys + j * kPanel, kPanel, !first});
+    for_each_tile(keys, [&](int64_t j, auto height) {
+      multiply<Product, height()>(k_words, ColumnsLeft{tile + j, buffers.stride}, panel,
+                                  FloatTile{grads + d * buffers.keys + j * kPanel, kPanel, !first});
+    });
   }
 }
 
@@ -287,11 +295,9 @@ void long_forward(const AttentionForward& p, int64_t begin, int64_t end, float* 
     pack_contracted_rows<Product>(values, 0, count, clips.head_size, buffers.keys, buffers.value_rows);
     for (int64_t i0 = 0; i0 < count; i0 += buffers.rows) {
       const int64_t rows = std::min(buffers.rows, count - i0);
-      pack_rows<Product>(queries, i0, rows, clips.head_size, buffers.rows, buffers.query_words);
+      copy_words<Product>(queries, i0, rows, clips.head_size, buffers.words_stride, buffers.query_words);
       float largest[kMostRows], sums[kMostRows], lse[kMostRows];
-      for (int64_t i = 0; i < rows; ++i) {
-        if (i % kRows == 0)
-          multiply_columns(buffers, buffers.query_words, buffers.key_columns, i, count, buffers.scores, next);
+      const auto take_softmax = [&](int64_t i) {
         const float* factors = nullptr;
         if (p.dropout.threshold != 0) {
           dropout_factors(p, sequence, h, i0 + i, buffers.factors);
@@ -305,6 +311,11 @@ void long_forward(const AttentionForward& p, int64_t begin, int64_t end, float* 
         const Softmax softmax = softmax_row<Product>(row, count, scale, factors);
         largest[i] = softmax.largest;
         sums[i] = softmax.sum;
+      };
+      for (int64_t i = 0; i < rows; i += kTilesTogether * kRows) {
+        const int64_t together = std::min<int64_t>(kTilesTogether * kRows, rows - i);
+        multiply_columns(buffers, buffers.query_words, buffers.key_columns, i, together, count, buffers.scores, next);
+        for (int64_t row = i; row < i + together; ++row) take_softmax(row);
       }
       for (int64_t i = 0; i < rows; i += Vec::kLanes) {
         const int n = static_cast<int>(std::min<int64_t>(Vec::kLanes, rows - i));
@@ -348,19 +359,11 @@ void long_backward(const AttentionBackward& p, int64_t begin, int64_t end, float
     const ResultRows query_results = gradients_of(p, sequence, 0, h);
     for (int64_t i0 = 0; i0 < count; i0 += buffers.rows) {
       const int64_t rows = std::min(buffers.rows, count - i0);
-      pack_rows<Product>(queries, i0, rows, clips.head_size, buffers.rows, buffers.query_words);
-      pack_rows<Product>(grads, i0, rows, clips.head_size, buffers.rows, buffers.grad_words);
-#ifdef MMK_HAS_BF16_PRODUCT
-      if constexpr (LongBuffers<Product>::kPairs) {
-        pack_row_pairs(queries, i0, rows, clips.head_size, buffers.rows, buffers.query_pairs);
-        pack_row_pairs(grads, i0, rows, clips.head_size, buffers.rows, buffers.grad_pairs);
-      }
-#endif
-      for (int64_t i = 0; i < rows; ++i) {
-        if (i % kRows == 0) {
-          multiply_columns(buffers, buffers.query_words, buffers.key_columns, i, count, buffers.scores, next);
-          multiply_columns(buffers, buffers.grad_words, buffers.value_columns, i, count, buffers.products, next);
-        }
+      copy_words<Product>(queries, i0, rows, clips.head_size, buffers.words_stride, buffers.query_words);
+      copy_words<Product>(grads, i0, rows, clips.head_size, buffers.words_stride, buffers.grad_words);
+      pack_contracted_rows<Product>(queries, i0, rows, clips.head_size, buffers.rows, buffers.query_rows);
+      pack_contracted_rows<Product>(grads, i0, rows, clips.head_size, buffers.rows, buffers.grad_rows);
+      const auto differentiate = [&](int64_t i) {
         float* row = buffers.scores + i * buffers.stride;
         float* products = buffers.products + i * buffers.stride;
         const bool is_cls = sequence.is_cls(i0 + i);
@@ -380,7 +383,7 @@ void long_backward(const AttentionBackward& p, int64_t begin, int64_t end, float
           for (int64_t k = 0; k < padded; ++k) row[k] *= cls_share;
 #ifdef MMK_HAS_BF16_PRODUCT
         if constexpr (LongBuffers<Product>::kPairs) {
-          if (i % 2 == 0 && i + 1 < rows) continue;
+          if (i % 2 == 0 && i + 1 < rows) return;
           const int64_t first = i / 2 * 2, pair = i / 2 * buffers.stride;
           const auto round = [&](float* tile, bool in_place, float* pairs) {
             float* second = first < i ? tile + i * buffers.stride : nullptr;
@@ -390,9 +393,16 @@ void long_backward(const AttentionBackward& p, int64_t begin, int64_t end, float
           round(buffers.products, true, buffers.product_pairs);
         }
 #endif
+      };
+      for (int64_t i = 0; i < rows; i += kTilesTogether * kRows) {
+        const int64_t together = std::min<int64_t>(kTilesTogether * kRows, rows - i);
+        multiply_columns(buffers, buffers.query_words, buffers.key_columns, i, together, count, buffers.scores, next);
+        multiply_columns(buffers, buffers.grad_words, buffers.value_columns, i, together, count, buffers.products,
+                         next);
+        for (int64_t row = i; row < i + together; ++row) differentiate(row);
       }
-      add_transposed(buffers, buffers.score_pairs, buffers.grad_pairs, rows, count, i0 == 0, buffers.value_grads);
-      add_transposed(buffers, buffers.product_pairs, buffers.query_pairs, rows, count, i0 == 0, buffers.key_grads);
+      add_transposed(buffers, buffers.score_pairs, buffers.grad_rows, rows, count, i0 == 0, buffers.value_grads);
+      add_transposed(buffers, buffers.product_pairs, buffers.query_rows, rows, count, i0 == 0, buffers.key_grads);
       multiply_rows(buffers, buffers.products, buffers.key_rows, rows, count);
       for (int64_t i = 0; i < rows; ++i)
         write_row(buffers.results + i * buffers.size, 1.f, query_results, i0 + i, clips.head_size);

@@ -80,9 +80,10 @@ def test_strides_are_honoured(dtype):
 
 @pytest.mark.parametrize("mask", list(itertools.product([True, False], repeat=3))[:-1], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [70, 260])  # the products of wide features are kept
 @needs_library
-def test_only_the_gradients_that_are_needed(mask, dtype):
-    case = Case(300, 310, 70)
+def test_only_the_gradients_that_are_needed(mask, dtype, size):
+    case = Case(300, 310, size)
     queries, keys = case.inputs(dtype)
     everything = run(queries, keys, 10.0, "cpu")[1:]
     leaves = [queries, keys, torch.tensor(10.0)]

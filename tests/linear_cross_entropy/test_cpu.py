@@ -96,9 +96,10 @@ def test_strides_are_honoured(dtype):
 
 @pytest.mark.parametrize("mask", list(itertools.product([True, False], repeat=3))[:-1], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [70, 260])  # the products of wide features are kept
 @needs_library
-def test_only_the_gradients_that_are_needed(mask, dtype):
-    *leaves, targets = Case(300, 310, 70, ignored="some").inputs(dtype)
+def test_only_the_gradients_that_are_needed(mask, dtype, size):
+    *leaves, targets = Case(300, 310, size, ignored="some").inputs(dtype)
     everything = run(*leaves, targets, "cpu")[1:]
     for leaf, needed in zip(leaves, mask, strict=True):
         leaf.requires_grad_(needed)

@@ -1,4 +1,4 @@
-"""exp, log and log1p of the CPU kernels against float64, in every instruction set that this machine has."""
+"""The functions and the moves of the CPU kernels' vectors, in every instruction set that this machine has."""
 
 import ctypes
 import os
@@ -52,7 +52,8 @@ def functions(variant: str, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
         return call
 
-    return {name: wrapped(f"{name}_of") for name in ("exp", "log", "log1p")}
+    names = ("exp_of", "log_of", "log1p_of", "bf16_of", "f16_of", "transpose_of", "sums_of_rows")
+    return {name.removesuffix("_of"): wrapped(name) for name in names}
 
 
 def floats_between(low: float, high: float, count: int = 1 << 20) -> np.ndarray:
@@ -108,3 +109,26 @@ def test_log1p(functions: dict[str, Function]) -> None:
     x = np.array([0.0, 1e-45, LEAST_NORMAL, 1e-20], np.float32)
     assert functions["log1p"](x).tolist() == x.tolist()
     assert np.isnan(functions["log1p"](np.array([np.nan]))).all()
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])
+@pytest.mark.parametrize("left_over", [0, 1, 7, 15])
+def test_halves_round_to_nearest(
+    functions: dict[str, Function], variant: str, name: str, dtype: torch.dtype, left_over: int
+) -> None:
+    """As torch rounds, ties and subnormals included; infinity where floats of 16 bits end; a NaN stays one."""
+    bits = np.random.default_rng(left_over).integers(0, 1 << 32, 4096 + left_over, dtype=np.uint32)
+    bits[:5] = [0x7F800001, 0xFFFFFFFF, 0x7F800000, 0x80000000, 0x477FF000]  # NaN, NaN, infinity, -0, 65520
+    bits[5:2048:3] = bits[5:2048:3] & 0xFFFF0000 | 0x8000  # ties of bfloat16
+    bits[6:2048:3] = (bits[6:2048:3] & 0x8FFFE000 | 0x1000) + 0x30000000  # ties of float16
+    if (variant, name) == ("avx512bf16", "bf16"):
+        bits[(bits & 0x7F800000) == 0] = 0  # the machine's conversion makes 0 of subnormals
+    got, expected = functions[name](bits.view(np.float32)), torch.from_numpy(bits.view(np.float32)).to(dtype).float()
+    np.testing.assert_array_equal(got, expected.numpy())
+
+
+def test_transpose_and_sums(functions: dict[str, Function], variant: str) -> None:
+    lanes = {"portable": 4, "avx2": 8}.get(variant, 16)
+    square = np.arange(lanes * lanes, dtype=np.float32).reshape(lanes, lanes)
+    assert functions["transpose"](square).tolist() == square.T.tolist()
+    assert functions["sums_of_rows"](square)[0].tolist() == square.sum(1).tolist()

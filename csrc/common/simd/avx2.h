@@ -11,6 +11,7 @@ inline namespace MMK_VARIANT {
 
 struct Vec {
   static constexpr int kLanes = 8;
+  static constexpr int kRegisters = 16;
   __m256 v;
 
   static MMK_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
@@ -38,17 +39,31 @@ struct Vec {
   }
   MMK_INLINE void store_halves(uint16_t* p, uint16_t* q) const {
     const __m256i bits = _mm256_castps_si256(v);
-    store_low_halves(_mm256_srli_epi32(bits, 16), p);
-    store_low_halves(_mm256_and_si256(bits, _mm256_set1_epi32(0xFFFF)), q);
+    store_halves(packed_halves(_mm256_srli_epi32(bits, 16)), p, 8);
+    store_halves(packed_halves(_mm256_and_si256(bits, _mm256_set1_epi32(0xFFFF))), q, 8);
   }
-  static MMK_INLINE void store_low_halves(__m256i words, uint16_t* p) {
-    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+  static MMK_INLINE __m128i packed_halves(__m256i words) {
+    return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  }
+  static MMK_INLINE void store_halves(__m128i halves, uint16_t* p, int n) {
+    if (n >= 8) return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves);
+    alignas(16) uint16_t part[8];
+    _mm_store_si128(reinterpret_cast<__m128i*>(part), halves);
+    std::memcpy(p, part, n * sizeof(uint16_t));
   }
   MMK_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
   MMK_INLINE void store(float* p, int n) const { store_in_memory(*this, p, n); }
-  MMK_INLINE void store_bf16(uint16_t* p, int n) const { store_in_memory<to_bf16>(*this, p, n); }
-  MMK_INLINE void store_f16(uint16_t* p, int n) const { store_in_memory<to_f16>(*this, p, n); }
+  MMK_INLINE void store_bf16(uint16_t* p, int n) const {
+    const __m256i bits = _mm256_castps_si256(v),
+                  odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(_mm256_set1_epi32(0x7FFF), odd));
+    const __m256 quiet = _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_set1_epi32(0x400000)));
+    const __m256 high = _mm256_blendv_ps(_mm256_castsi256_ps(rounded), quiet, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    store_halves(packed_halves(_mm256_srli_epi32(_mm256_castps_si256(high), 16)), p, n);
+  }
+  MMK_INLINE void store_f16(uint16_t* p, int n) const {
+    store_halves(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), p, n);
+  }
   MMK_INLINE float sum() const {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -90,15 +105,6 @@ MMK_INLINE Vec minus_abs(Vec a) {
 MMK_INLINE Vec where_negative(Vec x, Vec a, Vec b) {
   return {_mm256_blendv_ps(b.v, a.v, x.v)};
 }
-MMK_INLINE Vec round(Vec a) {
-  return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
-MMK_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
-  // The exponent bits make 2^n: zero below 2^-126, infinity above 2^127. max and min keep a NaN in n.
-  const __m256 clamped = _mm256_min_ps(_mm256_set1_ps(128.f), _mm256_max_ps(_mm256_set1_ps(-127.f), n.v));
-  const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(clamped), _mm256_set1_epi32(127)), 23);
-  return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(bits))};
-}
 MMK_INLINE Vec exponent_of_low_bits(Vec a) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23))};
 }
@@ -129,11 +135,31 @@ struct DoubleSum {
   }
 };
 
-MMK_INLINE void transpose(Vec (&rows)[Vec::kLanes]) {
-  transpose_in_memory(rows);
+MMK_INLINE void transpose(Vec (&rows)[8]) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    a[i + 1] = _mm256_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const __m256d x = _mm256_castps_pd(a[i + j]), y = _mm256_castps_pd(a[i + j + 2]);
+      b[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(x, y));
+      b[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(x, y));
+    }
+  }
+  for (int j = 0; j < 4; ++j) {
+    rows[j].v = _mm256_permute2f128_ps(b[j], b[4 + j], 0x20);
+    rows[4 + j].v = _mm256_permute2f128_ps(b[j], b[4 + j], 0x31);
+  }
 }
-MMK_INLINE Vec sums_of(const Vec (&rows)[Vec::kLanes]) {
-  return sums_in_memory(rows);
+
+MMK_INLINE Vec sums_of(const Vec (&rows)[8]) {
+  const auto four = [&](int i) {
+    return _mm256_hadd_ps(_mm256_hadd_ps(rows[i].v, rows[i + 1].v), _mm256_hadd_ps(rows[i + 2].v, rows[i + 3].v));
+  };
+  const __m256 low = four(0), high = four(4);
+  return {_mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31))};
 }
 
 }  // namespace MMK_VARIANT

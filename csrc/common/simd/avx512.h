@@ -10,6 +10,7 @@ inline namespace MMK_VARIANT {
 
 struct Vec {
   static constexpr int kLanes = 16;
+  static constexpr int kRegisters = 32;
   __m512 v;
 
   static MMK_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -83,6 +84,7 @@ MMK_INLINE Vec minus_abs(Vec a) {
 MMK_INLINE Vec where_negative(Vec x, Vec a, Vec b) {
   return {_mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x.v)), b.v, a.v)};
 }
+#define MMK_HAS_SCALE 1
 MMK_INLINE Vec round(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }

@@ -11,9 +11,18 @@ inline namespace MMK_VARIANT {
 // others give infinity; results below 2^-126 are subnormal with AVX-512, and may be 0 with the others. Infinity may
 // give NaN. A softmax takes off its largest logit first, so that no x is far above 0.
 MMK_INLINE Vec exp(Vec x) {
+#ifdef MMK_HAS_SCALE
   // Below -110 the result is 0 anyway, as e^-104 is less than half of the least subnormal. max keeps a NaN in x.
   x = max(Vec::set1(-110.f), x);
   const Vec n = round(x * Vec::set1(1.44269504088896341f));
+#else
+  // From -88 down n is -127, whose power of 2 shall be 0, and from 88.38 up 128, whose power shall be infinity: just
+  // what the exponent bits n + 127 mean. max and min keep a NaN in x.
+  x = max(Vec::set1(-88.f), min(Vec::set1(89.f), x));
+  // A float of 1.5 x 2^23 and more has no fraction: the sum is rounded to n + 127 in its low bits.
+  const Vec shifted = fma(x, Vec::set1(1.44269504088896341f), Vec::set1(12582912.f + 127.f));
+  const Vec n = shifted - Vec::set1(12582912.f + 127.f);
+#endif
   Vec f = fma(n, Vec::set1(-0.693359375f), x);
   f = fma(n, Vec::set1(2.12194440e-4f), f);
   Vec p = Vec::set1(1.9875691500e-4f);
@@ -23,7 +32,11 @@ MMK_INLINE Vec exp(Vec x) {
   p = fma(p, f, Vec::set1(1.6666665459e-1f));
   p = fma(p, f, Vec::set1(5.0000001201e-1f));
   p = fma(p, f * f, f) + Vec::set1(1.f);
+#ifdef MMK_HAS_SCALE
   return scale_by_power_of_2(p, n);
+#else
+  return p * exponent_of_low_bits(shifted);
+#endif
 }
 
 // log(1 + x) for 0 <= x <= 1, within 2 units of the last place (1.63 with a true fma): x + x^2 R(x), R of degree 8 for

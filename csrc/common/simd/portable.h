@@ -13,6 +13,11 @@ inline namespace MMK_VARIANT {
 
 struct Vec {
   static constexpr int kLanes = 4;
+#if defined(__aarch64__)
+  static constexpr int kRegisters = 32;
+#else
+  static constexpr int kRegisters = 16;
+#endif
   typedef float Floats __attribute__((vector_size(16)));
   Floats v;
 
@@ -90,37 +95,16 @@ MMK_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 MMK_INLINE Vec minus_abs(Vec a) {
-  for (int i = 0; i < Vec::kLanes; ++i) a.v[i] = from_bits(to_bits(a.v[i]) | 0x80000000u);
-  return a;
+  typedef uint32_t Words __attribute__((vector_size(16)));
+  return {reinterpret_cast<Vec::Floats>(reinterpret_cast<Words>(a.v) | 0x80000000u)};
 }
 MMK_INLINE Vec where_negative(Vec x, Vec a, Vec b) {
-  for (int i = 0; i < Vec::kLanes; ++i) b.v[i] = to_bits(x.v[i]) >> 31 ? a.v[i] : b.v[i];
-  return b;
-}
-MMK_INLINE Vec round(Vec a) {
-  // Adding and taking off 1.5 x 2^23 rounds to a whole number. The compiler must not join the two.
-  Vec shifted = a + Vec::set1(12582912.f);
-  __asm__("" : "+m"(shifted));
-  return shifted - Vec::set1(12582912.f);
-}
-MMK_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
-  Vec r;
-  for (int i = 0; i < Vec::kLanes; ++i) {
-    const float clamped = n.v[i] < -127.f ? -127.f : n.v[i] > 128.f ? 128.f : n.v[i];
-    const uint32_t bits =
-        clamped == clamped ? static_cast<uint32_t>(static_cast<int>(clamped) + 127) << 23 : 0x7FC00000u;
-    float power;
-    std::memcpy(&power, &bits, 4);
-    r.v[i] = a.v[i] * power;
-  }
-  return r;
+  typedef int32_t Words __attribute__((vector_size(16)));
+  return {reinterpret_cast<Words>(x.v) < 0 ? a.v : b.v};
 }
 MMK_INLINE Vec exponent_of_low_bits(Vec a) {
-  uint32_t bits[Vec::kLanes];
-  std::memcpy(bits, &a.v, sizeof(bits));
-  for (uint32_t& lane : bits) lane <<= 23;
-  std::memcpy(&a.v, bits, sizeof(bits));
-  return a;
+  typedef uint32_t Words __attribute__((vector_size(16)));
+  return {reinterpret_cast<Vec::Floats>(reinterpret_cast<Words>(a.v) << 23)};
 }
 MMK_INLINE Vec log(Vec a) {
   return log_in_memory(a);

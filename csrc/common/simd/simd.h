@@ -56,13 +56,10 @@ concept Simd = requires(V a, V b, V c, float x, int n, const float* from, float*
   { max(a, b) } -> std::same_as<V>;
   { min(a, b) } -> std::same_as<V>;
   { minus_abs(a) } -> std::same_as<V>;  // -|a|
-  { round(a) } -> std::same_as<V>;      // to a whole number, ties to even, for |a| < 2^22
   // Lanes of the third operand where a > b, else of the fourth, as where a or b is NaN.
   { select_above(a, b, a, b) } -> std::same_as<V>;
   // Lanes of the second operand where the first has its sign bit set, else of the third.
   { where_negative(a, b, c) } -> std::same_as<V>;
-  // a 2^n for whole n. AVX-512 is exact over the whole range; the others give 0 for n < -126 and infinity for n > 127.
-  { scale_by_power_of_2(a, b) } -> std::same_as<V>;
   // The natural logarithm of a positive finite a, subnormals included, within 0.9 units of the last place.
   { log(a) } -> std::same_as<V>;
   // The floats whose sign and exponent are the low nine bits of each lane.
@@ -86,6 +83,14 @@ static_assert(requires(DoubleSum sum, Vec a) {
   sum.add(a);
   { sum.total() } -> std::same_as<double>;
 });
+
+#ifdef MMK_HAS_SCALE
+// These exist where the machine scales floats by powers of 2.
+static_assert(requires(Vec a, Vec n) {
+  { round(a) } -> std::same_as<Vec>;                   // to a whole number, ties to even
+  { scale_by_power_of_2(a, n) } -> std::same_as<Vec>;  // a 2^n for whole n, rounded where it is subnormal
+});
+#endif
 
 #ifdef MMK_HAS_BF16_PRODUCT
 // These exist where the machine multiplies pairs of bfloat16.
