@@ -55,9 +55,14 @@ def tiles_of_logits(make: Callable[..., Case], config: Config, **flags: bool) ->
     for smoothed in both:
         block = {"STEP": launch.MERGE_STEP, "BLOCK": launch.MERGE_BLOCK}
         yield make("finish_forward_kernel", None, SMOOTHED=smoothed, **flags, **block)
-    tile = config.of_grad_logits(flags["GROUPS"])
     for smoothed in both:
+        tile = config.of_grad_logits(flags["GROUPS"], smoothed)
         yield make("grad_logits_kernel", tile, SMOOTHED=smoothed, **flags)
+    if not flags["GROUPS"]:
+        tiles = (config.of_grad_logits(False, smoothed) for smoothed in both)
+        for height, width in dict.fromkeys((tile.block_m, tile.block_n) for tile in tiles):
+            block = {"BLOCK_M": height, "BLOCK_N": width}
+            yield make("softmax_factors_kernel", None, SYMMETRIC=flags["SYMMETRIC"], **block)
 
 
 def case(op: str, gpu: str, precision: str, dtype: str, kernel: str, tile: Tile | None, **constants: Any) -> Case:
@@ -67,7 +72,7 @@ def case(op: str, gpu: str, precision: str, dtype: str, kernel: str, tile: Tile 
         constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
         constants["PRECISION"] = "ieee" if precision == "half" else precision
         warps, stages = tile.num_warps, tile.num_stages
-    options = tuple(launch.NO_FUSION.items())
+    options = tuple(launch.compiler_options(tile).items())
     return Case(op, kernel, gpu, precision, dtype, tuple(constants.items()), warps, stages, options, tile is not None)
 
 

@@ -14,8 +14,8 @@ class Config(NamedTuple):
     forward: Tile
     grad_logits: Tile
     product: Tile
-    # Tiles for groups, where the plain tile would spill.
-    grouped_grad_logits: Tile | None = None
+    # Tiles for groups, and grad_logits' for label smoothing, where the plain tile would spill.
+    heavier_grad_logits: Tile | None = None
     grouped_forward: Tile | None = None
     # The tile for both directions without groups, which holds the columns' sums beside the products.
     symmetric_forward: Tile | None = None
@@ -25,8 +25,8 @@ class Config(NamedTuple):
             return self.grouped_forward or self.forward
         return (self.symmetric_forward if symmetric else None) or self.forward
 
-    def of_grad_logits(self, groups: bool) -> Tile:
-        return self.grouped_grad_logits if groups and self.grouped_grad_logits is not None else self.grad_logits
+    def of_grad_logits(self, groups: bool, smoothed: bool) -> Tile:
+        return (self.heavier_grad_logits if groups or smoothed else None) or self.grad_logits
 
 
 # The largest tiles tried that spill under neither Triton 3.8 nor 3.9; those for older ones follow below. The inner key
@@ -50,7 +50,12 @@ CONFIGS: dict[str, dict[str, Config]] = {
         ),
     },
     "sm_90": {
-        "half": Config(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4)),
+        "half": Config(
+            Tile(128, 128, 64, 8, 4),
+            Tile(128, 128, 64, 8, 3, max_registers=128),
+            Tile(128, 256, 64, 8, 4),
+            heavier_grad_logits=Tile(128, 128, 64, 8, 4),
+        ),
         "tf32x3": Config(Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3)),
         "ieee": Config(
             Tile(64, 64, 16, 4, 2),
@@ -140,7 +145,7 @@ if OLDER_TRITON:  # under which the tiles above would spill
     _distillation = DISTILLATION_CONFIGS["sm_80"]
     _sm_80["half"] = _sm_80["half"]._replace(grouped_forward=Tile(128, 64, 32, 8, 4))
     _sm_80["tf32x3"] = _sm_80["tf32x3"]._replace(forward=Tile(128, 64, 16, 8, 3))
-    _sm_90["half"] = _sm_90["half"]._replace(forward=Tile(128, 64, 64, 8, 4))
+    _sm_90["half"] = _sm_90["half"]._replace(forward=Tile(128, 64, 64, 8, 4), grad_logits=Tile(128, 128, 64, 8, 3))
     _gfx942["half"] = _gfx942["half"]._replace(grad_logits=Tile(128, 64, 64, 8, 2))
     _gfx942["ieee"] = _gfx942["ieee"]._replace(grad_logits=Tile(128, 64, 32, 8, 2))
     _distillation["half"] = _distillation["half"]._replace(forward=Tile(64, 64, 32, 8, 4))

@@ -17,7 +17,7 @@ from mmkernels._tiles.triton import LOG2E, LOWEST, dot
 LEAST_SUM = tl.constexpr(2.0**-32)
 # If the log-sum-exps of a tile lie within 32 of each other, one exponential per entry serves the backward pass, for the
 # same reason.
-_BACKWARD_SPREAD = tl.constexpr(32.0)
+BACKWARD_SPREAD = tl.constexpr(32.0)
 _BAND = tl.constexpr(8)
 
 
@@ -189,7 +189,7 @@ def softmax_grad_both(
     lowest = tl.minimum(
         tl.min(tl.where(row_ok, row_lse, float("inf")), 0), tl.min(tl.where(col_ok, col_lse, float("inf")), 0)
     )
-    if (highest - lowest < _BACKWARD_SPREAD) & (exact == 0):
+    if (highest - lowest < BACKWARD_SPREAD) & (exact == 0):
         # 2^(s - c) (u_i 2^(c - lse_i) + w_j 2^(c - lse_j)): one exponential serves both softmaxes. c is an integer, so
         # that subtracting it rounds little.
         c = tl.floor((highest + lowest) * 0.5)

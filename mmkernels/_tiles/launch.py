@@ -17,6 +17,14 @@ MERGE_BLOCK = 128  # entries that one of their programs takes
 MAX_PARTIALS = 32  # partial results of a row or a column
 
 
+def compiler_options(tile: Tile | None) -> dict[str, int]:
+    """What the compiler is told beside the constants, the warps and the stages."""
+    options: dict[str, int] = dict(NO_FUSION)
+    if tile is not None and tile.max_registers is not None:
+        options["maxnreg"] = tile.max_registers
+    return options
+
+
 @functools.cache
 def launch_options(tile: Tile) -> dict[str, int]:
     """What every kernel of a tile is launched with. The dictionary is shared: nobody may change it."""
@@ -26,7 +34,7 @@ def launch_options(tile: Tile) -> dict[str, int]:
         "BLOCK_K": tile.block_k,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
-        **NO_FUSION,
+        **compiler_options(tile),
     }
 
 

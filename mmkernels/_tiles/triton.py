@@ -29,6 +29,7 @@ class Tile(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # of a thread, on NVIDIA: so that two blocks share a multiprocessor
 
 
 class Chip(NamedTuple):

@@ -36,6 +36,7 @@ from mmkernels.info_nce.triton_kernels.cross_entropy import (
     finish_forward_kernel,
     forward_kernel,
     grad_logits_kernel,
+    softmax_factors_kernel,
 )
 
 
@@ -185,10 +186,11 @@ def cross_entropy_backward(
                 col_shares = F.pad(col_shares, (0, M - grouped))
         of = of._replace(queries=padded_queries, keys=padded_keys)
         row_ids, key_ids = (targets, targets) if groups is None else groups[:2]
-        tile = config.of_grad_logits(groups is not None)
+        tile = config.of_grad_logits(groups is not None, label_smoothing > 0)
         logits = _Logits(
-            of, row_ids, key_ids, row_lse, col_lse, weights, col_weights, row_shares, col_shares, tile, precision
-        )
+            of, row_ids, key_ids, row_lse, col_lse, weights, col_weights, row_shares, col_shares,
+            _factors(of, row_ids, row_lse, col_lse, weights, col_weights, tile), tile, precision,
+        )  # fmt: skip
         grad_scale = gradients_of_both(
             logits.fill, padded_queries, padded_keys, logits.tile, config.product, precision, factor,
             grad_queries if output_mask[0] else None, grad_keys if output_mask[1] else None, output_mask[2],
@@ -211,6 +213,7 @@ class _Logits(NamedTuple):
     col_weights: Tensor  # [M], of each column
     row_shares: Tensor  # [N], with groups: what each positive of a row subtracts
     col_shares: Tensor  # [M], what each positive of a column subtracts
+    factors: tuple[Tensor, Tensor, Tensor, Tensor]  # of rows [N] and columns [M], and the bounds of their blocks
     tile: Tile
     precision: str
 
@@ -223,10 +226,34 @@ class _Logits(NamedTuple):
             (height // self.tile.block_m * (width // self.tile.block_n),),
             queries, keys, scale, scale if bias is None else bias,
             self.row_ids, self.key_ids, self.row_lse, self.col_lse, self.row_weights, self.col_weights,
-            self.row_shares, self.col_shares, strip,
+            self.row_shares, self.col_shares, *self.factors, strip,
             first_row, first_col, height, width, len(queries), len(keys), len(self.key_ids),
             queries.shape[1], queries.stride(0), keys.stride(0), float(label_smoothing),
         )  # fmt: skip
+
+
+def _factors(
+    of: CrossEntropy,
+    targets: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    weights: Tensor,
+    col_weights: Tensor,
+    tile: Tile,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What softmax_factors_kernel stores: the factors of rows and columns and the bounds of their blocks."""
+    if of.groups is not None:
+        return weights, weights, weights, weights  # no tile is plain
+    N, M = len(of.queries), len(of.keys)
+    row_blocks, col_blocks = cdiv(N, tile.block_m), cdiv(M, tile.block_n) if of.symmetric else 0
+    row_factors, row_bounds = weights.new_empty(N), weights.new_empty(4, row_blocks)
+    col_factors, col_bounds = weights.new_empty(M if of.symmetric else 0), weights.new_empty(2, col_blocks)
+    block = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    launcher(softmax_factors_kernel, SYMMETRIC=of.symmetric, **block)(
+        (row_blocks + col_blocks,),
+        targets, row_lse, col_lse, weights, col_weights, row_factors, col_factors, row_bounds, col_bounds, N, M,
+    )  # fmt: skip
+    return row_factors, col_factors, row_bounds, col_bounds
 
 
 def _column_weights(weights: Tensor, targets: Tensor, num_keys: int, identity: bool) -> Tensor:

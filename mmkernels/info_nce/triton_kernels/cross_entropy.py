@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from mmkernels._tiles.engine import (
+    BACKWARD_SPREAD,
     all_have_read,
     block_of_tiles,
     clear_columns,
@@ -379,6 +380,50 @@ def column_weights_kernel(targets, row_weights, col_weights, N, M, STEP: tl.cons
     tl.store(col_weights + cols, weight, mask=cols < M)
 
 
+@triton.jit(do_not_specialize=["N", "M"])
+def softmax_factors_kernel(
+    targets, row_lse, col_lse, row_weights, col_weights, row_factors, col_factors, row_bounds, col_bounds, N, M,
+    SYMMETRIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """u_i 2^(c - lse_i) for the rows, w_j 2^(c - lse_j) for the columns, c = _middle of their block of rows or columns.
+
+    row_bounds [4, blocks of rows] takes the lowest and highest log-sum-exp of each block, and the first and last block
+    of columns in which one of its rows has its target; col_bounds [2, blocks of columns] the former.
+    """
+    program = tl.program_id(0)
+    row_blocks = tl.cdiv(N, BLOCK_M)
+    if program < row_blocks:
+        rows = program * BLOCK_M + tl.arange(0, BLOCK_M)
+        _store_factors(row_lse, row_weights, row_factors, row_bounds, N, rows, program, row_blocks)
+        target = tl.load(targets + rows, mask=rows < N, other=-1).to(tl.int32)
+        block = tl.where(target < 0, -1, target // BLOCK_N)
+        first = tl.min(tl.where(target < 0, 2147483647, block), 0)
+        tl.store(row_bounds + 2 * row_blocks + program, first.to(tl.float32))
+        tl.store(row_bounds + 3 * row_blocks + program, tl.max(block, 0).to(tl.float32))
+    elif SYMMETRIC:
+        col_block = program - row_blocks
+        cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N)
+        _store_factors(col_lse, col_weights, col_factors, col_bounds, M, cols, col_block, tl.cdiv(M, BLOCK_N))
+
+
+@triton.jit
+def _store_factors(lse, weights, factors, bounds, length, index, block, num_blocks):
+    ok = index < length
+    m, rest = tl.load(lse + index, mask=ok, other=0.0), tl.load(lse + length + index, mask=ok, other=0.0)
+    lowest = tl.min(tl.where(ok, m, float("inf")), 0)
+    highest = tl.max(tl.where(ok, m, float("-inf")), 0)
+    factor = tl.load(weights + index, mask=ok, other=0.0) * tl.exp2((_middle(lowest, highest) - m) - rest)
+    tl.store(factors + index, factor, mask=ok)
+    tl.store(bounds + block, lowest)
+    tl.store(bounds + num_blocks + block, highest)
+
+
+@triton.jit
+def _middle(lowest, highest):
+    """A whole number, so that subtracting it rounds little."""
+    return tl.floor((lowest + highest) * 0.5)
+
+
 @triton.jit
 def _store_grad(
     s, bias, targets, key_groups, row_lse, col_lse, row_weights, col_weights, row_shares, col_shares, strip,
@@ -425,7 +470,7 @@ def _store_grad(
 @triton.jit(do_not_specialize=["first_row", "first_col", "N", "M", "num_grouped", "label_smoothing"])
 def grad_logits_kernel(
     queries, keys, scale, bias, targets, key_groups, row_lse, col_lse, row_weights, col_weights,
-    row_shares, col_shares, strip,
+    row_shares, col_shares, row_factors, col_factors, row_bounds, col_bounds, strip,
     first_row, first_col, height, width, N, M, num_grouped, D, stride_q, stride_k, label_smoothing,
     SYMMETRIC: tl.constexpr, SMOOTHED: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -437,22 +482,103 @@ def grad_logits_kernel(
     no w, and 1 in place of 2. With GROUPS (`targets` are the rows' groups) the third term is -(row_shares_i +
     col_shares_j) at every pair of one group. All terms meet in float32, and dS is rounded once. The tile of logits is
     computed as in the forward pass for both sides: its bits are those that gave the log-sum-exps.
+
+    A plain tile, inside dS, without a positive and with log-sum-exps near each other, takes one exponential an entry
+    for both softmaxes: 2^(s - c) (u_i 2^(c - lse_i) + w_j 2^(c - lse_j)), of the factors and bounds that
+    softmax_factors_kernel has stored.
     """
     row_in_strip, col_in_strip = strip_place(tl.program_id(0), height, width, BLOCK_M, BLOCK_N)
-    rows = first_row + row_in_strip + tl.arange(0, BLOCK_M)
-    cols = first_col + col_in_strip + tl.arange(0, BLOCK_N)
-    tile = similarities(
-        queries, keys, rows, cols, N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
-    )  # fmt: skip
-    left, right = halves((tl.load(scale) * LOG2E) * tile)
-    HALF: tl.constexpr = BLOCK_N // 2
-    _store_grad(
-        left, bias, targets, key_groups, row_lse, col_lse, row_weights, col_weights, row_shares, col_shares, strip,
-        first_row, first_col, row_in_strip, col_in_strip, width, N, M, num_grouped,
-        label_smoothing, SYMMETRIC, SMOOTHED, BIAS, GROUPS, BLOCK_M, HALF,
-    )  # fmt: skip
-    _store_grad(
-        right, bias, targets, key_groups, row_lse, col_lse, row_weights, col_weights, row_shares, col_shares, strip,
-        first_row, first_col, row_in_strip, col_in_strip + HALF, width, N, M, num_grouped,
-        label_smoothing, SYMMETRIC, SMOOTHED, BIAS, GROUPS, BLOCK_M, HALF,
-    )  # fmt: skip
+    first_row_of_tile = first_row + row_in_strip
+    first_col_of_tile = first_col + col_in_strip
+    rows = first_row_of_tile + tl.arange(0, BLOCK_M)
+    cols = first_col_of_tile + tl.arange(0, BLOCK_N)
+    scale2 = tl.load(scale) * LOG2E
+    if GROUPS:  # whose positives are anywhere
+        tile = similarities(
+            queries, keys, rows, cols, N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+        )  # fmt: skip
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = halves(scale2 * tile)
+        for half in tl.static_range(2):
+            _store_grad(
+                left if half == 0 else right, bias, targets, key_groups, row_lse, col_lse, row_weights, col_weights,
+                row_shares, col_shares, strip, first_row, first_col, row_in_strip, col_in_strip + half * HALF, width,
+                N, M, num_grouped, label_smoothing, SYMMETRIC, SMOOTHED, BIAS, GROUPS, BLOCK_M, HALF,
+            )  # fmt: skip
+    else:
+        plain, c, shift = _is_plain(
+            targets, row_bounds, col_bounds, rows, first_row_of_tile, first_col_of_tile, N, M, SYMMETRIC,
+            BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        if plain:
+            tile = similarities(
+                queries, keys, rows, cols, N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+            )  # fmt: skip
+            factor = tl.load(row_factors + rows)
+            if SYMMETRIC:
+                factor *= tl.exp2(shift)
+            in_rows = row_in_strip + tl.arange(0, BLOCK_M)
+            left, right = halves(tile)
+            for half in tl.static_range(2):
+                part = left if half == 0 else right
+                in_half = half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+                of_part = first_col_of_tile + in_half
+                if BIAS:
+                    e = tl.exp2(with_bias(scale2 * part, bias, of_part, M, BIAS) - c)
+                else:
+                    e = tl.exp2(tl.fma(part, tl.zeros_like(part) + scale2, tl.zeros_like(part) - c))
+                if SYMMETRIC:
+                    grad = e * (factor[:, None] + tl.load(col_factors + of_part)[None, :])
+                else:
+                    grad = e * factor[:, None]
+                if SMOOTHED:
+                    grad -= (tl.load(row_weights + rows) * (label_smoothing / M))[:, None]
+                    if SYMMETRIC:
+                        grad -= (tl.load(col_weights + of_part) * (label_smoothing / N))[None, :]
+                out = strip + in_rows.to(tl.int64)[:, None] * width + (col_in_strip + in_half)[None, :]
+                tl.store(out, grad.to(strip.dtype.element_ty))
+        else:
+            # Such tiles are few: parts of their own, though more work, leave the registers to two blocks.
+            PART: tl.constexpr = BLOCK_N // 4 if BLOCK_N > 32 else BLOCK_N // 2
+            for start in tl.range(0, BLOCK_N, PART, disable_licm=True):
+                tile = similarities(
+                    queries, keys, rows, first_col_of_tile + start + tl.arange(0, PART), N, M, D, stride_q, stride_k,
+                    BLOCK_M, PART, BLOCK_K, PRECISION,
+                )  # fmt: skip
+                _store_grad(
+                    scale2 * tile, bias, targets, key_groups, row_lse, col_lse, row_weights, col_weights,
+                    row_shares, col_shares, strip, first_row, first_col, row_in_strip, col_in_strip + start, width,
+                    N, M, num_grouped, label_smoothing, SYMMETRIC, SMOOTHED, BIAS, GROUPS, BLOCK_M, PART,
+                )  # fmt: skip
+
+
+@triton.jit
+def _is_plain(
+    targets, row_bounds, col_bounds, rows, first_row, first_col, N, M, SYMMETRIC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Whether a tile takes one exponential for both softmaxes; c of its columns (of its rows, unless SYMMETRIC), and
+    that minus c of its rows."""
+    row_blocks = tl.cdiv(N, BLOCK_M)
+    row_block = tl.minimum(first_row // BLOCK_M, row_blocks - 1)
+    col_block = first_col // BLOCK_N
+    lowest = tl.load(row_bounds + row_block)
+    highest = tl.load(row_bounds + row_blocks + row_block)
+    c = _middle(lowest, highest)
+    shift = 0.0
+    if SYMMETRIC:
+        col_blocks = tl.cdiv(M, BLOCK_N)
+        low = tl.load(col_bounds + tl.minimum(col_block, col_blocks - 1))
+        high = tl.load(col_bounds + col_blocks + tl.minimum(col_block, col_blocks - 1))
+        shift = _middle(low, high) - c
+        c += shift
+        lowest = tl.minimum(lowest, low)
+        highest = tl.maximum(highest, high)
+    plain = (first_row + BLOCK_M <= N) & (first_col + BLOCK_N <= M) & (highest - lowest < BACKWARD_SPREAD)
+    first = tl.load(row_bounds + 2 * row_blocks + row_block)
+    last = tl.load(row_bounds + 3 * row_blocks + row_block)
+    if plain & (first <= col_block) & (last >= col_block):
+        target = tl.load(targets + rows, mask=rows < N, other=-1).to(tl.int32)
+        here = (target >= first_col) & (target < first_col + BLOCK_N)
+        plain = tl.max(here.to(tl.int32), 0) == 0
+    return plain, c, shift
