@@ -34,9 +34,13 @@ class Call:
         return tuple(result) if isinstance(result, tuple) else (result,)
 
 
+# kSharedBytes of csrc/common/engine.cpp: keys that all panels read packed.
+SHARED_KEYS = 8 << 20
+
+
 def inputs_or_scratch(tensors: list[Tensor], scratch: int) -> int:
-    """The op holds no more than queries and keys, or than the scratch of many threads."""
-    return max(tensors[0].nbytes + tensors[1].nbytes, scratch)
+    """The op holds no more than queries, keys and packed keys, or than the scratch of many threads."""
+    return max(tensors[0].nbytes + tensors[1].nbytes + SHARED_KEYS, scratch)
 
 
 def matrix(tensors: list[Tensor]) -> int:

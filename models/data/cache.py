@@ -22,7 +22,7 @@ def read_cache(
 ) -> T | None:
     """What ``understand`` makes of a cache's tensors and metadata; None where there is none, or none that is whole.
 
-    One that is damaged is named through ``warn``, and gone: the caller makes it anew.
+    One that cannot be used is named through ``warn``, and gone: the caller makes it anew.
     """
     if not path.is_file():
         return None
@@ -30,12 +30,15 @@ def read_cache(
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
-        if metadata.pop("sha256", None) != _checksum(tensors, metadata):
+        stored = metadata.pop("sha256", None)
+        if stored is None:
+            raise ValueError("it has no checksum, as caches of earlier versions")
+        if stored != _checksum(tensors, metadata):
             raise ValueError("its checksum is another, so some byte of it has changed")
         return understand(tensors, metadata)
     except (SafetensorError, ValueError, KeyError) as error:
         path.unlink()  # a cache is cheap to make again
-        warn(f"cache {path} is damaged ({error}); it is made anew")
+        warn(f"cache {path} is not used ({error}); it is made anew")
         return None
 
 

@@ -56,8 +56,8 @@ def bad_inputs():
 
 
 def statistics(tensors, scratch):
-    """The worst negatives: nothing as large as the features, 64 bytes for each query."""
-    return max(64 * len(tensors[0]), scratch)
+    """The worst negatives: nothing as large as the features, 64 bytes for each query and the scratch of a thread."""
+    return max(64 * len(tensors[0]) + (1 << 20), scratch)
 
 
 def gradients_of_one_pass(tensors, scratch):
