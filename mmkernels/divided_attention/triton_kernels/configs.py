@@ -94,6 +94,8 @@ _SINGLE_MASKED = _spread(_SINGLE, 8)
 _SINGLE_MASKED[32] = _SINGLE_MASKED[32]._replace(grad_queries=Tile(32, 16, 32, 8, 2))
 _SINGLE_MASKED[64] = _SINGLE_MASKED[64]._replace(forward=Tile(32, 16, 64, 8, 2), grad_queries=Tile(32, 16, 64, 8, 2))
 _SINGLE_MASKED[128] = Config(*[_square(16, 128, 8)] * 5)._replace(grad_keys=Tile(32, 16, 128, 8, 1))
+# Over eight warps its scores would spill, for ptxas aims at two blocks of 128 registers on a multiprocessor.
+_SM_90_MASKED = _HALF_MASKED | {256: _HALF[256]._replace(packed_forward=_square(32, 256, 4))}
 _SM_100_MASKED = _HALF_MASKED | {
     32: _HALF_MASKED[32]._replace(forward=Tile(64, 32, 32, 4, 3)),
     128: _HALF[128]._replace(grad_queries=Tile(64, 32, 128, 4, 2), grad_keys=Tile(64, 32, 128, 4, 2)),
@@ -109,15 +111,17 @@ _GFX942_MASKED[256] = _GFX942_MASKED[256]._replace(grad_keys=Tile(32, 16, 256, 4
 # of more than 128. The inner keys are the precision ("half" is bf16 and fp16) and whether there is a mask or dropout.
 CONFIGS: dict[str, dict[tuple[str, bool], dict[int, Config]]] = {
     "sm_80": _table(_SM_80_HALF, _HALF_MASKED, _SINGLE, _SINGLE_MASKED),
-    "sm_90": _table(_HALF, _HALF_MASKED, _SINGLE, _SINGLE_MASKED),
+    "sm_90": _table(_HALF, _SM_90_MASKED, _SINGLE, _SINGLE_MASKED),
     "sm_100": _table(_HALF, _SM_100_MASKED, _SINGLE, _SM_100_SINGLE_MASKED),
     "gfx942": _table(_spread(_HALF, 4), _GFX942_MASKED, _spread(_SINGLE, 4), _spread(_SINGLE, 4)),
     "interpreter": _table(*[_INTERPRETED] * 4),
 }
 if OLDER_TRITON:  # under which these would spill
-    _wide = {256: _HALF[256]._replace(forward=Tile(32, 32, 256, 8, 1))}
     for _gpu in ("sm_80", "sm_90"):
-        CONFIGS[_gpu] |= {("half", False): _HALF | _wide, ("half", True): _HALF_MASKED | _wide}
+        for _masked in (False, True):
+            _tiles = CONFIGS[_gpu]["half", _masked]
+            _wide = _tiles[256]._replace(forward=Tile(32, 32, 256, 8, 1))
+            CONFIGS[_gpu]["half", _masked] = _tiles | {256: _wide}
     CONFIGS["sm_80"]["half", False][64] = _SM_80_HALF[64]._replace(grad_keys=Tile(64, 32, 64, 8, 2))
     CONFIGS["gfx942"]["half", False][256] = CONFIGS["gfx942"]["half", True][256]
 
