@@ -122,7 +122,9 @@ if OLDER_TRITON:  # under which these would spill
             _tiles = CONFIGS[_gpu]["half", _masked]
             _wide = _tiles[256]._replace(forward=Tile(32, 32, 256, 8, 1))
             CONFIGS[_gpu]["half", _masked] = _tiles | {256: _wide}
-    CONFIGS["sm_80"]["half", False][64] = _SM_80_HALF[64]._replace(grad_keys=Tile(64, 32, 64, 8, 2))
+    CONFIGS["sm_80"]["half", False][64] = _HALF[64]._replace(
+        grad_queries=Tile(64, 32, 64, 8, 2), grad_keys=Tile(64, 32, 64, 8, 2)
+    )
     CONFIGS["gfx942"]["half", False][256] = CONFIGS["gfx942"]["half", True][256]
 
 
