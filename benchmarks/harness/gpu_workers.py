@@ -81,7 +81,7 @@ def run_tasks(run: Callable[[Any], bool], tasks: Iterable[Any], processes: int, 
                 worker.task = None
                 try:
                     healthy = worker.pipe.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):  # the latter if it had not read its task yet
                     worker.process.join()
                     died = f"its process ended with code {worker.process.exitcode}"
                 if not healthy:

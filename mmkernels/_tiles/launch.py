@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from mmkernels._tiles.triton import Tile, cdiv, round_up
+from mmkernels._tiles.triton import Tile, cdiv, chip_of, round_up
 
 # The compiler must round scale * q.k before a maximum is subtracted from it. Fused into one operation, the largest
 # logit minus itself would not be zero, and a loss near zero at a large scale would be noise. Dots stay fused.
@@ -125,9 +125,7 @@ def walk_down_columns(num_rows: int, num_cols: int, tile: Tile, device: torch.de
     """Blocks as the kernels take them that walk down one column of tiles after the other: as high as can be, while all
     multiprocessors have about as much to do. A row and a column have MAX_PARTIALS partial results at most, and more
     only past 32 blocks of 32 tiles."""
-    processors = (
-        torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _PROCESSORS
-    )
+    processors = chip_of(device).multiprocessors if device.type == "cuda" else _PROCESSORS
     return _best_walk(cdiv(num_rows, tile.block_m), cdiv(num_cols, tile.block_n), processors, MAX_PARTIALS)
 
 
