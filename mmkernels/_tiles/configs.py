@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmkernels._tiles import overrides
 from mmkernels._tiles.triton import OLDER_TRITON, Tile, family_of
 
 
@@ -166,25 +167,36 @@ def tile_of(op: str, family: str, precision: str) -> Tile:
     return _OWN_TILES[op].get((family, precision), CONFIGS[family][precision].forward)
 
 
+def tile_on(op: str, device: torch.device, precision: str) -> Tile:
+    """`tile_of` on a device, or what replaces it."""
+    family = family_of(device)
+    return overrides.tile_in_use(tile_of(op, family, precision), op, "pairs", precision, family, device)
+
+
 def choose_tile(op: str, features: Tensor) -> tuple[Tile, str]:
     """The tile of an op of `_OWN_TILES` for the device and dtype, and how float32 is multiplied."""
-    _, precision = choose(features)
-    half = features.dtype != torch.float32
-    return tile_of(op, family_of(features.device), "half" if half else precision), precision
+    row, precision = _precision_of(features)
+    return tile_on(op, features.device, row), precision
 
 
 def choose(features: Tensor) -> tuple[Config, str]:
     """The tiles for the device and dtype, and how float32 is multiplied."""
-    family = family_of(features.device)
-    if features.dtype != torch.float32:
-        return CONFIGS[family]["half"], "ieee"
-    # Never TF32 alone: a user who allows it for torch's own products gets three of them, almost as exact as float32.
-    asked = "tf32x3" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-    precision = asked if asked in CONFIGS[family] else "ieee"
-    return CONFIGS[family][precision], precision
+    (row, precision), family = _precision_of(features), family_of(features.device)
+    return overrides.tiles_in_use(CONFIGS[family][row], "info_nce", row, family, features.device), precision
 
 
 def choose_distillation(features: Tensor) -> DistillationConfig:
     """The tiles of distillation for the device and dtype; the product over strips and the precision are `choose`'s."""
-    family, (_, precision) = family_of(features.device), choose(features)
-    return DISTILLATION_CONFIGS[family]["half" if features.dtype != torch.float32 else precision]
+    (row, _), family = _precision_of(features), family_of(features.device)
+    tiles = DISTILLATION_CONFIGS[family][row]
+    return overrides.tiles_in_use(tiles, "distillation", row, family, features.device)
+
+
+def _precision_of(features: Tensor) -> tuple[str, str]:
+    """The precision that the tables have, and how float32 is multiplied."""
+    if features.dtype != torch.float32:
+        return "half", "ieee"
+    # Never TF32 alone: a user who allows it for torch's own products gets three of them, almost as exact as float32.
+    asked = "tf32x3" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    precision = asked if asked in CONFIGS[family_of(features.device)] else "ieee"
+    return precision, precision

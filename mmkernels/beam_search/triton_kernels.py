@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels._tiles import overrides
 from mmkernels._tiles.triton import OLDER_TRITON, family_of, on_device, ordered
 from mmkernels.beam_search import specification
 
@@ -355,7 +356,8 @@ def beam_search_step(
     if forbidden is not None:
         forbidden = (forbidden if forbidden.stride(1) == 1 else forbidden.contiguous()).view(torch.uint8)
 
-    tile = TILES[family_of(logits.device)]
+    family = family_of(logits.device)
+    tile = overrides.tile_in_use(TILES[family], "beam_search", "step", "all", family, logits.device)
     part, parts = split_rows(rows, V, tile, _multiprocessors(logits.device))
     maxima, sums = scores.new_empty(rows, parts), scores.new_empty(rows, parts, dtype=torch.float64)
     kept_logits = scores.new_empty(rows, parts, keep)

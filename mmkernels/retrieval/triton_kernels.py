@@ -26,7 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels._checks import require_targets
-from mmkernels._tiles.configs import tile_of
+from mmkernels._tiles import overrides
+from mmkernels._tiles.configs import tile_on
 from mmkernels._tiles.engine import program_tile, similarities
 from mmkernels._tiles.launch import aligned, launch_options
 from mmkernels._tiles.triton import OLDER_TRITON, Tile, family_of, on_device, ordered
@@ -183,7 +184,7 @@ def retrieval_ranks(
     else:
         require_targets("retrieval_ranks", targets, M, "keys")
         targets = targets.contiguous()
-    tile = tile_of("retrieval", family_of(queries.device), precision_of(queries))
+    tile = tile_on("retrieval", queries.device, precision_of(queries))
     queries, keys = aligned(queries), aligned(keys)
     tiles_per_split, splits = _split(N, M, tile)
     positives = queries.new_empty(N, dtype=torch.float32)
@@ -214,7 +215,8 @@ def retrieval_topk(
 def _kept(queries: Tensor, keys: Tensor, k: int) -> Tensor:
     """The k best entries of each query, best first, from lists in registers."""
     N, M = len(queries), len(keys)
-    tile = TOPK[family_of(queries.device)][precision_of(queries)]
+    family, precision = family_of(queries.device), precision_of(queries)
+    tile = overrides.tile_in_use(TOPK[family][precision], "retrieval", "topk", precision, family, queries.device)
     tiles_per_split, splits = _split(N, M, tile)
     entries = queries.new_empty(N, splits * k, dtype=torch.int64)
     with on_device(queries.device):
@@ -229,7 +231,7 @@ def _kept(queries: Tensor, keys: Tensor, k: int) -> Tensor:
 def _kept_of_strips(queries: Tensor, keys: Tensor, k: int) -> Tensor:
     """The k best entries of each query, best first, from strips of all entries."""
     N, M = len(queries), len(keys)
-    tile = tile_of("retrieval", family_of(queries.device), precision_of(queries))
+    tile = tile_on("retrieval", queries.device, precision_of(queries))
     width = min(M, max(2 * k, _STRIP_BYTES // (8 * tile.block_m)))
     height = min(N, max(tile.block_m, _STRIP_BYTES // (8 * width) // tile.block_m * tile.block_m))
     parts = []

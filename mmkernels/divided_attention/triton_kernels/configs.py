@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmkernels._tiles import overrides
 from mmkernels._tiles.triton import OLDER_TRITON, Tile, family_of, round_up
 
 
@@ -175,7 +176,20 @@ def choose(qkv: Tensor, head_size: int, masked: bool) -> Config:
     """
     precision = "ieee" if qkv.dtype == torch.float32 else "half"
     head = next(head for head in HEADS if head >= head_size)
-    return CONFIGS[family_of(qkv.device)][precision, masked][head]
+    family = family_of(qkv.device)
+    return in_use(CONFIGS[family][precision, masked][head], precision, masked, family, qkv.device)
+
+
+def in_use(config: Config, precision: str, masked: bool, family: str, device: torch.device) -> Config:
+    """The tiles of a line of the table, or what replaces them."""
+
+    def tile_in_use(kernel: str, tile: Tile) -> Tile:
+        name = overrides.of_head(kernel, tile.block_k, masked)
+        return overrides.tile_in_use(tile, "divided_attention", name, precision, family, device)
+
+    if not overrides.has_rows(device, family):
+        return config
+    return Config(*(tile_in_use(kernel, tile) for kernel, tile in config._asdict().items()))
 
 
 def launch_options(tile: Tile) -> dict[str, int]:
