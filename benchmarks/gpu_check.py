@@ -1,13 +1,14 @@
 """Check the GPU kernels on the GPU of this machine: parity, speed and memory against what users run today.
 
     python -m benchmarks.gpu_check [OP ...] [--out runs/gpu_check] [--quick] [--seconds 540]
+    python -m benchmarks.gpu_check --tune [OP ...] [--tiles FILE]
 
 Needs the repository (parity runs the cases of the tests) with torch, Triton, numpy and pytest, and installs nothing.
 Four parts, one after the other: the GPU's ceilings; parity, which compiles every kernel it meets, in several processes;
 speed and memory against eager PyTorch, torch.compile of it, and what else users run, where it is installed; Nsight
 Compute's figures, where `ncu` is. Every row is in OUT/rows.jsonl as soon as it is measured: run the same command again
 to go on where the time, or a fault, ended it. OUT/report.md is made from the rows. Without a GPU it says so and ends
-well.
+well. --tune looks for faster tiles instead (benchmarks/gpu_tune.py), and leaves them where mmkernels takes them from.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import registry
+from benchmarks import gpu_tune, registry
 from benchmarks.harness import gpu_machine, gpu_runs, ncu
 from benchmarks.harness.gpu_workers import run_tasks
 from benchmarks.harness.row_log import RowLog
@@ -194,6 +195,8 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default all")
     processes = min(os.cpu_count() or 1, MOST_PROCESSES)
     parser.add_argument("--processes", type=int, default=processes, help="that check parity at once; 0: in this one")
+    parser.add_argument("--tune", action="store_true", help="time other tiles, and keep those that are faster")
+    parser.add_argument("--tiles", type=Path, help="where --tune writes (default: the user's cache, as it is used)")
     arguments = parser.parse_args()
     unknown = set(arguments.ops) - set(FOLDERS)
     if unknown:
@@ -204,6 +207,9 @@ def main() -> None:
         return
     deadline = time.monotonic() + arguments.seconds
     device = torch.device("cuda", torch.cuda.current_device())
+    if arguments.tune:
+        gpu_tune.main(arguments, device, deadline)
+        return
     under = gpu_machine.description(device)
     print(", ".join(f"{key} {value}" for key, value in under.items()))
     log = RowLog(arguments.out / "rows.jsonl")
