@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,9 @@ from models.common.runs import announce_files, read_history
 from models.data import ImageTextSet, Splits, Tokenizer
 from models.data.sets import Concept
 
+# One over the temperature of an image's probabilities over the words of classes.
+WORD_SCALE = 10.0
+
 
 def clip_encoder(model: CLIP, reader: Tokenizer | FrozenText) -> Encoder:
     """The encoder of a trained CLIP; ``reader`` is its :func:`models.clip.text.text_reader`."""
@@ -50,6 +53,35 @@ def class_features(
         features = read([template.format(word) for word in own for template in templates])
         rows.append(F.normalize(features.mean(0), dim=0))
     return torch.stack(rows)
+
+
+class ClassWords(NamedTuple):
+    """What stands for the classes of a label set: unit vectors, each of one class."""
+
+    features: Tensor  # [words, width]
+    owners: Tensor  # [words], the index of the class
+    classes: int
+
+    @classmethod
+    def of_means(cls, means: Tensor) -> ClassWords:
+        """One vector per class, [classes, width]."""
+        return cls(means, torch.arange(len(means), device=means.device), len(means))
+
+    def nearest(self, features: Tensor) -> Tensor:
+        """The likeliest class of unit features [n, width], [n]: its probability is the sum over its words of theirs."""
+        likelihoods = (WORD_SCALE * features @ self.features.T).exp()
+        return likelihoods.new_zeros(len(features), self.classes).index_add(1, self.owners, likelihoods).argmax(1)
+
+
+def class_words(
+    read: Callable[[Sequence[str]], Tensor], words: Mapping[str, Sequence[str]], templates: Sequence[str]
+) -> ClassWords:
+    """One unit vector per word of each class: the mean over all templates."""
+    listed = [word for own in words.values() for word in own]
+    features = read([template.format(word) for word in listed for template in templates])
+    means = features.unflatten(0, (len(listed), len(templates))).mean(1)
+    owners = torch.tensor([i for i, own in enumerate(words.values()) for _ in own], device=means.device)
+    return ClassWords(F.normalize(means, dim=1), owners, len(words))
 
 
 def full_caption(concept: Concept) -> str:
@@ -113,16 +145,23 @@ def search(encoder: Encoder, train: ImageTextSet, images: Tensor, texts: Sequenc
 class ZeroShot:
     """Finds the class of an image by the words of the classes; no label is seen.
 
-    With a frozen text encoder images and classes meet by their meanings.
+    With a frozen text encoder images and classes meet by their meanings, and a class is as likely as all its words
+    together; without, a class is the mean of its words.
     """
 
     def __init__(self, encoder: Encoder, splits: Splits) -> None:
         self.meanings = Meanings(encoder, splits.train) if isinstance(encoder.tokenize, FrozenText) else None
         self.texts = self.meanings.texts if self.meanings is not None else encoder.texts
-        read = self.meanings.read if self.meanings is not None else encoder.texts
         self.classes = {
-            name: class_features(read, words, splits.templates) for name, words in splits.label_sets.items()
+            name: self._class_words(encoder, words, splits.templates) for name, words in splits.label_sets.items()
         }
+
+    def _class_words(
+        self, encoder: Encoder, words: Mapping[str, Sequence[str]], templates: Sequence[str]
+    ) -> ClassWords:
+        if self.meanings is None:
+            return ClassWords.of_means(class_features(encoder.texts, words, templates))
+        return class_words(self.meanings.read, words, templates)
 
     def __call__(self, images: Tensor, label_set: str) -> Tensor:
         """Unit features of images [n, E] -> the index of each one's class, [n]."""
@@ -145,7 +184,7 @@ class ZeroShot:
 
     def classes_of(self, features: Tensor, label_set: str) -> Tensor:
         """Unit features [n, width], where classes lie too -> the index of each one's class, [n]."""
-        return (features @ self.classes[label_set].T).argmax(1)
+        return self.classes[label_set].nearest(features)
 
 
 def evaluate(

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,16 @@ import pytest
 import torch
 
 from models.clip.__main__ import main
-from models.clip.evaluate import Meanings, ZeroShot, class_features, clip_encoder, search
+from models.clip.evaluate import (
+    WORD_SCALE,
+    ClassWords,
+    Meanings,
+    ZeroShot,
+    class_features,
+    class_words,
+    clip_encoder,
+    search,
+)
 from models.clip.model import CLIP, PRESETS, TextConfig
 from models.clip.open_clip import to_open_clip
 from models.clip.text import FROZEN, FrozenText, minilm, text_reader
@@ -281,6 +291,36 @@ def test_new_captions_are_found_by_the_model_and_by_meanings(words: WordSums, sy
         return float((scores.argsort(1).argsort(1).diagonal() / (len(names) - 1)).mean())  # 0.5 is chance, 1 the best
 
     assert right(of_meanings) > 0.6 > right(images @ captions.T)
+
+
+def test_a_class_is_as_likely_as_its_words_together() -> None:
+    """Three words that are near outweigh one that is a little nearer, and none that is much nearer."""
+    angles = torch.tensor([0.5, 0.6, 0.6, 0.6])
+    found = ClassWords(torch.stack([angles.cos(), angles.sin()], 1), torch.tensor([1, 0, 0, 0]), 2)
+    assert found.nearest(torch.tensor([[1.0, 0.0]])).tolist() == [0]
+    assert 3 * math.exp(WORD_SCALE * math.cos(0.6)) > math.exp(WORD_SCALE * math.cos(0.5))
+    angles = torch.tensor([0.1, 1.0, 1.0, 1.0])
+    found = found._replace(features=torch.stack([angles.cos(), angles.sin()], 1))
+    assert found.nearest(torch.tensor([[1.0, 0.0]])).tolist() == [1]
+
+
+def test_words_of_classes_are_means_over_templates() -> None:
+    texts = {
+        "a x": [4.0, 0.0],
+        "b x": [0.0, 4.0],
+        "a y": [1.0, 0.0],
+        "b y": [3.0, 0.0],
+        "a z": [0.0, 2.0],
+        "b z": [0.0, 1.0],
+    }
+
+    def read(asked: Sequence[str]) -> torch.Tensor:
+        return torch.tensor([texts[text] for text in asked])
+
+    found = class_words(read, {"one": ["x", "y"], "two": ["z"]}, ["a {}", "b {}"])
+    torch.testing.assert_close(found.features, torch.tensor([[0.5**0.5, 0.5**0.5], [1.0, 0.0], [0.0, 1.0]]))
+    assert found.owners.tolist() == [0, 0, 1]
+    assert found.classes == 2
 
 
 def test_words_stand_for_images_that_are_understood_whole(words: WordSums) -> None:
