@@ -68,7 +68,7 @@ def backward(output: Tensor) -> bool:
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """An H100 that takes launches and does nothing; the names of the kernels that were launched."""
     found: list[str] = []
-    properties = types.SimpleNamespace(multi_processor_count=132, L2_cache_size=50 << 20)
+    properties = types.SimpleNamespace(name="NVIDIA H100 80GB HBM3", multi_processor_count=132, L2_cache_size=50 << 20)
     monkeypatch.setattr(_backends, "unavailable", lambda impl, op=None: None)
     monkeypatch.setattr(_backends, "triton_interprets", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))

@@ -18,7 +18,7 @@ _MULTIPLES_OF_16 = {
 GROWING = {"SYMMETRIC", "SMOOTHED", "SHARE"}
 _FEATURES = {"queries", "keys", "x", "y", "strip", "grad"}
 _INTEGERS = {"N", "M", "num_x", "num_y", "tiles_per_group", "tiles_per_split", "num_groups", "num_splits"} | {
-    "first", "first_x", "first_y", "first_row", "first_col", "depth", "place", "num_grouped",
+    "first", "first_x", "first_y", "first_row", "first_col", "depth", "place", "num_grouped", "match_offset",
 }  # fmt: skip
 _INDICES = {"targets", "key_groups", "of_query", "of_key"}
 

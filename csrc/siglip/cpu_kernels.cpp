@@ -46,14 +46,15 @@ struct SigmoidEpilogue final : Epilogue {
     // Lanes past the last row hold a product of zeros, which is NaN if a key is not finite.
     for (int64_t c = 0; c < cols && rows < padded_rows; ++c)
       std::fill(s + c * kTileStride + rows, s + c * kTileStride + padded_rows, 0.f);
-    const bool matches = row0 < col0 + cols && col0 < row0 + rows;
+    const int64_t first_match = row0 + problem.match_offset;  // of the panel's rows
+    const bool matches = first_match < col0 + cols && col0 < first_match + rows;
     with_flag(matches, [&](auto has_matches) {
       for (int64_t begin = 0; begin < cols; begin += kShortSum) {
         const int64_t end = std::min(begin + kShortSum, cols);
         float sums[kMaxRows] = {};
         int64_t c = begin;
-        for (; c + kTogether <= end; c += kTogether) columns<has_matches(), kTogether>(s, c, col0 - row0, sums);
-        for (; c < end; ++c) columns<has_matches(), 1>(s, c, col0 - row0, sums);
+        for (; c + kTogether <= end; c += kTogether) columns<has_matches(), kTogether>(s, c, col0 - first_match, sums);
+        for (; c < end; ++c) columns<has_matches(), 1>(s, c, col0 - first_match, sums);
         for (int64_t r = 0; kLosses && r < rows; ++r) losses[r] += sums[r];
       }
     });

@@ -9,7 +9,8 @@ namespace mmkernels {
 struct SigmoidPass {
   Logits logits;
   float bias;
-  float* losses;  // [n], the sum over the keys; null: not wanted
+  int64_t match_offset;  // key i + match_offset matches query i, if there is one
+  float* losses;         // [n], the sum over the keys; null: not wanted
   // The gradients alone need the rest.
   const float* weights;  // [n], the gradient of each loss
   Gradients grads;

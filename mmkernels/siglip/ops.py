@@ -13,17 +13,19 @@ from mmkernels._reduction import reduced
 
 _FP16_REACH = 2.0**15  # half of the largest float16 number, 65504
 
-# One loss per query, [N] float32.
-_LOSSES = "(Tensor queries, Tensor keys, Tensor scale, Tensor bias) -> Tensor"
+# One loss per query, [N] float32. Key i + match_offset matches query i, if there is one.
+_LOSSES = "(Tensor queries, Tensor keys, Tensor scale, Tensor bias, int match_offset) -> Tensor"
 # The gradients of sum_i weights[i] losses[i]: one for each true entry of output_mask (queries, keys, scale, bias), an
-# empty tensor for each false one. The losses come with them if asked for: the pass computes the logits anyway.
+# empty tensor for each false one; those of the features in float32 if asked for, else in their dtype. The losses come
+# with them if asked for: the pass computes the logits anyway.
 _GRADIENTS = (
-    "(Tensor weights, Tensor queries, Tensor keys, Tensor scale, Tensor bias, bool with_losses, bool[4] output_mask)"
+    "(Tensor weights, Tensor queries, Tensor keys, Tensor scale, Tensor bias, bool with_losses, int match_offset,"
+    " bool in_float32, bool[4] output_mask)"
     " -> (Tensor losses, Tensor grad_queries, Tensor grad_keys, Tensor grad_scale, Tensor grad_bias)"
 )
 
 
-def _losses_fake(queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def _losses_fake(queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, match_offset: int) -> Tensor:
     return scale.new_empty(queries.shape[0])
 
 
@@ -34,10 +36,12 @@ def _gradients_fake(
     scale: Tensor,
     bias: Tensor,
     with_losses: bool,
+    match_offset: int,
+    in_float32: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
     grads = (
-        x.new_empty(x.shape if wanted else 0)
+        x.new_empty(x.shape if wanted else 0, dtype=torch.float32 if in_float32 else x.dtype)
         for x, wanted in zip((queries, keys, scale, bias), output_mask, strict=True)
     )
     return scale.new_empty(queries.shape[0] if with_losses else 0), *grads
@@ -54,6 +58,8 @@ def _gradients_flops(
     _scale: Any,
     _bias: Any,
     with_losses: bool,
+    _match_offset: int,
+    _in_float32: bool,
     output_mask: list[bool],
 ) -> int:
     return with_losses * product(queries, keys) + gradients(queries, keys, *output_mask[:3])
@@ -70,13 +76,13 @@ class _LossOfRows(torch.autograd.Function):
     def forward(ctx: Any, queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(queries, keys, scale, bias)
         ctx.backend = backend
-        return _losses[backend](queries, keys, scale, bias)
+        return _losses[backend](queries, keys, scale, bias, 0)
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         inputs, mask = ctx.saved_tensors, list(ctx.needs_input_grad[:4])
         with torch.no_grad():
-            grads = _gradients[ctx.backend](grad_losses, *inputs, False, mask)[1:]
+            grads = _gradients[ctx.backend](grad_losses, *inputs, False, 0, False, mask)[1:]
         if torch.is_grad_enabled():  # create_graph=True
             grads = refuse_second_derivatives("siglip", grads, grad_losses, *inputs)
         return *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), None
@@ -98,7 +104,7 @@ class _LossOfAll(torch.autograd.Function):
         unit = _fp16_unit(queries, keys, scale, weights) if queries.dtype == torch.float16 else None
         if unit is not None:
             weights = weights / unit
-        losses, *grads = _gradients[backend](weights, queries, keys, scale, bias, True, mask)
+        losses, *grads = _gradients[backend](weights, queries, keys, scale, bias, True, 0, False, mask)
         ctx.save_for_backward(queries, keys, scale, bias, unit, *grads)
         return losses.mean() if mean else losses.sum()
 

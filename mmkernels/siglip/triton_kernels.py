@@ -49,7 +49,7 @@ def _log2_1p_over(x):
 
 @triton.jit
 def _add_pairs(
-    product, scale, bias, row_weights, loss, grad_sum, product_sum, rows, cols, N, M, strip,
+    product, scale, bias, row_weights, loss, grad_sum, product_sum, rows, matches, cols, N, M, strip,
     LOSSES: tl.constexpr, SUMS: tl.constexpr, STORE: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """The sums of the rows, in base 2, with those of a tile of products; its dS into the strip, whose row `strip` is.
@@ -59,7 +59,7 @@ def _add_pairs(
     y = tl.fma(product, scale, bias)  # -label * logit / ln 2 of a pair that does not match
     if EDGE:
         inside = (rows < N)[:, None] & (cols < M)[None, :]
-        match = rows[:, None] == cols[None, :]
+        match = matches[:, None] == cols[None, :]
         y = tl.where(match, -y, y)
     e = tl.exp2(-tl.abs(y))
     if LOSSES:
@@ -83,7 +83,7 @@ def _add_pairs(
 
 @triton.jit
 def _add_tile(
-    tile, scale, bias, row_weights, loss, grad_sum, product_sum, rows, col_start, N, M, strip,
+    tile, scale, bias, row_weights, loss, grad_sum, product_sum, rows, matches, col_start, N, M, strip,
     LOSSES: tl.constexpr, SUMS: tl.constexpr, STORE: tl.constexpr, EDGE: tl.constexpr, QUARTER: tl.constexpr,
 ):  # fmt: skip
     """_add_pairs for the quarters of a tile, one after the other, so that they need not share the registers."""
@@ -95,20 +95,21 @@ def _add_tile(
             now = later
         cols = col_start + quarter * QUARTER + tl.arange(0, QUARTER)
         loss, grad_sum, product_sum = _add_pairs(
-            now, scale, bias, row_weights, loss, grad_sum, product_sum, rows, cols, N, M, strip,
+            now, scale, bias, row_weights, loss, grad_sum, product_sum, rows, matches, cols, N, M, strip,
             LOSSES, SUMS, STORE, EDGE,
         )  # fmt: skip
     return loss, grad_sum, product_sum
 
 
-@triton.jit(do_not_specialize=["first", "N", "M", "tiles_per_split", "num_splits"])
+@triton.jit(do_not_specialize=["first", "N", "M", "match_offset", "tiles_per_split", "num_splits"])
 def pairs_kernel(
     queries, keys, scale, bias, weights, sums, strip,
-    first, height, width, N, M, D, stride_q, stride_k, tiles_per_split, num_splits,
+    first, height, width, N, M, match_offset, D, stride_q, stride_k, tiles_per_split, num_splits,
     LOSSES: tl.constexpr, SUMS: tl.constexpr, STORE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Queries first .. first + height - 1 against a split of the keys; height and width are whole tiles.
+    """Queries first .. first + height - 1 against a split of the keys; height and width are whole tiles. Key
+    i + match_offset matches query i.
 
     sums [3, num_splits, height] takes of each query the losses (LOSSES), the gradients and the gradients times the
     products (SUMS); strip [height, width] takes dS (STORE), 0 where there is no pair. dS_ij = -label_ij w_i
@@ -117,6 +118,7 @@ def pairs_kernel(
     row_tile, split = program_tile(tl.program_id(0), height // BLOCK_M, num_splits)
     in_rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = first + in_rows
+    matches = rows + match_offset
     scale = tl.load(scale) * LOG2E
     bias = tl.load(bias) * LOG2E
     row_weights = tl.load(weights + rows, mask=rows < N, other=0.0)
@@ -133,15 +135,15 @@ def pairs_kernel(
             N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
         beyond = (first + (row_tile + 1) * BLOCK_M > N) | (col_start + BLOCK_N > M)
-        first_row = first + row_tile * BLOCK_M
-        if beyond | ((first_row < col_start + BLOCK_N) & (col_start < first_row + BLOCK_M)):
+        first_match = first + row_tile * BLOCK_M + match_offset
+        if beyond | ((first_match < col_start + BLOCK_N) & (col_start < first_match + BLOCK_M)):
             loss, grad_sum, product_sum = _add_tile(
-                tile, scale, bias, row_weights, loss, grad_sum, product_sum, rows, col_start, N, M, strip_rows,
+                tile, scale, bias, row_weights, loss, grad_sum, product_sum, rows, matches, col_start, N, M, strip_rows,
                 LOSSES, SUMS, STORE, True, QUARTER,
             )  # fmt: skip
         else:
             loss, grad_sum, product_sum = _add_tile(
-                tile, scale, bias, row_weights, loss, grad_sum, product_sum, rows, col_start, N, M, strip_rows,
+                tile, scale, bias, row_weights, loss, grad_sum, product_sum, rows, matches, col_start, N, M, strip_rows,
                 LOSSES, SUMS, STORE, False, QUARTER,
             )  # fmt: skip
     out = sums + split.to(tl.int64) * height + in_rows
@@ -187,9 +189,9 @@ def finish_pairs_kernel(
         tl.store(totals + blocks + block, tl.sum(grads, 0), mask=block < blocks)
 
 
-def siglip_losses(queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def siglip_losses(queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, match_offset: int) -> Tensor:
     """One loss per query, [N]."""
-    pairs = _Pairs(queries, keys, scale, bias, scale, True, False)
+    pairs = _Pairs(queries, keys, scale, bias, match_offset, scale, True, False)
     with on_device(queries.device):
         pairs.sum_up()
     return pairs.losses
@@ -202,13 +204,16 @@ def siglip_gradients(
     scale: Tensor,  # []
     bias: Tensor,  # []
     with_losses: bool,
+    match_offset: int,
+    in_float32: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The losses [N] and the gradients of sum_i weights[i] losses[i] to queries, keys, scale and bias; an empty tensor
     for what is not asked for."""
     of_queries, of_keys, of_scale, of_bias = output_mask
-    grad_queries = queries.new_empty(queries.shape if of_queries else 0)
-    grad_keys = keys.new_empty(keys.shape if of_keys else 0)
+    dtype = torch.float32 if in_float32 else queries.dtype
+    grad_queries = queries.new_empty(queries.shape if of_queries else 0, dtype=dtype)
+    grad_keys = keys.new_empty(keys.shape if of_keys else 0, dtype=dtype)
     grad_scale, grad_bias = scale.new_empty(0), scale.new_empty(0)
     weights = weights.float().contiguous()
     unit = None
@@ -219,7 +224,7 @@ def siglip_gradients(
             factor, weights = scale * unit, weights / unit
         # Sums of gradients alone would be a form of their own for a call that nobody makes.
         losses = with_losses or not (of_queries or of_keys)
-        pairs = _Pairs(queries, keys, scale, bias, weights, losses, of_scale or of_bias)
+        pairs = _Pairs(queries, keys, scale, bias, match_offset, weights, losses, of_scale or of_bias)
         if of_queries or of_keys:
             gradients_of_both(
                 pairs.fill, pairs.queries, pairs.keys, pairs.tile, pairs.product, pairs.precision, factor,
@@ -245,12 +250,13 @@ class _Pairs:
         keys: Tensor,
         scale: Tensor,
         bias: Tensor,
+        match_offset: int,
         weights: Tensor,
         with_losses: bool,
         sums: bool,
     ) -> None:
         self.queries, self.keys = aligned(queries), aligned(keys)
-        self.scale, self.bias, self.weights = scale, bias, weights
+        self.scale, self.bias, self.match_offset, self.weights = scale, bias, match_offset, weights
         self.product = choose(queries)[0].product
         self.tile, self.precision = choose_tile("siglip", queries)
         self.with_losses, self.sums = with_losses, sums
@@ -283,8 +289,8 @@ class _Pairs:
         launcher(pairs_kernel, tile, STORE=strip is not None, PRECISION=self.precision, **flags)(
             (row_tiles * splits,),
             queries, keys, self.scale, self.bias, self.weights, partials, queries if strip is None else strip,
-            first, height, width, len(queries), len(keys), queries.shape[1], queries.stride(0), keys.stride(0),
-            tiles_per_split, splits,
+            first, height, width, len(queries), len(keys), self.match_offset, queries.shape[1], queries.stride(0),
+            keys.stride(0), tiles_per_split, splits,
         )  # fmt: skip
         if summing:
             launcher(finish_pairs_kernel, BLOCK=SUM_ROWS, STEP=SUM_STEP, **flags)(

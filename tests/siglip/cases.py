@@ -143,3 +143,23 @@ def assert_results(
     names = ("loss", "grad_queries", "grad_keys", "grad_scale", "grad_bias")
     for name, a, b, c, term in zip(names, actual, eager, exact, terms, strict=True):
         assert_within_budget(a, b, c, dtype=queries.dtype, terms=term, name=f"{name}, {reduction}")
+
+
+def check_block(impl: str, dtype: torch.dtype, n: int, m: int, match_offset: int) -> None:
+    """The ops over keys that are a block of several: key i + match_offset matches query i, if there is one."""
+    queries, keys = features(n, 48, dtype, seed=1), features(m, 48, dtype, seed=2)
+    scale, bias, weights = torch.tensor(10.0), torch.tensor(-3.0), row_weights(n)
+    leaves = [x.double().requires_grad_() for x in (queries, keys, scale, bias)]
+    logits = leaves[2] * leaves[0] @ leaves[1].T + leaves[3]
+    labels = 2.0 * (torch.arange(m) == torch.arange(n)[:, None] + match_offset) - 1
+    exact = -F.logsigmoid(labels * logits).sum(1)
+    wanted = (exact, *torch.autograd.grad((exact * weights).sum(), leaves))
+    losses = getattr(torch.ops.mmkernels, f"siglip_{impl}_losses")(queries, keys, scale, bias, match_offset)
+    gradients = getattr(torch.ops.mmkernels, f"siglip_{impl}_gradients")
+    actual = gradients(weights, queries, keys, scale, bias, True, match_offset, True, [True] * 4)
+    assert torch.equal(losses, actual[0])
+    for got, expected in zip(actual, wanted, strict=True):
+        assert got.dtype == torch.float32
+        # The gradient of the logits is rounded to the dtype of the features.
+        near = (1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps) * expected.abs().max()
+        torch.testing.assert_close(got.double(), expected.detach(), rtol=0, atol=float(near))

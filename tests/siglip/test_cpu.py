@@ -11,13 +11,32 @@ from mmkernels.testing import assert_within_budget, features
 from tests.contract import Memory, check_memory
 from tests.cpu_kernels import DTYPES, assert_same_bits, each_case, needs_library, strided_pairs
 from tests.op_arguments import output_masks
-from tests.siglip.cases import CASES, REDUCTIONS, Case, assert_results, check_case, oracles, row_weights, run, run_eager
+from tests.siglip.cases import (
+    CASES,
+    REDUCTIONS,
+    Case,
+    assert_results,
+    check_block,
+    check_case,
+    oracles,
+    row_weights,
+    run,
+    run_eager,
+)
 from tests.siglip.spec import SIGLIP, pairs
 
 
 @each_case(CASES)
 def test_cpu_matches_float64(case, dtype):
     check_case(case, dtype, "cpu")
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("match_offset", [0, 60, 299, 300])
+def test_a_block_of_the_keys(match_offset, dtype):
+    check_block("cpu", dtype, 270, 300, match_offset)
+    check_block("cpu", dtype, 300, 70, match_offset)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -11,7 +11,7 @@ import mmkernels
 from mmkernels._tiles import configs, products
 from mmkernels.siglip import triton_kernels
 from tests.interpreting import DTYPES, FAST_IN_FP16, guarded_allocations, guarded_rows, inexact_exp2
-from tests.siglip.cases import REDUCTIONS, Case, assert_results, oracles, row_weights, run
+from tests.siglip.cases import REDUCTIONS, Case, assert_results, check_block, oracles, row_weights, run
 from tests.sums import sums_as_in
 
 TILE = configs.CONFIGS["interpreter"]["half"].grad_logits.block_m
@@ -50,6 +50,13 @@ def check(case, dtype, reduction):
 def test_cases(case, dtype):
     for reduction in ("none", "mean"):
         check(case, dtype, reduction)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("match_offset", [0, 40, 69, 70])
+def test_a_block_of_the_keys(match_offset, dtype):
+    check_block("triton", dtype, 45, 70, match_offset)
+    check_block("triton", dtype, 70, 33, match_offset)
 
 
 @pytest.mark.parametrize("scale", [10.0, 100.0])
