@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import gpu_limits, gpu_sweep, registry
 from benchmarks.gpu_compile import assembly, compile_case, faults, heaviest, in_processes, predict_case
-from benchmarks.harness.gpu_forms import GPUS, Case, Compiled, Problem
+from benchmarks.harness.gpu_forms import GPUS, TARGETS, Case, Compiled, Problem
 from benchmarks.issue_model.pipes import CHIPS
 from benchmarks.issue_model.predict import Tile
 from benchmarks.registry import FOLDERS
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = ", ".join(FOLDERS)
     parser.add_argument("ops", nargs="*", default=list(FOLDERS), metavar="op", help=f"of {every}; default all")
-    parser.add_argument("--targets", nargs="+", choices=GPUS, default=list(GPUS))
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(GPUS))
     parser.add_argument("--all", action="store_true", help="every form, not only the plain ones in bf16 and fp32")
     parser.add_argument("--kernel", help="only kernels whose name begins so")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"))
@@ -76,7 +76,7 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown op {', '.join(sorted(unknown))}: expected {every}")
 
-    cases = [case for op in arguments.ops for case in registry.gpu_bounds(op).cases(arguments.targets)]
+    cases = [case for op in arguments.ops for case in registry.forms(op, arguments.targets)]
     wanted = {name: listed[0] for name, listed in gpu_sweep.values(arguments.where).items()}
     changes = (dict(gpu_sweep.TILES) if arguments.sweep else {}) | gpu_sweep.values(arguments.set)
     chosen = [
@@ -99,7 +99,7 @@ def main() -> None:
 
     print("Times are bounds from datasheets, not measured:")
     for name in arguments.targets:
-        gpu = GPUS[name]
+        gpu = TARGETS[name]
         peaks = ", ".join(f"{precision} {peak / 1e12:.0f} TFLOP/s" for precision, peak in gpu.peak.items())
         print(f"  {name}: {gpu.chip}, {gpu.bandwidth / 1e12:.2f} TB/s, {peaks}")
     print(table([list(HEADS), *(line for form in forms for line in _taken(form)), *failed]))
@@ -171,7 +171,8 @@ def _predicted(form: Form) -> list[list[str]]:
     case, lines = form.case, []
     chip = CHIPS.get(case.gpu)
     constants = dict(case.constants)
-    elements = constants.get("BLOCK_M", 0) * constants.get("BLOCK_N", 0) / (32 * case.num_warps)  # of a thread
+    lanes = TARGETS[case.gpu].target.warp_size * case.num_warps
+    elements = constants.get("BLOCK_M", 0) * constants.get("BLOCK_N", 0) / lanes  # of a thread
     for problem, tile in zip(form.problems, form.tiles, strict=False):
         rest, named, clocks = tile.rest, tile.rest.named, tile.clocks
         if not tile.flops or not chip:

@@ -13,8 +13,8 @@ import triton
 from triton.compiler import ASTSource
 
 from benchmarks import registry
-from benchmarks.harness.gpu_forms import GPUS, Case, Compiled, Gpu
-from benchmarks.issue_model import predict, sass
+from benchmarks.harness.gpu_forms import TARGETS, Case, Compiled, Gpu
+from benchmarks.issue_model import gcn, predict, sass
 from benchmarks.issue_model.pipes import CHIPS
 from benchmarks.issue_model.predict import Tile
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 def compile_case(case: Case) -> Compiled:
     """Compile one form with the toolchain in Triton's wheel and read the result."""
-    gpu = GPUS[case.gpu]
+    gpu = TARGETS[case.gpu]
     read = _read_nvidia if gpu.target.backend == "cuda" else _read_amd
     return read(_compiled(case), gpu, case.num_warps, _matrix(case))
 
@@ -46,14 +46,14 @@ def _compiled(case: Case) -> Any:
         signature[name] = argument.type
         if argument.divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    gpu = GPUS[case.gpu]
+    gpu = TARGETS[case.gpu]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **dict(case.options)}
     return triton.compile(source, target=gpu.target, options=options)
 
 
 def _matrix(case: Case) -> str:
-    gpu = GPUS[case.gpu]
+    gpu = TARGETS[case.gpu]
     return gpu.matrix if dict(case.constants).get("BLOCK_M", 64) >= 64 else gpu.small_matrix
 
 
@@ -115,7 +115,7 @@ def faults(case: Case, compiled: Compiled | str) -> list[str]:
     """What is wrong with the compiled form; nothing, if it may ship."""
     if isinstance(compiled, str):
         return [compiled]
-    gpu = GPUS[case.gpu]
+    gpu = TARGETS[case.gpu]
     found = []
     # NVIDIA's matrix units have no IEEE float32.
     has_units = case.has_dot and not (case.precision == "ieee" and gpu.target.backend == "cuda")
@@ -160,12 +160,16 @@ def predict_case(case: Case, steps: Sequence[int]) -> list[Tile]:
     if case.gpu not in CHIPS:
         return []
     compiled = _compiled(case)
-    gpu = GPUS[case.gpu]
-    taken = _read_nvidia(compiled, gpu, case.num_warps, _matrix(case))
-    code = sass.read(compiled.asm["cubin"])
+    gpu = TARGETS[case.gpu]
+    if gpu.target.backend == "cuda":
+        taken = _read_nvidia(compiled, gpu, case.num_warps, _matrix(case))
+        code = sass.read(compiled.asm["cubin"])
+    else:
+        taken = _read_amd(compiled, gpu, case.num_warps, _matrix(case))
+        code = gcn.parse(compiled.asm["amdgcn"])
     blocks = max(1, taken.blocks)
     constants = dict(case.constants)
-    elements = constants.get("BLOCK_M", 0) * constants.get("BLOCK_N", 0) // (32 * case.num_warps)
+    elements = constants.get("BLOCK_M", 0) * constants.get("BLOCK_N", 0) // (gpu.target.warp_size * case.num_warps)
     shape = predict.Shape(case.num_warps, blocks, 1, elements, _shapeless_flops(case))
     return [predict.tile_of(code, CHIPS[case.gpu], shape._replace(steps=number)) for number in steps]
 

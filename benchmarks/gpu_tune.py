@@ -24,7 +24,7 @@ import torch
 from benchmarks import gpu_sweep, registry
 from benchmarks.gpu_compile import compile_case, faults, in_processes, predict_case
 from benchmarks.harness import gpu_machine, gpu_runs
-from benchmarks.harness.gpu_forms import GPUS, Case
+from benchmarks.harness.gpu_forms import SERVED, TARGETS, Case
 from benchmarks.harness.gpu_workers import run_tasks
 from benchmarks.harness.row_log import RowLog
 from benchmarks.harness.tables import Row
@@ -128,9 +128,10 @@ def tasks(ops: Sequence[str], quick: bool) -> list[Task]:
 def target_of(device: torch.device) -> str:
     """The target of the compiler that stands for the GPU."""
     family = family_of(device)
-    if family == "sm_80" and "sm_89" in GPUS and torch.cuda.get_device_capability(device) == (8, 9):
-        return "sm_89"
-    return family
+    if device.type == "cpu" or torch.version.hip is not None:
+        return family
+    own = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return own if own in TARGETS and SERVED.get(own) == family else family
 
 
 def candidates(task: Task, family: str, target: str) -> dict[str, list[Case]]:

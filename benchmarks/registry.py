@@ -5,6 +5,7 @@ asks for it: a CPU report needs no Triton, and a compile check needs no peer. An
 never a command.
 """
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.bench_cases import BenchCase
-from benchmarks.harness.gpu_forms import Argument, Case, Problem
+from benchmarks.harness.gpu_forms import SERVED, Argument, Case, Problem
 from benchmarks.harness.gpu_runs import Contest
 from benchmarks.harness.tables import Comparison, Headline, Row, Table
 
@@ -124,3 +125,9 @@ def gpu_check(folder: str) -> GpuCheck:
 
 def gpu_bounds(folder: str) -> GpuBounds:
     return cast(GpuBounds, part(folder, "gpu_bounds"))
+
+
+def forms(folder: str, targets: Iterable[str]) -> list[Case]:
+    """Every form of an op that a launcher can ask for on these targets of the compiler."""
+    every = gpu_bounds(folder).cases
+    return [dataclasses.replace(case, gpu=target) for target in targets for case in every([SERVED.get(target, target)])]

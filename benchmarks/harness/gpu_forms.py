@@ -44,8 +44,17 @@ GPUS: dict[str, Gpu] = {
         {"half": 1307e12, "ieee": 163.4e12}, 5.3e12, r"\bv_mfma_", r"\bv_mfma_",
     ),
 }  # fmt: skip
+# Targets of the compiler that take another family's tables of tiles, and the family.
+SERVED = {"sm_89": "sm_80"}
+# NVIDIA RTX 4090, whose products are summed in float32 at half rate.
+TARGETS: dict[str, Gpu] = GPUS | {
+    "sm_89": Gpu(
+        "RTX 4090", GPUTarget("cuda", 89, 32), 99 << 10, 100 << 10, 48,
+        {"half": 165.2e12, "tf32x3": 82.6e12 / 3, "ieee": 82.6e12}, 1.01e12, r"\bHMMA\.", r"\bHMMA\.",
+    ),
+}  # fmt: skip
 if OLDER_TRITON:
-    del GPUS["sm_100"]  # mmkernels._backends refuses it
+    del GPUS["sm_100"], TARGETS["sm_100"]  # mmkernels._backends refuses it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +111,7 @@ class Problem(NamedTuple):
 
     def bound(self, case: Case) -> tuple[float, str]:
         """Seconds that the datasheet allows at best, and the limit that sets them: compute or memory."""
-        gpu = GPUS[case.gpu]
+        gpu = TARGETS[case.gpu]
         compute = self.flops / gpu.peak[case.precision if case.has_dot else "ieee"]
         memory = self.bytes / gpu.bandwidth
         return max(compute, memory), "compute" if compute >= memory else "memory"

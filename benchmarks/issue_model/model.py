@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from benchmarks.issue_model import gcn
 from benchmarks.issue_model.pipes import Chip, is_asynchronous, memory_bytes, use
 from benchmarks.issue_model.sass import NONE, Instruction
 
@@ -29,6 +30,7 @@ class Step(NamedTuple):
     latency: int
     kind: str  # what the model does with it beyond taking its pipe
     running: int  # how many groups a wait leaves running
+    counts: tuple[int, int] = (0, 0)  # the same of an AMD wait: loads of memory, of the data share and scalars
 
 
 def steps_of(path: Sequence[Instruction], chip: Chip, shapeless_flops: float = 0.0) -> list[Step]:
@@ -45,12 +47,15 @@ def steps_of(path: Sequence[Instruction], chip: Chip, shapeless_flops: float = 0
         elif kind.startswith("product"):
             waits = 0
         taken = use(instruction, chip, shapeless_flops)
-        steps.append(Step(instruction, taken.pipe, taken.clocks, taken.latency, kind, running))
+        counts = gcn.counts(instruction) if kind == "wait for counts" else (0, 0)
+        steps.append(Step(instruction, taken.pipe, taken.clocks, taken.latency, kind, running, counts))
     return steps
 
 
 def _kind(instruction: Instruction) -> tuple[str, int]:
     """What the model does with an instruction, and how many groups a wait leaves running."""
+    if gcn.is_amd(instruction):
+        return gcn.kind(instruction), 0
     name, opcode, text = instruction.name, instruction.opcode, instruction.text
     if name == "BAR" and ".ARV" not in opcode:
         return "barrier", 0
@@ -89,6 +94,7 @@ class _Warp:
         self.open_products = 0.0
         self.copies: list[float] = []  # when each group of copies has arrived
         self.open_copies = 0.0
+        self.local: list[float] = []  # when each access of the data share or load of a scalar is done
         self.waiting = False  # at a barrier
 
 
@@ -133,6 +139,10 @@ def issue(steps: Sequence[Step], chip: Chip, warps: int, blocks: int = 1, offset
             warp.open_products = done + _PRODUCT_CLOCKS
             if step.kind != "product":
                 warp.products.append(warp.open_products)
+        elif step.kind == "counted load":
+            pipes[step.pipe] = done
+            memory = max(memory, clock) + l2_clocks[i]
+            warp.copies.append(max(memory, done) + latency)
         elif step.kind in ("copy", "load"):
             pipes[step.pipe] = done
             memory = max(memory, clock) + l2_clocks[i]
@@ -152,6 +162,11 @@ def issue(steps: Sequence[Step], chip: Chip, warps: int, blocks: int = 1, offset
                 warp.copies.append(warp.open_copies)
             elif step.kind == "wait for copies":
                 warp.ready = max(warp.ready, *_finished(warp.copies, step.running))
+            elif step.kind == "counted local":
+                warp.local.append(done + latency)
+            elif step.kind == "wait for counts":
+                memory_left, local_left = step.counts
+                warp.ready = max(warp.ready, *_finished(warp.copies, memory_left), *_finished(warp.local, local_left))
             elif step.kind == "barrier":
                 warp.waiting = True
         if i.sets != NONE:

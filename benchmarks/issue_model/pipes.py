@@ -1,4 +1,4 @@
-"""What each instruction takes of which unit of an NVIDIA multiprocessor: tables.
+"""What each instruction takes of which unit of an NVIDIA multiprocessor: tables. gcn.py has AMD's.
 
 A multiprocessor has four schedulers. Each issues one instruction of a warp a clock, and has its own ALU, FMA unit,
 special function unit and tensor core; all four share the load/store unit. Clocks are those of one scheduler: a unit of
@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from benchmarks.issue_model import gcn
 from benchmarks.issue_model.sass import Instruction
 
 SCHEDULERS = 4
@@ -87,12 +88,16 @@ _HALF_FP32 = {name: Use("fma", 2) for name in ("FFMA", "FADD", "FMUL")}  # 64 la
 
 # FLOP a clock: the datasheet's peak over multiprocessors and boost clock. L2: 5120 bytes a clock of the whole chip on
 # A100 (white paper), taken for H100, too, and twice that for the two dies of B200; RTX 4090: 5 TB/s, as measured.
+# An RTX 4090 makes half of Ada's products a clock when it sums them in float32, as the kernels here do: 512 FLOP, where
+# an L40S makes 1,024. MI300X: 2,048 bytes a clock of an XCD's L2 for its 38 compute units; its clock under load is not
+# known here, and its peak's is taken.
 # H100 ran at 1.33 GHz where 92 % of the clocks were a product's, and has 1.755 GHz to itself (docs/gpu_predictions.md).
 CHIPS: dict[str, Chip] = {
     "sm_80": Chip("A100", 108, 1.41e9, 1.41e9, 2048, 2.04e12, 47, 500, _COMMON | _HALF_FP32),
     "sm_89": Chip("RTX 4090", 128, 2.52e9, 2.52e9, 512, 1.01e12, 16, 600, _COMMON),
     "sm_90": Chip("H100", 132, 1.755e9, 1.28e9, 4096, 3.35e12, 39, 600, _COMMON),
     "sm_100": Chip("B200", 148, 1.85e9, 1.85e9, 8192, 8.0e12, 64, 700, _COMMON),
+    "gfx942": Chip("MI300X", 304, 2.1e9, 2.1e9, 2048, 5.3e12, 54, 600, {}),
 }
 
 _MATRIX = re.compile(r"^(HGMMA|QGMMA|IGMMA|BGMMA|HMMA|IMMA|QMMA|OMMA|DMMA|UTC\w*MMA)$")
@@ -112,16 +117,22 @@ _WIDTH = {
 
 
 def is_matrix(instruction: Instruction) -> bool:
-    return _MATRIX.match(instruction.name) is not None
+    return gcn.is_matrix(instruction) or _MATRIX.match(instruction.name) is not None
 
 
 def is_asynchronous(instruction: Instruction) -> bool:
     """A product of a warp group (sm_90) or of one thread (sm_100), which goes on while the warp issues."""
-    return is_matrix(instruction) and instruction.name not in ("HMMA", "IMMA", "QMMA", "DMMA", "OMMA")
+    return (
+        not gcn.is_amd(instruction)
+        and is_matrix(instruction)
+        and instruction.name not in ("HMMA", "IMMA", "QMMA", "DMMA", "OMMA")
+    )
 
 
 def product_flops(instruction: Instruction) -> float:
     """FLOP that one warp's instruction stands for, by the shape in its name; 0 where the name has none (UTCHMMA)."""
+    if gcn.is_matrix(instruction):
+        return gcn.product_flops(instruction)
     if match := re.search(r"\.64x(\d+)x(\d+)", instruction.opcode):  # a quarter of the warp group's
         return 2.0 * 64 * int(match[1]) * int(match[2]) / SCHEDULERS
     if match := re.search(r"\.(8|16)(8|16|32)(8|16|32|64|4)?\b", instruction.opcode):
@@ -133,6 +144,8 @@ def product_flops(instruction: Instruction) -> float:
 
 def memory_bytes(instruction: Instruction) -> int:
     """Bytes that the threads of a warp load or store, if all do."""
+    if gcn.is_amd(instruction):
+        return gcn.memory_bytes(instruction)
     if instruction.name in ("LDSM", "STSM"):
         match = re.search(r"\.(4|2)\b", instruction.opcode.replace("M88", "").replace("MT88", ""))
         return 128 * (int(match[1]) if match else 1)
@@ -152,12 +165,14 @@ _FLOATS = {"FADD", "FMUL", "FFMA", "MUFU", "FMNMX", "FSETP", "FSEL", "FSET", "HF
 
 def float_operations(instruction: Instruction) -> int:
     """How many numbers of a thread it works on."""
+    if gcn.is_amd(instruction):
+        return gcn.float_operations(instruction)
     return 2 if instruction.name == "F2FP" else int(instruction.name in _FLOATS)
 
 
 def is_store(instruction: Instruction) -> bool:
     """Whether it writes the GPU's memory."""
-    return instruction.name in ("STG", "ST", "RED", "REDG", "ATOM", "ATOMG")
+    return gcn.is_store(instruction) or instruction.name in ("STG", "ST", "RED", "REDG", "ATOM", "ATOMG")
 
 
 def use(instruction: Instruction, chip: Chip, shapeless_flops: float = 0.0) -> Use:
@@ -165,6 +180,10 @@ def use(instruction: Instruction, chip: Chip, shapeless_flops: float = 0.0) -> U
 
     shapeless_flops: what a product whose name has no shape is to each warp.
     """
+    if gcn.is_amd(instruction):
+        return Use(*gcn.taken(instruction, chip.matrix / SCHEDULERS, chip.l2_latency))
+    if instruction.name in ("BRA", "EXIT"):
+        return _COMMON[instruction.name]
     if is_matrix(instruction):
         rate = chip.matrix / SCHEDULERS
         if any(part in instruction.opcode for part in (".TF32", ".1684", ".1688.F32.TF32")):

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from benchmarks.issue_model import model
+from benchmarks.issue_model import gcn, model
 from benchmarks.issue_model.flow import Flow, Loop, Part
 from benchmarks.issue_model.pipes import SCHEDULERS, Chip, is_matrix, product_flops, use
 from benchmarks.issue_model.sass import Code, Instruction
@@ -39,7 +39,7 @@ class Work(NamedTuple):
         for instruction in path:
             taken = use(instruction, chip, shapeless_flops)
             clocks[taken.pipe] = clocks.get(taken.pipe, 0.0) + taken.clocks
-        return cls(len(path), clocks, Counter(i.name for i in path))
+        return cls(len(path), clocks, Counter(gcn.label(i) if gcn.is_amd(i) else i.name for i in path))
 
     def all_clocks(self, warps: int) -> dict[str, float]:
         """Clocks of each pipe, and of issue, for all the warps of a scheduler."""
@@ -91,9 +91,11 @@ def tile_of(code: Code, chip: Chip, shape: Shape) -> Tile:
 
 
 def _peeled(step: Sequence[Instruction], rest: Sequence[Instruction]) -> int:
-    """How many trips of the main loop stand before it. On sm_100 the first does; elsewhere a product beside the loop is
-    one of its own."""
-    in_step, in_rest = ([i for i in path if i.name.startswith("UTC") and is_matrix(i)] for path in (step, rest))
+    """How many trips of the main loop stand before or after it. On sm_100 the first does, on AMD as many as the copies
+    are ahead; elsewhere a product beside the loop is one of its own."""
+    in_step, in_rest = (
+        [i for i in path if is_matrix(i) and (i.name.startswith("UTC") or gcn.is_amd(i))] for path in (step, rest)
+    )
     return len(in_rest) // len(in_step) if in_step else 0
 
 

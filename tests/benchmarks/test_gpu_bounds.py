@@ -1,10 +1,12 @@
 """Which compiled forms may ship."""
 
+import dataclasses
+
 import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu_bounds, gpu_sweep
+from benchmarks import gpu_bounds, gpu_sweep, registry
 from benchmarks.harness.gpu_forms import Case, Compiled
 
 
@@ -33,6 +35,26 @@ def test_how_much_a_form_may_spill(case, most):
     """Only products without matrix units may, and little."""
     assert not gpu_bounds.faults(case, compiled(most))
     assert "spills" in gpu_bounds.faults(case, compiled(most + 4))[0]
+
+
+def test_a_target_without_tables_takes_those_of_the_family_that_serves_it():
+    found = registry.forms("siglip", ["sm_89", "gfx942"])
+    served = [case for case in found if case.gpu == "sm_89"]
+    assert [dataclasses.replace(case, gpu="sm_80") for case in served] == registry.forms("siglip", ["sm_80"])
+    assert {case.gpu for case in found} == {"sm_89", "gfx942"}
+    small = dataclasses.replace(compiled(0), shared=100 << 10)
+    assert "the limit is 101376" in gpu_bounds.faults(served[0], small)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", registry.FOLDERS)
+def test_the_main_forms_run_on_an_rtx_4090(op):
+    """ptxas gives registers anew for each chip, so that sm_80's tiles may spill on sm_89."""
+    main = registry.gpu_bounds(op).is_main
+    for case in registry.forms(op, ["sm_89"]):
+        if main(dataclasses.replace(case, gpu="sm_80")) and case.dtype == "bf16":
+            found = gpu_bounds.faults(case, gpu_bounds.compile_case(case))
+            assert not found, f"{case.name}: {found}"
 
 
 def test_a_sweep_varies_what_a_form_has_and_keeps_its_sums_in_registers():

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.issue_model import flow, model, pipes, predict, sass
+from benchmarks.issue_model import flow, gcn, model, pipes, predict, sass
 from benchmarks.issue_model.sass import NONE, Code, Instruction
 
 H100 = pipes.CHIPS["sm_90"]
@@ -186,3 +186,111 @@ def test_a_tile_counts_its_main_loop_and_the_rest():
     assert tile.clocks["matrix"] == 10 * 2 * 64
     assert tile.clocks["issue"] == 2 * (10 * 3 + 3)
     assert tile.cycles > tile.bound()[0] == tile.clocks["matrix"]
+
+
+MI300X = pipes.CHIPS["gfx942"]
+
+# From the compiler's assembly, shortened.
+GCN_LISTING = """
+	.text
+kernel:
+.LBB0_0:
+	s_load_dwordx2 s[0:1], s[2:3], 0x8     ; the pointers
+	s_cbranch_execz .LBB0_2
+; %bb.1:
+	global_load_dwordx4 v[0:3], v[4:5], off
+.LBB0_2:                                ; Parent Loop
+	s_waitcnt vmcnt(0) lgkmcnt(1)
+	s_nop 3
+	s_cbranch_scc1 .LBB0_2
+	s_branch .LBB0_0
+	s_endpgm
+	.section	.rodata,"a",@progbits
+	v_mov_b32_e32 v0, v1
+"""
+
+
+def gcn_an(text: str) -> Instruction:
+    (instruction,) = gcn.parse(f"\t{text}\n").instructions
+    return instruction
+
+
+def gcn_clocks(*texts: str, warps: int = 1) -> float:
+    path = [gcn_an(text) for text in texts]
+    return max(model.issue(model.steps_of(path, MI300X), MI300X, warps))
+
+
+def test_a_listing_of_amd_is_read():
+    code = gcn.parse(GCN_LISTING)
+    assert [i.opcode for i in code.instructions] == [
+        "s_load_dwordx2", "s_cbranch_execz", "global_load_dwordx4", "s_waitcnt", "s_nop", "BRA", "BRA", "EXIT",
+    ]  # fmt: skip
+    assert code.labels == {".LBB0_0": 0, ".LBB0_2": 3}
+    assert [(i.predicate, i.target) for i in code.instructions[5:7]] == [("scc1", ".LBB0_2"), ("", ".LBB0_0")]
+    assert gcn.counts(code.instructions[3]) == (0, 1)
+    assert code.instructions[4].stall == 16
+    # Nothing is done by no lane in an inner tile: the jump past a load is none.
+    found = flow.Flow(code)
+    assert [(block.first, block.end) for block in found.blocks] == [(0, 3), (3, 6), (6, 7), (7, 8)]
+    assert len(found.loops) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "pipe", "clocks"),
+    [
+        ("v_mfma_f32_32x32x8_bf16 v[0:15], v[16:17], v[18:19], v[0:15]", "matrix", 32),  # 8 passes
+        ("v_mfma_f32_16x16x16_f16 a[0:3], v[16:17], v[18:19], a[0:3]", "matrix", 16),
+        ("v_mfma_f32_32x32x2_f32 a[0:15], v0, v1, a[0:15]", "matrix", 64),
+        ("v_mfma_f32_16x16x4_f32 a[0:3], v0, v1, a[0:3]", "matrix", 32),
+        ("v_mfma_f32_32x32x16_fp8_fp8 a[0:15], v[0:1], v[2:3], a[0:15]", "matrix", 32),
+        ("v_exp_f32_e32 v0, v1", "alu", 16),
+        ("v_mul_lo_u32 v0, v1, v2", "alu", 16),
+        ("v_pk_fma_f32 v[0:1], v[2:3], v[4:5], v[6:7]", "alu", 4),
+        ("ds_read_b64 v[0:1], v2 offset:64", "lsu", 16),
+        ("ds_read2st64_b64 v[0:3], v4 offset1:8", "lsu", 32),
+        ("ds_write_b128 v0, v[2:5]", "lsu", 32),
+        ("global_load_dwordx4 v[0:3], v[4:5], off", "memory", 64),
+        ("buffer_load_ushort v0, v1, s[0:3], 0 offen", "memory", 16),
+        ("s_add_i32 s0, s1, s2", "scalar", 4),
+    ],
+)
+def test_what_an_instruction_of_amd_takes(text, pipe, clocks):
+    taken = pipes.use(gcn_an(text), MI300X)
+    assert (taken.pipe, taken.clocks) == (pipe, clocks)
+
+
+def test_waves_share_a_simd():
+    add = "v_add_f32_e32 v0, v0, v1"
+    assert gcn_clocks(*[add] * 10) == gcn_clocks(*[add] * 5, warps=2) == 36
+    # The scalar unit works beside the vector unit, on another wave.
+    assert gcn_clocks(*[add, "s_add_i32 s0, s0, s1"] * 5, warps=2) < gcn_clocks(*[add] * 10, warps=2)
+    product = "v_mfma_f32_32x32x8_bf16 v[0:15], v[16:17], v[18:19], v[0:15]"
+    assert gcn_clocks(product, *[add] * 7) == 28  # beside the product
+    assert gcn_clocks(product, product, add) == 32 + 4
+
+
+def test_a_wait_is_for_the_oldest_loads():
+    load, use = "global_load_dwordx4 v[0:3], v[4:5], off", "v_add_f32_e32 v0, v0, v1"
+    alone = gcn_clocks(load, "s_waitcnt vmcnt(0)", use)
+    # 16 clocks of the port for 1,024 bytes from all SIMDs, or of L2's width, and its latency.
+    assert alone == pytest.approx(4 * 1024 / MI300X.l2_bytes + MI300X.l2_latency, abs=4)
+    assert gcn_clocks(load, load, "s_waitcnt vmcnt(1)", use) == alone
+    assert gcn_clocks(load, load, "s_waitcnt vmcnt(0)", use) > alone + 60
+    assert gcn_clocks(load, "s_waitcnt lgkmcnt(0)", use) == 8
+    assert gcn_clocks("ds_read_b64 v[0:1], v2", "s_waitcnt lgkmcnt(0)", use) == pytest.approx(16 + 120, abs=4)
+
+
+def test_a_tile_of_amd_counts_the_trips_before_and_after_its_loop():
+    product = "v_mfma_f32_32x32x8_bf16 v[0:15], v[16:17], v[18:19], v[0:15]"
+    lines = [product, ".LBB0_1:", product, "s_cbranch_scc1 .LBB0_1", product, "v_exp_f32_e32 v0, v1", "s_endpgm"]
+    code = gcn.parse("\n".join(line if line.startswith(".") else f"\t{line}" for line in lines))
+    tile = predict.tile_of(code, MI300X, predict.Shape(warps=8, blocks=1, steps=10))
+    assert tile.steps == 8
+    assert tile.flops == 10 * 8 * 2 * 32 * 32 * 8
+    assert tile.clocks["matrix"] == 10 * 2 * 32
+    assert tile.rest.named["MUFU"] == 1
+
+
+def test_an_unknown_instruction_of_amd_is_an_error():
+    with pytest.raises(KeyError, match="frob"):
+        pipes.use(Instruction("", "frob", "frob", "", 4, NONE, NONE, ()), MI300X)
