@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import gpu_tune, registry
+from benchmarks import gpu_kernels, gpu_tune, registry
 from benchmarks.harness import gpu_machine, gpu_runs, ncu
 from benchmarks.harness.gpu_workers import run_tasks
 from benchmarks.harness.row_log import RowLog
@@ -30,6 +30,10 @@ from benchmarks.registry import FOLDERS
 
 PARTS = ("ceilings", "parity", "speed", "ncu")
 MOST_PROCESSES = 8  # each has a GPU context of half a GB
+_EXPECTED = (
+    "bound us: the least time by the datasheet of the best-known chip of this kind; predicted us: the issue model's, "
+    "of the machine code that ran. Both are of one pass of the kernel's forms over the whole problem, without launches."
+)
 # What a row is filed under; the rest are its columns.
 FILED = ("task", "op", "kernels")
 
@@ -73,7 +77,8 @@ def rows_of(task: Task, device: torch.device) -> Iterable[Row]:
     check = registry.gpu_check(task.op)
     if task.part == "parity":
         return [gpu_runs.parity(task.what, check.check, dtype, device)]
-    return gpu_runs.contest_rows(check.contest, task.what, dtype, device)
+    kernels = functools.partial(gpu_kernels.times, task.op, task.what, dtype, device)
+    return gpu_runs.contest_rows(check.contest, task.what, dtype, device, kernels)
 
 
 def run(log: RowLog, device: torch.device, task: Task) -> bool:
@@ -173,7 +178,7 @@ def report(log: RowLog) -> str:
             parts += [table(speed), f"{registry.gpu_check(op).NOTE}\n"]
             kernels = [{**_size(row), **kernel} for row in speed for kernel in row.get("kernels", ())]
             if kernels:
-                parts += [f"## {op}: kernels of one pass of ours\n", table(kernels)]
+                parts += [f"## {op}: kernels of one pass of ours\n", table(kernels), f"{_EXPECTED}\n"]
         if counters:
             parts += [f"## {op}: Nsight Compute\n", table(counters)]
     return "\n".join(parts)

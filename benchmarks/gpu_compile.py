@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 from benchmarks import registry
 from benchmarks.harness.gpu_forms import TARGETS, Case, Compiled, Gpu
 from benchmarks.issue_model import gcn, predict, sass
-from benchmarks.issue_model.pipes import CHIPS
+from benchmarks.issue_model.pipes import CHIPS, Chip
 from benchmarks.issue_model.predict import Tile
 
 T = TypeVar("T")
@@ -157,9 +157,11 @@ def heaviest(chosen: list[Case]) -> list[Case]:
 
 def predict_case(case: Case, steps: Sequence[int]) -> list[Tile]:
     """One tile of the form for each number of trips through its main loop. An empty list: not modelled on this GPU."""
-    if case.gpu not in CHIPS:
-        return []
-    compiled = _compiled(case)
+    return predict_compiled(_compiled(case), case, steps, CHIPS[case.gpu]) if case.gpu in CHIPS else []
+
+
+def predict_compiled(compiled: Any, case: Case, steps: Sequence[int], chip: Chip) -> list[Tile]:
+    """The same of what Triton compiled."""
     gpu = TARGETS[case.gpu]
     if gpu.target.backend == "cuda":
         taken = _read_nvidia(compiled, gpu, case.num_warps, _matrix(case))
@@ -171,7 +173,7 @@ def predict_case(case: Case, steps: Sequence[int]) -> list[Tile]:
     constants = dict(case.constants)
     elements = constants.get("BLOCK_M", 0) * constants.get("BLOCK_N", 0) // (gpu.target.warp_size * case.num_warps)
     shape = predict.Shape(case.num_warps, blocks, 1, elements, _shapeless_flops(case))
-    return [predict.tile_of(code, CHIPS[case.gpu], shape._replace(steps=number)) for number in steps]
+    return [predict.tile_of(code, chip, shape._replace(steps=number)) for number in steps]
 
 
 def _shapeless_flops(case: Case) -> float:

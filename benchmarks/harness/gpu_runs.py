@@ -64,11 +64,16 @@ def parity(
 
 
 def contest_rows(
-    contest: Callable[[Any, torch.dtype, torch.device], Contest], size: Any, dtype: torch.dtype, device: torch.device
+    contest: Callable[[Any, torch.dtype, torch.device], Contest],
+    size: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: Callable[[Callable[[], Any]], list[Row]],
 ) -> Iterator[Row]:
     """Time every peer at one size (a NamedTuple: its fields head the columns); a row for each, ours first.
 
-    A row of ours has its kernels, too. A peer that fails, and ours, has an error in place of times.
+    A row of ours has its kernels, too, as `kernels` gives them of a pass. A peer that fails, and ours, has an error in
+    place of times.
     """
     torch.compiler.reset()  # every size is compiled for itself, as in training
     peers, leaves, figures, backward = contest(size, dtype, device)
@@ -78,7 +83,7 @@ def contest_rows(
             row |= measure(forward, leaves, backward=backward)
             row |= figures(row["ms"] * 1e-3)
             if index == 0:
-                row["kernels"] = kernel_times(one_pass(forward, leaves, backward))
+                row["kernels"] = kernels(one_pass(forward, leaves, backward))
         except torch.cuda.OutOfMemoryError:
             row["error"] = "out of memory"
         except Exception as error:  # a peer may not take this dtype, or this GPU

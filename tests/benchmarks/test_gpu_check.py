@@ -148,10 +148,11 @@ if not INTERPRETED:
             peers = {"mmkernels": ours, "small": refuse, "large": too_large}
             return gpu_runs.Contest(peers, [torch.zeros(1)], lambda seconds: {"GB/s": 1.0}, False)
 
-        rows = list(gpu_runs.contest_rows(contest, Size(1), torch.float32, CPU))
+        of = lambda step: gpu_runs.kernel_times(step)  # noqa: E731
+        rows = list(gpu_runs.contest_rows(contest, Size(1), torch.float32, CPU, of))
         assert [row.get("error") for row in rows] == [None, "ValueError: no float32", "out of memory"]
         assert rows[0]["kernels"] == [{"kernel": "k", "launches": 2, "us": 1.5}]
-        rows = list(gpu_runs.contest_rows(contest, Size(0), torch.float32, CPU))
+        rows = list(gpu_runs.contest_rows(contest, Size(0), torch.float32, CPU, of))
         filed = [{"task": f"speed op N=0 {i}", "op": "op"} | row for i, row in enumerate(rows)]
         assert gpu_check.faults(filed) == ["speed op N=0 0: ValueError: no float32"]
 

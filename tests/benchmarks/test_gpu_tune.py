@@ -117,7 +117,8 @@ def test_the_whole_command_against_a_driver_that_does_nothing(tmp_path, monkeypa
     monkeypatch.delenv(overrides.VARIABLE, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert driver.in_stub("tests.benchmarks.tune_rehearsal", [str(tmp_path)]) == 0
-    said = json.loads(capfd.readouterr().out.splitlines()[-1])
+    *_, of_pass, said = capfd.readouterr().out.splitlines()
+    said = json.loads(said)
     (path,) = (tmp_path / "cache" / "mmkernels" / "tiles").iterdir()
     assert path.name == "NVIDIA H0 _stub_.json"
     row = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4, "maxnreg": None}
@@ -128,3 +129,9 @@ def test_the_whole_command_against_a_driver_that_does_nothing(tmp_path, monkeypa
     assert verdicts[-1] == "ok"
     assert all("BLOCK_N=64" in verdict for verdict in verdicts[:-1])
     assert all(row["predicted ms"] > 0 for row in rows if row.get("refused") == "")
+    # The kernels of a pass in those tiles, beside what was expected of them on half of an H100.
+    ranks, positives, other = json.loads(of_pass)["pass"]
+    assert ranks["bound us"] == pytest.approx(2.0 * 4096**2 * 512 / 989e12 * 1e6)
+    assert 3 * ranks["bound us"] < ranks["predicted us"] < 10 * ranks["bound us"]
+    assert 0 < positives["bound us"] < positives["predicted us"]
+    assert other == {"kernel": "at::native::reduce_kernel", "launches": 1, "us": 9.0}
