@@ -115,7 +115,6 @@ def _whole_cases(gpu: str, dtype: str) -> Iterator[Case]:
     """The keys of a sequence in all sums of pieces: from the packed tile's items on, all multiples of 16."""
     for tile, items in itertools.product(WHOLE.get(gpu, {}).values(), range(80, MOST_KEYS + 1, 16)):
         options = whole_options(tile, items)
-        assert options
         warps, stages = options.pop("num_warps"), options.pop("num_stages")
         for cls, wide in itertools.product(CLS, (False, True)):
             constants = {"CLS": cls, "WIDE": wide} | options
@@ -126,8 +125,8 @@ def _whole_cases(gpu: str, dtype: str) -> Iterator[Case]:
 
 
 def keys_of(case: Case) -> int:
-    """Keys that fit the pieces of a form of whole_forward."""
-    return sum(value for name, value in case.constants if name in ("P0", "P1", "P2"))
+    """The most keys of a form of whole_forward; 0 for other kernels."""
+    return int(dict(case.constants).get("KEYS", 0))
 
 
 def kernel(name: str) -> Any:

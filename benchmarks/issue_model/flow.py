@@ -62,7 +62,7 @@ class Flow:
         within = loop.body if loop else self.reachable
         inner = self._children(loop)
         owner = {block: child for child in inner for block in child.body}
-        ends = loop.latches if loop else {b for b in within if not self.blocks[b].successors}
+        ends = loop.latches if loop else {b for b in within if self._may_end(b)}
         start = loop.header if loop else 0
 
         @functools.cache
@@ -88,6 +88,10 @@ class Flow:
             return (products, loops, stored, done, short - len(code)), (part, *parts)
 
         return _joined(best(start, False, 0)[1])
+
+    def _may_end(self, block: int) -> bool:
+        """Whether the kernel may end there: an exit may have a condition, such as a loop's."""
+        return not self.blocks[block].successors or self.instructions[self.blocks[block].end - 1].name == "EXIT"
 
     def _multiplies(self, blocks: Iterable[int]) -> bool:
         return any(is_matrix(i) for b in blocks for i in self.instructions[self.blocks[b].first : self.blocks[b].end])

@@ -68,6 +68,21 @@ def test_a_path_passes_products_loops_and_a_store_by_the_shortest_way():
     assert ranges == [(0, 2, False), (2, 4, True), (4, 7, False), (10, 13, False), (14, 15, False)]
 
 
+def test_a_loop_may_be_left_by_a_conditional_exit():
+    code = Code(
+        [
+            an("MOV R0, R1"),
+            an("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0"),  # 1: the loop
+            an("STG.E.128 [R2], R4"),
+            an("EXIT", predicate="P0"),
+            an("BRA `loop"),  # 4
+        ],
+        {"loop": 1},
+    )
+    ranges = [(part.first, part.end, part.loop is not None) for part in flow.Flow(code).path(None)]
+    assert ranges == [(0, 1, False), (1, 4, True)]
+
+
 def test_a_path_works_on_every_element():
     code = Code(
         [

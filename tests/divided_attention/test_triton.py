@@ -101,7 +101,7 @@ WHOLE = [
     Case(16, 2, "space", batch=1, heads=2, head=24, regime="one piece"),
     Case(47, 2, "space", "global_cls", "tn", batch=1, heads=1, head=8, regime="two pieces"),
     Case(2, 65, "time", "none", batch=1, heads=1, head=8, regime="three pieces"),
-    Case(39, 3, "space", batch=1, heads=1, scale=-0.5, regime="negative scale"),
+    Case(39, 3, "space", "paper", batch=1, heads=1, amplitude=5.0, regime="two blocks and a half"),
 ]
 
 
@@ -115,15 +115,11 @@ def test_whole(case, dtype, monkeypatch):
     assert chosen
 
 
-def test_pieces_hold_all_items():
-    for largest, most in ((128, configs.MOST_KEYS), (32, 96)):
-        for items in range(1, most + 1):
-            pieces = configs.pieces_of(items, largest)
-            assert 0 <= sum(pieces) - items < 16
-            assert [size & (size - 1) for size in pieces] == [0] * configs.PIECES
-            assert all(size in (0, largest) or 16 <= size < largest for size in pieces)
-    assert configs.pieces_of(256, 32) is None
-    OP(torch.randn(1, 3, 48), num_frames=1, num_heads=1, axis="time", cls_mode="none", impl="triton")  # for guards
+def test_a_negative_scale_is_streamed():
+    assert configs.choose_whole(torch.empty(0, dtype=BF16), 64, 197, 0.125)
+    assert configs.choose_whole(torch.empty(0, dtype=BF16), 64, 197, -0.125) is None
+    case = Case(39, 2, "space", batch=1, heads=1, scale=-0.5, regime="negative scale")
+    check(case, case.inputs(BF16))
 
 
 @pytest.mark.slow

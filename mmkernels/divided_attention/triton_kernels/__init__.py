@@ -88,7 +88,7 @@ def divided_attention_forward(
     parts = geometry.groups if cls else 0
     tile = config.packed_forward if packed else config.forward
     kernel = packed_forward_kernel if packed else forward_kernel
-    whole = None if packed or extras.masked else choose_whole(qkv, D, geometry.items)
+    whole = None if packed or extras.masked else choose_whole(qkv, D, geometry.items, scale)
     qkv = _readable(qkv)
     out = qkv.new_empty(B, L, C)
     lse = qkv.new_empty(B, num_heads, layout.num_rows, dtype=torch.float32)

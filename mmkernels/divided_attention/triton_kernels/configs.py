@@ -133,39 +133,25 @@ if OLDER_TRITON:  # under which these would spill
 # for which no form spills on an H100. A form of a global class token would on an A100; on a B200 a program takes all of
 # the tensor memory; an MI300X has no room for the keys.
 WHOLE: dict[str, dict[int, Tile]] = {
-    "sm_90": {head: Tile(64, 128, head, 4, 2) for head in (32, 64)},
+    "sm_90": {head: Tile(64, 64, head, 4, 1) for head in (32, 64)},
     "interpreter": {head: Tile(32, 32, head, 4, 1) for head in HEADS},
 }
-MOST_KEYS = 208  # more take more than 255 registers
-PIECES = 3
+MOST_KEYS = 208
 
 
-def pieces_of(items: int, largest: int) -> list[int] | None:
-    """Powers of two of at most `largest` that add up to the items and less than 16 more; None if it takes too many."""
-    rest, pieces = round_up(items, 16), []
-    for size in [largest] * PIECES + [largest >> shift for shift in range(1, 8)]:
-        if 16 <= size <= rest:
-            pieces.append(size)
-            rest -= size
-    return None if rest or len(pieces) > PIECES else pieces + [0] * (PIECES - len(pieces))
-
-
-def choose_whole(qkv: Tensor, head_size: int, items: int) -> dict[str, int] | None:
+def choose_whole(qkv: Tensor, head_size: int, items: int, scale: float) -> dict[str, int] | None:
     """The launch options of whole_forward_kernel; None where its sequences are streamed."""
     tiles = WHOLE.get(family_of(qkv.device), {})
     head = next(head for head in HEADS if head >= head_size)
-    if qkv.dtype == torch.float32 or head not in tiles or items > MOST_KEYS:
+    if qkv.dtype == torch.float32 or head not in tiles or items > MOST_KEYS or scale < 0:
         return None
     return whole_options(tiles[head], items)
 
 
-def whole_options(tile: Tile, items: int) -> dict[str, int] | None:
-    pieces = pieces_of(items, tile.block_n)
-    if pieces is None:
-        return None
-    options = launch_options(tile)
+def whole_options(tile: Tile, items: int) -> dict[str, int]:
+    options = launch_options(tile) | {"KEYS": round_up(items, 16), "PIECE": tile.block_n}
     del options["BLOCK_N"]
-    return options | {f"P{i}": size for i, size in enumerate(pieces)}
+    return options
 
 
 def choose(qkv: Tensor, head_size: int, masked: bool) -> Config:

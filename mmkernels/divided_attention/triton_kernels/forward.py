@@ -32,18 +32,14 @@ from mmkernels.divided_attention.triton_kernels.engine import (
 
 
 @triton.jit
-def store_results(
-    out, lse, partials, partial_tops, partial_sums, cls_weights, cls_weight,
-    acc, m, z, clip, head, group, sequence, token, is_cls, inside, present, owns_cls,
-    num_heads, units, num_sequences, items, groups, has_cls, size,
+def store_queries(
+    out, lse, cls_weights, cls_weight,
+    acc, m, z, clip, head, sequence, token, is_cls, inside, present,
+    num_heads, units, num_sequences, items, has_cls, size,
     CLS: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
-    """Write what a tile of queries gives: acc are sums of values by 2^(size (s - m)), z the sums of these weights.
-
-    What a class token takes from the group goes to partials [B, groups, H D] (AVERAGED: its outputs times their shares;
-    GLOBAL: sums of values, and to partial_tops and partial_sums [B, H, groups] the largest product and the sum of the
-    weights).
-    """
+    """Write the outputs and log-sum-exps of a tile of queries: acc are sums of values by 2^(size (s - m)), z the sums
+    of these weights. Returned: the outputs (the sums as they are, of a GLOBAL class token), and what each counts."""
     D = units * UNIT
     C = num_heads * D
     patch = inside & (is_cls == 0)
@@ -67,16 +63,47 @@ def store_results(
         tl.store(lse + first_lse + row, lse2 * LN2, mask=patch)
     else:
         tl.store(lse + first_lse + row, lse2 * LN2, mask=inside)
+    return acc, weight
+
+
+@triton.jit
+def store_class_token(
+    partials, partial_tops, partial_sums,
+    acc, m, z, weight, chosen, clip, head, group, num_heads, units, groups, size,
+    CLS: tl.constexpr, HEAD: tl.constexpr,
+):  # fmt: skip
+    """Write what the class token takes from a group to partials [B, groups, H D]. AVERAGED: its outputs times their
+    shares; GLOBAL: sums of values, and to partial_tops and partial_sums [B, H, groups] the largest product and the sum
+    of the weights."""
+    D = units * UNIT
+    if CLS == GLOBAL:
+        peak = tl.max(tl.where(chosen, m, LOWEST), 0)
+        weight = tl.exp2((m - peak) * size)
+        at = (clip.to(tl.int64) * num_heads + head) * groups + group
+        tl.store(partial_tops + at, peak)
+        tl.store(partial_sums + at, tl.sum(tl.where(chosen, z * weight, 0.0), 0))
+    at = partials + (clip.to(tl.int64) * groups + group) * (num_heads * D) + head * D
+    store_partial(at, chosen, acc * weight[:, None], D, HEAD)
+
+
+@triton.jit
+def store_results(
+    out, lse, partials, partial_tops, partial_sums, cls_weights, cls_weight,
+    acc, m, z, clip, head, group, sequence, token, is_cls, inside, present, owns_cls,
+    num_heads, units, num_sequences, items, groups, has_cls, size,
+    CLS: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr, HEAD: tl.constexpr,
+):  # fmt: skip
+    """Write what a tile of queries gives, and what the class token takes from the group if the tile holds it."""
+    acc, weight = store_queries(
+        out, lse, cls_weights, cls_weight,
+        acc, m, z, clip, head, sequence, token, is_cls, inside, present,
+        num_heads, units, num_sequences, items, has_cls, size, CLS, MASKED, WIDE, HEAD,
+    )  # fmt: skip
     if CLS != APART and owns_cls:
-        chosen = inside & is_cls
-        if CLS == GLOBAL:
-            peak = tl.max(tl.where(chosen, m, LOWEST), 0)
-            weight = tl.exp2((m - peak) * size)
-            at = (clip.to(tl.int64) * num_heads + head) * groups + group
-            tl.store(partial_tops + at, peak)
-            tl.store(partial_sums + at, tl.sum(tl.where(chosen, z * weight, 0.0), 0))
-        at = partials + (clip.to(tl.int64) * groups + group) * C + head * D
-        store_partial(at, chosen, acc * weight[:, None], D, HEAD)
+        store_class_token(
+            partials, partial_tops, partial_sums,
+            acc, m, z, weight, inside & is_cls, clip, head, group, num_heads, units, groups, size, CLS, HEAD,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUNTIME)
