@@ -13,9 +13,9 @@ from mmkernels._library import define, fingerprint
 
 logger = logging.getLogger("mmkernels")
 
-# Every op and its implementations, best first: the order in which impl="auto" tries them.
+# Every op and its implementations, best first: the order in which impl="auto" tries those that are not _BY_NAME.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "info_nce": ("triton", "cpu", "reference"),
+    "info_nce": ("triton", "cute", "cpu", "reference"),
     "distillation": ("triton", "cpu", "reference"),
     "divided_attention": ("triton", "cpu", "reference"),
     "siglip": ("triton", "cpu", "reference"),
@@ -25,6 +25,13 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "retrieval_topk": ("triton", "cpu", "reference"),
     "beam_search": ("cuda", "triton", "cpu", "reference"),
 }
+
+# Taken by those alone who ask for them.
+_BY_NAME = frozenset(
+    {
+        "cute",  # no GPU has run it
+    }
+)
 
 # The instruction set that the CPU kernels run with; the environment variable MMKERNELS_CPU overrides the choice.
 define("cpu_variant() -> str", compiled=True)
@@ -89,6 +96,17 @@ def _triton_is_too_old() -> str | None:
     return None
 
 
+@functools.cache
+def _cute_unavailable() -> str | None:
+    if importlib.util.find_spec("cutlass") is None:
+        return "the package nvidia-cutlass-dsl is not installed"
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return "no NVIDIA GPU is visible to torch"
+    if (found := torch.cuda.get_device_capability()) != (9, 0):
+        return "it is written for compute capability 9.0, this GPU has {}.{}".format(*found)
+    return unavailable("triton")  # which merges the statistics, and makes the gradients
+
+
 def triton_interprets() -> bool:
     """Whether Triton kernels run in the interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -102,6 +120,8 @@ def unavailable(impl: str, op: str | None = None) -> str | None:
         return _load_library() or (None if op is None else _library_lacks(op))
     if impl == "cuda":
         return _cuda_unavailable()
+    if impl == "cute":
+        return _cute_unavailable()
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if not torch.cuda.is_available() and not triton_interprets():
@@ -125,6 +145,8 @@ def refuses(op: str, impl: str, device_type: str, dtype: torch.dtype, limit: str
         return f"it takes {device} tensors, and these are on {device_type}"
     if dtype not in _COMPILED_DTYPES:
         return f"it takes float32, bfloat16 and float16, and these are {dtype}"
+    if impl == "cute" and dtype == torch.float32:
+        return "it takes bfloat16 and float16, and these are torch.float32"
     return None
 
 
@@ -151,7 +173,7 @@ choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @functools.cache
 def _choose_auto(op: str, device_type: str, dtype: torch.dtype, limit: str | None) -> str:
     # "auto" never takes the interpreter: it is far slower than the eager reference.
-    names = [n for n in IMPLEMENTATIONS[op] if not (n == "triton" and triton_interprets())]
+    names = [n for n in IMPLEMENTATIONS[op] if not (n in _BY_NAME or (n == "triton" and triton_interprets()))]
     chosen = next(name for name in names if refuses(op, name, device_type, dtype, limit) is None)
     logger.debug("%s on %s, %s: %s", op, device_type, dtype, chosen)
     compiled = {"cpu": "cpu", "cuda": "triton"}.get(device_type)

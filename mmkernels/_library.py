@@ -12,6 +12,12 @@ from mmkernels._flops import register_flops
 
 library = torch.library.Library("mmkernels", "FRAGMENT")
 _compiled: list[str] = []  # the schemas that C++ implements
+# The module of an op's package whose functions a backend in Python runs, and the devices of its tensors. On a CPU
+# Triton's interpreter runs them.
+_IN_PYTHON = {
+    "triton": ("triton_kernels", ("CUDA", "CPU")),
+    "cute": ("cute_kernels", ("CUDA",)),
+}
 
 
 def define(schema: str, *, compiled: bool) -> None:
@@ -44,8 +50,8 @@ def register(
         name: the op's name with {} in place of the backend: "info_nce_{}_forward".
         schema: arguments and results, in torch's schema language: "(Tensor x) -> Tensor".
         fake: the same call on tensors without data, for torch.compile: allocates what the op returns.
-        package: the op's package. Its module `triton_kernels` has a function that is named as the op without the
-            backend ("info_nce_forward") and takes the same arguments.
+        package: the op's package. A backend's module there (`_IN_PYTHON`) has a function that is named as the op
+            without the backend ("info_nce_forward") and takes the same arguments.
         backends: those that have the op. C++ registers the kernels of "cpu" and "cuda" when it is loaded.
         flops: the same call on shapes, for torch's FlopCounterMode; None: no matrix product stands in the eager lines.
 
@@ -57,16 +63,21 @@ def register(
         if flops is not None:
             register_flops(getattr(torch.ops.mmkernels, name.format(backend)), flops)
 
-    def launch(*args: Any) -> Any:
-        return getattr(_triton_kernels(package), name.replace("_{}", ""))(*args)
-
-    if "triton" in backends:
-        for key in ("CUDA", "CPU"):  # a CPU runs them in Triton's interpreter
-            library.impl(name.format("triton"), launch, key)
+        if backend in _IN_PYTHON:
+            module, keys = _IN_PYTHON[backend]
+            for key in keys:
+                library.impl(name.format(backend), _launch(f"{package}.{module}", name.replace("_{}", "")), key)
     return {backend: getattr(torch.ops.mmkernels, name.format(backend)).default for backend in backends}
 
 
+def _launch(module: str, function: str) -> Callable[..., Any]:
+    def launch(*args: Any) -> Any:
+        return getattr(_imported(module), function)(*args)
+
+    return launch
+
+
 @functools.cache
-def _triton_kernels(package: str) -> Any:
+def _imported(module: str) -> Any:
     # Triton is imported by the first call that runs it, so that importing mmkernels imports torch alone.
-    return importlib.import_module(f"{package}.triton_kernels")
+    return importlib.import_module(module)

@@ -6,8 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import mmkernels
 from benchmarks.harness.gpu_runs import PAIR_SIZES, QUICK_PAIR_SIZES, Contest, pair_leaves, share_of_products
 from benchmarks.info_nce.peers import Loss, contrastive_losses
+from mmkernels import _backends
 from tests.info_nce import cases
 
 NOTE = (
@@ -54,9 +56,17 @@ def contest(size: Size, dtype: torch.dtype, device: torch.device) -> Contest:
     return Contest(peers, leaves, share_of_products(4, N, N, D, dtype, device))
 
 
+def _by(impl: str, queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
+    return mmkernels.info_nce(queries, keys, scale, impl=impl)  # type: ignore[arg-type]
+
+
 def gpu_losses(scale: float) -> dict[str, Loss]:
     """Peers that run on a GPU alone: those that are installed."""
-    found: dict[str, Loss] = {}
+    found: dict[str, Loss] = {
+        f"mmkernels {impl}": functools.partial(_by, impl)
+        for impl in ("cute",)
+        if _backends.unavailable(impl, "info_nce") is None
+    }
     try:
         from memeff import MemoryEfficientCLIPLoss
     except ImportError:

@@ -43,7 +43,7 @@ def info_nce(
     weights: Tensor | None = None,
     reduction: Literal["none", "mean", "sum"] = "mean",
     process_group: Any = None,
-    impl: Literal["auto", "triton", "cpu", "reference"] = "auto",
+    impl: Literal["auto", "triton", "cute", "cpu", "reference"] = "auto",
 ) -> Tensor:
     """Contrastive cross-entropy of every query against all keys, and of every matched key against all queries.
 
@@ -76,7 +76,8 @@ def info_nce(
         weights: [N], floating-point, one for each query's loss: "mean" divides by their sum, "sum" and "none" multiply.
         reduction: "mean" or "sum" over the N queries, or "none" for one loss per query, [N].
         process_group: features of other ranks as further negatives; not implemented yet.
-        impl: "auto" picks the best implementation that can run; a name runs that one or raises.
+        impl: "auto" picks the best implementation that can run; a name runs that one or raises. "auto" never picks
+            "cute", a forward pass for Hopper that nobody has run on a GPU.
 
     Returns:
         The loss: a scalar, or [N] for reduction="none"; float32 (float64 for float64 inputs).
@@ -127,6 +128,8 @@ def _losses(
 ) -> Tensor:
     """One loss per query, [N], by the implementation chosen."""
     chosen = _backends.choose("info_nce", impl, queries.device.type, queries.dtype)
+    if chosen == "cute":
+        _check_cute(queries, options)
     scale = as_scalar(logit_scale, queries)
     if chosen == "reference":
         return reference.info_nce(queries, keys, key_queue, scale, options)
@@ -164,6 +167,18 @@ def _losses_with_queues(
     of_columns = Options(None, matched_groups, query_groups, False, options.label_smoothing)
     columns = _losses(matched, queries, query_queue, scale, of_columns, impl)
     return (rows + columns) / 2
+
+
+def _check_cute(queries: Tensor, options: Options) -> None:
+    """Raise if the CuTe kernel cannot take the call."""
+    limits = {
+        "symmetric=False": not options.symmetric,
+        "groups": options.query_groups is not None,
+        f"{queries.shape[1]} features, more than 512": queries.shape[1] > 512,
+    }
+    for what, given in limits.items():
+        if given:
+            raise RuntimeError(f"mmkernels.info_nce: impl='cute' cannot take {what}; impl='triton' can")
 
 
 def _check_groups(queries: Tensor, keys: Tensor, query_groups: Tensor | None, key_groups: Tensor | None) -> None:

@@ -55,8 +55,10 @@ def _backward_flops(_grad: Any, queries: Sequence[int], keys: Sequence[int], *re
     return gradients(queries, keys, *rest[-1])
 
 
-_forward = register("info_nce_{}_forward", _FORWARD, _forward_fake, __package__, flops=_forward_flops)
-_backward = register("info_nce_{}_backward", _BACKWARD, _backward_fake, __package__, flops=_backward_flops)
+_BACKENDS = ("cpu", "triton")
+_forward = register("info_nce_{}_forward", _FORWARD, _forward_fake, __package__, (*_BACKENDS, "cute"), _forward_flops)
+_backward = register("info_nce_{}_backward", _BACKWARD, _backward_fake, __package__, _BACKENDS, _backward_flops)
+_backward["cute"] = _backward["triton"]  # the log-sum-exps are the same
 
 
 class _InfoNCE(torch.autograd.Function):
