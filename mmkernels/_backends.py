@@ -15,7 +15,7 @@ logger = logging.getLogger("mmkernels")
 
 # Every op and its implementations, best first: the order in which impl="auto" tries those that are not _BY_NAME.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "info_nce": ("triton", "cute", "cpu", "reference"),
+    "info_nce": ("triton", "chunked", "cute", "cpu", "reference"),
     "distillation": ("triton", "cpu", "reference"),
     "divided_attention": ("triton", "cpu", "reference"),
     "siglip": ("triton", "cpu", "reference"),
@@ -29,6 +29,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 # Taken by those alone who ask for them.
 _BY_NAME = frozenset(
     {
+        "chunked",  # predicted to be slower than "triton"
         "cute",  # no GPU has run it
     }
 )
@@ -122,6 +123,8 @@ def unavailable(impl: str, op: str | None = None) -> str | None:
         return _cuda_unavailable()
     if impl == "cute":
         return _cute_unavailable()
+    if impl == "chunked":
+        impl = "triton"  # whose kernels pass over the strips
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if not torch.cuda.is_available() and not triton_interprets():
@@ -140,12 +143,12 @@ def refuses(op: str, impl: str, device_type: str, dtype: torch.dtype, limit: str
     reason = None if device_type == "meta" else unavailable(impl, op)
     if reason is not None or limit is not None:
         return reason or limit
-    device = "cpu" if impl == "cpu" or (impl == "triton" and triton_interprets()) else "cuda"
+    device = "cpu" if impl == "cpu" or (impl in ("triton", "chunked") and triton_interprets()) else "cuda"
     if device_type not in (device, "meta"):
         return f"it takes {device} tensors, and these are on {device_type}"
     if dtype not in _COMPILED_DTYPES:
         return f"it takes float32, bfloat16 and float16, and these are {dtype}"
-    if impl == "cute" and dtype == torch.float32:
+    if impl in ("chunked", "cute") and dtype == torch.float32:
         return "it takes bfloat16 and float16, and these are torch.float32"
     return None
 

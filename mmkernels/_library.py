@@ -16,6 +16,7 @@ _compiled: list[str] = []  # the schemas that C++ implements
 # Triton's interpreter runs them.
 _IN_PYTHON = {
     "triton": ("triton_kernels", ("CUDA", "CPU")),
+    "chunked": ("chunked", ("CUDA", "CPU")),
     "cute": ("cute_kernels", ("CUDA",)),
 }
 

@@ -66,7 +66,7 @@ class KernelsInTheInterpreter(pytest.File):
 
 
 def pytest_pycollect_makemodule(module_path, parent) -> pytest.File | None:
-    """The interpreter must be chosen before Triton is imported: a process that has not imports no test_triton.py."""
-    if module_path.name == "test_triton.py" and not INTERPRETED:
+    """The interpreter must be chosen before Triton is imported: a process that has not imports none of these files."""
+    if module_path.name in ("test_triton.py", "test_chunked.py") and not INTERPRETED:
         return KernelsInTheInterpreter.from_parent(parent, path=module_path)
     return None

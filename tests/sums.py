@@ -18,7 +18,7 @@ def sums_as_in(impl: str) -> contextlib.AbstractContextManager[Any]:
     blocks and is more exact, the more the larger D is: a budget from its error would ask of Triton's kernels what eager
     code on their own device does not keep.
     """
-    return _InOrderOfK() if impl == "triton" else contextlib.nullcontext()
+    return _InOrderOfK() if impl in ("triton", "chunked") else contextlib.nullcontext()
 
 
 class _InOrderOfK(TorchDispatchMode):

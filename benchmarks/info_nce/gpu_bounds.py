@@ -9,6 +9,7 @@ from benchmarks.harness.gpu_forms import GPUS, Argument, Case, Problem
 from mmkernels._tiles import launch, products
 from mmkernels._tiles.configs import CONFIGS, Config
 from mmkernels._tiles.triton import Tile
+from mmkernels.info_nce import chunked
 from mmkernels.info_nce.triton_kernels import cross_entropy
 
 # Arguments that are strides or sizes of padded rows: multiples of 16, which the launcher sees to.
@@ -18,7 +19,8 @@ _MULTIPLES_OF_16 = {
 GROWING = {"SYMMETRIC", "SMOOTHED", "SHARE"}
 _FEATURES = {"queries", "keys", "x", "y", "strip", "grad"}
 _INTEGERS = {"N", "M", "num_x", "num_y", "tiles_per_group", "tiles_per_split", "num_groups", "num_splits"} | {
-    "first", "first_x", "first_y", "first_row", "first_col", "depth", "place", "num_grouped", "match_offset",
+    "first", "first_x", "first_y", "first_row", "first_col", "depth", "place", "num_grouped", "num_rows",
+    "rows_per_group", "tiles_per_band", "num_bands", "match_offset",
 }  # fmt: skip
 _INDICES = {"targets", "key_groups", "of_query", "of_key"}
 
@@ -43,6 +45,13 @@ def _cases(gpu: str, precision: str, config: Config) -> Iterable[Case]:
         for share in both:
             block = {"BLOCK_M": products.MERGE_ROWS, "BLOCK_N": products.MERGE_FEATURES}
             yield make("merge_product_kernel", None, SHARE=share, **block)
+        if precision == "half":
+            block = dict(zip(("BLOCK_M", "BLOCK_N"), chunked.tile_of(gpu), strict=True))
+            for symmetric, groups, smoothed in itertools.product(both, both, both):
+                flags = {"SYMMETRIC": symmetric, "GROUPS": groups, **block}
+                yield make("strip_grad_kernel", None, SMOOTHED=smoothed, **flags)
+                if dtype == "bf16" and not smoothed:  # it sees float32 alone
+                    yield case("info_nce", gpu, precision, "fp32", "strip_statistics_kernel", None, **flags)
     if precision == "ieee":  # it sees float32 and targets alone
         block = {"STEP": launch.MERGE_STEP, "BLOCK": launch.MERGE_BLOCK}
         yield case("info_nce", gpu, precision, "fp32", "column_weights_kernel", None, **block)
@@ -77,7 +86,7 @@ def case(op: str, gpu: str, precision: str, dtype: str, kernel: str, tile: Tile 
 
 
 def kernel(name: str) -> Any:
-    return getattr(products, name, None) or getattr(cross_entropy, name)
+    return next(found for module in (products, cross_entropy, chunked) if (found := getattr(module, name, None)))
 
 
 def argument(case: Case, name: str) -> Argument:
@@ -87,7 +96,8 @@ def argument(case: Case, name: str) -> Argument:
         return Argument("fp32")
     if name in _INDICES:
         # The kernels that make tiles take groups by numbers.
-        numbered = case.has_dot and dict(case.constants).get("GROUPS")
+        of_pairs = case.has_dot or case.kernel.startswith("strip_")
+        numbered = of_pairs and dict(case.constants).get("GROUPS")
         return Argument("*i32" if numbered else "*i64", True)
     return Argument("*" + (case.dtype if name in _FEATURES else "fp32"), True)
 
@@ -117,6 +127,10 @@ def work(case: Case, rows: int, cols: int, features: int) -> tuple[float, float]
         return 2 * logits * features, inputs + logits * element
     if case.kernel == "product_kernel":
         return 2 * logits * features, logits * element + inputs
+    if case.kernel == "strip_statistics_kernel":
+        return 4 * logits, 4 * logits
+    if case.kernel == "strip_grad_kernel":
+        return 4 * logits, logits * (4 + element)
     if case.kernel == "merge_product_kernel":
         return 2.0 * rows * features, rows * features * (4 + 2 * element)
     if case.kernel == "column_weights_kernel":

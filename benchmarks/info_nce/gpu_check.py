@@ -30,7 +30,16 @@ CASES = [
 
 
 def check(case: cases.Case, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    for impl in _named(case.d, dtype, device):
+        if impl == "chunked" or not {"symmetric", "query_groups", "query_queue"} & set(case.options):
+            cases.check_case(case, dtype, impl, device)
     return cases.check_case(case, dtype, "triton", device)
+
+
+def _named(num_features: int, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """What "auto" never takes and can run here."""
+    taken = [impl for impl in ("chunked", "cute") if _backends.refuses("info_nce", impl, device.type, dtype) is None]
+    return [impl for impl in taken if impl == "chunked" or num_features <= 512]
 
 
 class Size(NamedTuple):
@@ -52,6 +61,7 @@ def contest(size: Size, dtype: torch.dtype, device: torch.device) -> Contest:
     N, D, scale = size
     leaves = pair_leaves(N, D, dtype, device, scale)
     losses = contrastive_losses("triton") | gpu_losses(scale)
+    losses |= {f"mmkernels {impl}": functools.partial(_by, impl) for impl in _named(D, dtype, device)}
     peers = {name: functools.partial(loss, *leaves) for name, loss in losses.items()}
     return Contest(peers, leaves, share_of_products(4, N, N, D, dtype, device))
 
@@ -62,11 +72,7 @@ def _by(impl: str, queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
 
 def gpu_losses(scale: float) -> dict[str, Loss]:
     """Peers that run on a GPU alone: those that are installed."""
-    found: dict[str, Loss] = {
-        f"mmkernels {impl}": functools.partial(_by, impl)
-        for impl in ("cute",)
-        if _backends.unavailable(impl, "info_nce") is None
-    }
+    found: dict[str, Loss] = {}
     try:
         from memeff import MemoryEfficientCLIPLoss
     except ImportError:

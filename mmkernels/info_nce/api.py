@@ -43,7 +43,7 @@ def info_nce(
     weights: Tensor | None = None,
     reduction: Literal["none", "mean", "sum"] = "mean",
     process_group: Any = None,
-    impl: Literal["auto", "triton", "cute", "cpu", "reference"] = "auto",
+    impl: Literal["auto", "triton", "chunked", "cute", "cpu", "reference"] = "auto",
 ) -> Tensor:
     """Contrastive cross-entropy of every query against all keys, and of every matched key against all queries.
 
@@ -77,7 +77,8 @@ def info_nce(
         reduction: "mean" or "sum" over the N queries, or "none" for one loss per query, [N].
         process_group: features of other ranks as further negatives; not implemented yet.
         impl: "auto" picks the best implementation that can run; a name runs that one or raises. "auto" never picks
-            "cute", a forward pass for Hopper that nobody has run on a GPU.
+            "chunked", torch's own products with a pass of Triton between, and "cute", a forward pass for Hopper that
+            nobody has run on a GPU.
 
     Returns:
         The loss: a scalar, or [N] for reduction="none"; float32 (float64 for float64 inputs).

@@ -55,7 +55,7 @@ def _backward_flops(_grad: Any, queries: Sequence[int], keys: Sequence[int], *re
     return gradients(queries, keys, *rest[-1])
 
 
-_BACKENDS = ("cpu", "triton")
+_BACKENDS = ("cpu", "triton", "chunked")
 _forward = register("info_nce_{}_forward", _FORWARD, _forward_fake, __package__, (*_BACKENDS, "cute"), _forward_flops)
 _backward = register("info_nce_{}_backward", _BACKWARD, _backward_fake, __package__, _BACKENDS, _backward_flops)
 _backward["cute"] = _backward["triton"]  # the log-sum-exps are the same
