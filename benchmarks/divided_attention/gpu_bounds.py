@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 from benchmarks.harness.gpu_forms import GPUS, Argument, Case, Problem
 from mmkernels.divided_attention import triton_kernels
 from mmkernels.divided_attention.layout import APART, AVERAGED, GLOBAL
-from mmkernels.divided_attention.triton_kernels import backward, engine, forward, whole
+from mmkernels.divided_attention.triton_kernels import backward, engine, forward, whole, whole_backward
 from mmkernels.divided_attention.triton_kernels.configs import (
     CONFIGS,
     HEADS,
     MOST_KEYS,
     WHOLE,
+    WHOLE_BACKWARD,
     Config,
     launch_options,
     whole_options,
@@ -26,6 +27,8 @@ _KERNELS = {
     "packed_backward": backward.packed_backward_kernel,
     "grad_queries": backward.grad_queries_kernel,
     "grad_keys": backward.grad_keys_kernel,
+    "whole_grad_queries": whole_backward.whole_grad_queries_kernel,
+    "whole_grad_keys": whole_backward.whole_grad_keys_kernel,
     "cls_sums": backward.cls_sums_kernel,
     "merge": engine.merge_kernel,
 }
@@ -63,6 +66,8 @@ _PRODUCTS = {
     "packed_backward": 5,
     "grad_queries": 3,
     "grad_keys": 4,
+    "whole_grad_queries": 3,
+    "whole_grad_keys": 4,
 }
 _TRAFFIC = {
     "packed_forward": 4,
@@ -71,6 +76,8 @@ _TRAFFIC = {
     "packed_backward": 7,
     "grad_queries": 6,
     "grad_keys": 6,
+    "whole_grad_queries": 6,
+    "whole_grad_keys": 6,
 }
 
 
@@ -113,19 +120,23 @@ def _cases(gpu: str, precision: str, dtype: str, masked: bool, configs: dict[int
 
 def _whole_cases(gpu: str, dtype: str) -> Iterator[Case]:
     """The keys of a sequence in all sums of pieces: from the packed tile's items on, all multiples of 16."""
-    for tile, items in itertools.product(WHOLE.get(gpu, {}).values(), range(80, MOST_KEYS + 1, 16)):
-        options = whole_options(tile, items)
-        warps, stages = options.pop("num_warps"), options.pop("num_stages")
-        for cls, wide in itertools.product(CLS, (False, True)):
-            constants = {"CLS": cls, "WIDE": wide} | options
-            yield Case(
-                "divided_attention", "whole_forward", gpu, "half", dtype, tuple(constants.items()), warps, stages,
-                has_dot=True, may_spill=wide,
-            )  # fmt: skip
+    tables = {"whole_forward": WHOLE, "whole_grad_queries": WHOLE_BACKWARD, "whole_grad_keys": WHOLE_BACKWARD}
+    for name, table in tables.items():
+        for tile, items in itertools.product(table.get(gpu, {}).values(), range(80, MOST_KEYS + 1, 16)):
+            options = whole_options(tile, items)
+            warps, stages = options.pop("num_warps"), options.pop("num_stages")
+            for cls, wide in itertools.product(CLS, (False, True)):
+                if cls == APART and name != "whole_forward":
+                    continue  # streamed
+                constants = {"CLS": cls, "WIDE": wide} | options
+                yield Case(
+                    "divided_attention", name, gpu, "half", dtype, tuple(constants.items()), warps, stages,
+                    has_dot=True, may_spill=wide,
+                )  # fmt: skip
 
 
 def keys_of(case: Case) -> int:
-    """The most keys of a form of whole_forward; 0 for other kernels."""
+    """The most keys of a form that holds a sequence whole; 0 for other kernels."""
     return int(dict(case.constants).get("KEYS", 0))
 
 
@@ -167,13 +178,13 @@ def problems(case: Case) -> list[Problem]:
             pairs = {"time": (tiles * block**2, tiles, 1)} if clip.frames <= block else {}
         else:
             space, time = clip.positions + 1, clip.frames
-            if case.kernel == "whole_forward":
+            if case.kernel.startswith("whole"):
                 lengths = {"space": (time, space), "time": (clip.positions, time)}
                 fitting = {axis: x for axis, x in lengths.items() if x[1] > 64 and 0 <= keys_of(case) - x[1] < 16}
                 pairs = {axis: (n * size**2, n, -(-size // block)) for axis, (n, size) in fitting.items()}
             else:
                 pairs = {"space": (time * space**2, time * -(-space // block), -(-space // depth))}
-            if time > 64 and case.kernel != "whole_forward":
+            if time > 64 and not case.kernel.startswith("whole"):
                 pairs["time"] = (clip.positions * time**2, clip.positions * -(-time // block), -(-time // depth))
         for axis, (count, tiles, steps) in pairs.items():
             flops = 2.0 * _PRODUCTS[case.kernel] * heads * count * head

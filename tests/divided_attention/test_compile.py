@@ -30,7 +30,9 @@ def is_compiled(form) -> bool:
     if constants.get("WIDE"):  # with other addresses: a sample
         largest = constants.get("MASKED", True) and constants.get("CLS", GLOBAL) == GLOBAL
         return form.dtype == "bf16" and head_of(form) == 64 and largest
-    if form.kernel == "grad_queries" and constants["CLS"] == AVERAGED:  # has a pass of its own, which GLOBAL has not
+    if (
+        form.kernel.endswith("grad_queries") and constants["CLS"] == AVERAGED
+    ):  # has a pass of its own, which GLOBAL has not
         constants["CLS"] = GLOBAL
         form = dataclasses.replace(form, constants=tuple(constants.items()))
     if form.dtype == "fp16":
@@ -60,15 +62,22 @@ def test_forms_follow_the_launchers():
                 ]
                 assert any(asked.items() <= options.items() for options in listed), (name, asked)
     kernels = {form.kernel for form in forms}
-    assert kernels == {*configs.Config._fields, "whole_forward", "cls_sums", "merge"}
-    listed = [
-        dict(form.constants) | {"num_warps": form.num_warps, "num_stages": form.num_stages}
-        for form in forms
-        if form.kernel == "whole_forward"
-    ]
-    for tile, items in itertools.product(configs.WHOLE["sm_90"].values(), range(65, configs.MOST_KEYS + 1)):
-        asked = configs.whole_options(tile, items)
-        assert any(asked.items() <= options.items() for options in listed), items
+    tables = {
+        "whole_forward": configs.WHOLE,
+        "whole_grad_queries": configs.WHOLE_BACKWARD,
+        "whole_grad_keys": configs.WHOLE_BACKWARD,
+    }
+    tables = {name: table for name, table in tables.items() if "sm_90" in table}
+    assert kernels == {*configs.Config._fields, *tables, "cls_sums", "merge"}
+    for name, table in tables.items():
+        listed = [
+            dict(form.constants) | {"num_warps": form.num_warps, "num_stages": form.num_stages}
+            for form in forms
+            if form.kernel == name
+        ]
+        for tile, items in itertools.product(table["sm_90"].values(), range(65, configs.MOST_KEYS + 1)):
+            asked = configs.whole_options(tile, items)
+            assert any(asked.items() <= options.items() for options in listed), items
 
 
 def test_packed_tiles_fit_together():

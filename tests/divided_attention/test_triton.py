@@ -112,12 +112,13 @@ def test_whole(case, dtype, monkeypatch):
     monkeypatch.setattr(triton_kernels, "choose_whole", lambda *call: chosen.append(choose(*call)) or chosen[-1])
     check(case, case.inputs(dtype))
     assert all(chosen)
-    assert chosen
+    assert len(chosen) == 1 + (case.cls_mode != "none")  # forward and, with a class token, backward
 
 
 def test_a_negative_scale_is_streamed():
-    assert configs.choose_whole(torch.empty(0, dtype=BF16), 64, 197, 0.125)
-    assert configs.choose_whole(torch.empty(0, dtype=BF16), 64, 197, -0.125) is None
+    for table in (configs.WHOLE, configs.WHOLE_BACKWARD):
+        assert configs.choose_whole(torch.empty(0, dtype=BF16), 64, 197, 0.125, table)
+        assert configs.choose_whole(torch.empty(0, dtype=BF16), 64, 197, -0.125, table) is None
     case = Case(39, 2, "space", batch=1, heads=1, scale=-0.5, regime="negative scale")
     check(case, case.inputs(BF16))
 

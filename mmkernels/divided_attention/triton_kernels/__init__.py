@@ -24,7 +24,7 @@ import triton
 from torch import Tensor
 
 from mmkernels._tiles.triton import LOG2E, on_device, round_up
-from mmkernels.divided_attention.layout import AVERAGED, GLOBAL, Layout
+from mmkernels.divided_attention.layout import APART, AVERAGED, GLOBAL, Layout
 from mmkernels.divided_attention.triton_kernels import engine
 from mmkernels.divided_attention.triton_kernels.backward import (
     cls_sums_kernel,
@@ -32,9 +32,17 @@ from mmkernels.divided_attention.triton_kernels.backward import (
     grad_queries_kernel,
     packed_backward_kernel,
 )
-from mmkernels.divided_attention.triton_kernels.configs import Config, choose, choose_whole, launch_options
+from mmkernels.divided_attention.triton_kernels.configs import (
+    WHOLE,
+    WHOLE_BACKWARD,
+    Config,
+    choose,
+    choose_whole,
+    launch_options,
+)
 from mmkernels.divided_attention.triton_kernels.forward import forward_kernel, packed_forward_kernel
 from mmkernels.divided_attention.triton_kernels.whole import whole_forward_kernel
+from mmkernels.divided_attention.triton_kernels.whole_backward import whole_grad_keys_kernel, whole_grad_queries_kernel
 
 MERGE_ROWS = 16  # partials that a step of merge_kernel adds
 MERGE_WARPS = 4
@@ -88,7 +96,7 @@ def divided_attention_forward(
     parts = geometry.groups if cls else 0
     tile = config.packed_forward if packed else config.forward
     kernel = packed_forward_kernel if packed else forward_kernel
-    whole = None if packed or extras.masked else choose_whole(qkv, D, geometry.items, scale)
+    whole = None if packed or extras.masked else choose_whole(qkv, D, geometry.items, scale, WHOLE)
     qkv = _readable(qkv)
     out = qkv.new_empty(B, L, C)
     lse = qkv.new_empty(B, num_heads, layout.num_rows, dtype=torch.float32)
@@ -154,18 +162,29 @@ def divided_attention_backward(
         else:
             rows = layout.num_sequences * geometry.items
             statistics = qkv.new_empty(3, B * num_heads * rows, dtype=torch.float32)
-            tile = config.grad_queries
-            grad_queries_kernel[geometry.programs(B, tile.block_m)](
-                grad_out, qkv, out, lse, sums, *masks, grad_qkv, partials, statistics,
-                *numbers, extras.cls_weight, extras.threshold, extras.keep_scale,
-                **form, **launch_options(tile),
-            )  # fmt: skip
-            tile = config.grad_keys
-            grad_keys_kernel[geometry.programs(B, tile.block_m)](
-                grad_out, qkv, extras.frame_mask, extras.seed, statistics, grad_qkv, partials,
-                *numbers, extras.threshold, extras.keep_scale,
-                **form, **launch_options(tile),
-            )  # fmt: skip
+            # Without a class token the kernel of the queries would spill.
+            fits = not extras.masked and cls != APART
+            whole = choose_whole(qkv, D, geometry.items, scale, WHOLE_BACKWARD) if fits else None
+            if whole:
+                grid = geometry.programs(B, geometry.items)
+                form = {"CLS": cls, "WIDE": form["WIDE"]} | whole
+                whole_grad_queries_kernel[grid](
+                    grad_out, qkv, out, lse, sums, grad_qkv, partials, statistics, *numbers, extras.cls_weight, **form
+                )
+                whole_grad_keys_kernel[grid](grad_out, qkv, statistics, grad_qkv, partials, *numbers, **form)
+            else:
+                tile = config.grad_queries
+                grad_queries_kernel[geometry.programs(B, tile.block_m)](
+                    grad_out, qkv, out, lse, sums, *masks, grad_qkv, partials, statistics,
+                    *numbers, extras.cls_weight, extras.threshold, extras.keep_scale,
+                    **form, **launch_options(tile),
+                )  # fmt: skip
+                tile = config.grad_keys
+                grad_keys_kernel[geometry.programs(B, tile.block_m)](
+                    grad_out, qkv, extras.frame_mask, extras.seed, statistics, grad_qkv, partials,
+                    *numbers, extras.threshold, extras.keep_scale,
+                    **form, **launch_options(tile),
+                )  # fmt: skip
         if layout.has_cls:
             _merge(partials, lse, lse, grad_qkv, lse, geometry, False, scale)
     return grad_qkv

@@ -136,12 +136,22 @@ WHOLE: dict[str, dict[int, Tile]] = {
     "sm_90": {head: Tile(64, 64, head, 4, 1) for head in (32, 64)},
     "interpreter": {head: Tile(32, 32, head, 4, 1) for head in HEADS},
 }
+# The same of both kernels of the backward pass.
+WHOLE_BACKWARD: dict[str, dict[int, Tile]] = {
+    "sm_90": {64: Tile(64, 64, 64, 4, 1)},
+    "interpreter": WHOLE["interpreter"],
+}
+if OLDER_TRITON:  # under which the kernel of the queries would spill
+    del WHOLE_BACKWARD["sm_90"]
 MOST_KEYS = 208
 
 
-def choose_whole(qkv: Tensor, head_size: int, items: int, scale: float) -> dict[str, int] | None:
-    """The launch options of whole_forward_kernel; None where its sequences are streamed."""
-    tiles = WHOLE.get(family_of(qkv.device), {})
+def choose_whole(
+    qkv: Tensor, head_size: int, items: int, scale: float, table: dict[str, dict[int, Tile]]
+) -> dict[str, int] | None:
+    """The launch options of the kernels that hold one side of a sequence whole; None where it is streamed. `table` is
+    WHOLE or WHOLE_BACKWARD."""
+    tiles = table.get(family_of(qkv.device), {})
     head = next(head for head in HEADS if head >= head_size)
     if qkv.dtype == torch.float32 or head not in tiles or items > MOST_KEYS or scale < 0:
         return None
