@@ -77,6 +77,7 @@ def tile_of(code: Code, chip: Chip, shape: Shape) -> Tile:
     flow = Flow(code)
     main = flow.innermost_with_matrix()
     around = flow.enclosing(main[0]) if main else None
+    main = [loop for loop in main if around is None or loop.body < around.body]
     parts = flow.path(around, shape.elements)
     step = [i for loop in main for i in _straight(flow, flow.path(loop))]
     rest = _straight(flow, parts, leaving_out=main)

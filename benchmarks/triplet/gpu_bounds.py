@@ -9,12 +9,12 @@ from benchmarks.harness.gpu_forms import GPUS, Argument, Case, Problem
 from benchmarks.info_nce.gpu_bounds import case, steps_of
 from mmkernels._tiles import launch, products
 from mmkernels._tiles.configs import CONFIGS, tile_of
-from mmkernels.triplet.triton_kernels import kernels
+from mmkernels.triplet.triton_kernels import gradient_tile, kernels
 
-GROWING = {"SYMMETRIC", "SEMI_HARD", "GRADIENT"}
+GROWING = {"SYMMETRIC", "SEMI_HARD", "GRADIENT", "WEIGHTED"}
 _MULTIPLES_OF_16 = {"D", "stride_q", "stride_k", "stride_x", "stride_y", "stride_strip", "num_features"}
 _FEATURES = {"queries", "keys", "x", "y", "strip"}
-_INDICES = {"row_index", "col_index", "worst", "starts", "columns"}
+_INDICES = {"row_index", "col_index", "worst", "starts", "columns", "peaks"}
 _INTEGERS = {
     "N", "M", "first", "height", "width", "num_x", "num_y", "tiles_per_group", "tiles_per_split",
     "num_groups", "num_splits", "all_groups", "first_x", "first_y", "depth", "place",
@@ -31,10 +31,16 @@ def _cases(gpu: str, precision: str) -> Iterable[Case]:
     merge = {"BLOCK_M": products.MERGE_ROWS, "BLOCK_N": products.MERGE_FEATURES}
     for dtype in ("bf16", "fp16") if precision == "half" else ("fp32",):
         make = functools.partial(case, "triplet", gpu, precision, dtype)
-        yield make("positives_kernel", tile)
+        of_gradient = gradient_tile(tile, dtype == "fp16")
+        for one in dict.fromkeys((tile, of_gradient)):
+            yield make("positives_kernel", one)
         for symmetric in (False, True):
+            for gradient, weighted in ((False, False), (True, False), (True, True)):
+                flags = {"SYMMETRIC": symmetric, "GRADIENT": gradient, "WEIGHTED": weighted}
+                yield make("hinges_kernel", of_gradient if gradient else tile, **flags)
+                if dtype != "fp16":
+                    yield make("finish_hinges_kernel", None, BLOCK=launch.MERGE_BLOCK, **flags)
             for flag in (False, True):
-                yield make("hinges_kernel", tile, SYMMETRIC=symmetric, GRADIENT=flag)
                 yield make("worst_kernel", tile, SYMMETRIC=symmetric, SEMI_HARD=flag)
         for transposed in (False, True):  # into float32
             product = CONFIGS[gpu][precision].product
@@ -45,8 +51,9 @@ def _cases(gpu: str, precision: str) -> Iterable[Case]:
         yield make("sparse_product_kernel", None, **sparse)
     if precision == "ieee":  # it sees float32 alone
         for symmetric, semi_hard in itertools.product((False, True), repeat=2):
-            flags = {"SYMMETRIC": symmetric, "SEMI_HARD": semi_hard, "BLOCK": launch.MERGE_BLOCK}
-            yield case("triplet", gpu, precision, "fp32", "finish_worst_kernel", None, **flags)
+            block = {"BLOCK": launch.MERGE_BLOCK}
+            flags = {"SYMMETRIC": symmetric, "SEMI_HARD": semi_hard}
+            yield case("triplet", gpu, precision, "fp32", "finish_worst_kernel", None, **flags, **block)
 
 
 def kernel(name: str) -> Any:
@@ -58,7 +65,7 @@ def argument(case: Case, name: str) -> Argument:
         return Argument("i32", name in _MULTIPLES_OF_16)
     if name == "margin":
         return Argument("fp32")
-    if name in _INDICES:
+    if name in _INDICES or (name == "parts" and case.kernel == "worst_kernel"):
         return Argument("*i32", True)
     of_features = name in _FEATURES or (name == "out" and case.kernel == "sparse_product_kernel")
     return Argument("*" + (case.dtype if of_features else "fp32"), True)
@@ -77,11 +84,13 @@ def problems(case: Case, rows: int = 32768, features: int = 512) -> list[Problem
         "merge_product_kernel": (2.0 * rows * features, rows * features * 8),
         "finish_gradients_kernel": (2.0 * rows * features, rows * features * (8 + element)),
         "sparse_product_kernel": (6.0 * rows * features, rows * features * 4 * element),
+        "finish_hinges_kernel": (128.0 * rows, 128 * 4.0 * rows),
         "finish_worst_kernel": (64.0 * rows, 64 * 8.0 * rows),
     }[case.kernel]
     return [Problem(f"{rows} x {features}", flops, traffic, steps_of(case, rows, features))]
 
 
 def is_main(case: Case) -> bool:
-    """The loss that users run most: symmetric."""
-    return case.dtype != "fp16" and dict(case.constants).get("SYMMETRIC", True)
+    """The loss that users run most: symmetric, and its mean."""
+    constants = dict(case.constants)
+    return case.dtype != "fp16" and constants.get("SYMMETRIC", True) and not constants.get("WEIGHTED")

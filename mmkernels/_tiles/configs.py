@@ -132,11 +132,14 @@ _OWN_TILES: dict[str, dict[tuple[str, str], Tile]] = {
         ("sm_100", "tf32x3"): Tile(64, 64, 32, 8, 3),
     },
     "triplet": {
-        ("sm_80", "tf32x3"): Tile(64, 64, 32, 8, 3),
-        ("sm_90", "half"): Tile(128, 64, 64, 8, 4),
+        ("sm_80", "half"): Tile(64, 64, 32, 8, 3, max_registers=255),
+        ("sm_80", "tf32x3"): Tile(32, 64, 16, 4, 3, max_registers=255),
+        ("sm_90", "tf32x3"): Tile(64, 64, 32, 8, 3),
         ("sm_100", "half"): Tile(64, 64, 32, 8, 4),
         ("sm_100", "tf32x3"): Tile(64, 64, 32, 8, 3),
         ("sm_100", "ieee"): Tile(32, 64, 16, 8, 1),
+        ("gfx942", "half"): Tile(128, 64, 64, 8, 2),
+        ("gfx942", "ieee"): Tile(128, 64, 32, 8, 2),
     },
     "retrieval": {("sm_100", "ieee"): Tile(64, 64, 16, 8, 2)},
 }
@@ -155,9 +158,8 @@ if OLDER_TRITON:  # under which the tiles above would spill
     _distillation["tf32x3"] = _distillation["tf32x3"]._replace(forward=Tile(64, 64, 16, 8, 2))
     for _op in ("siglip", "retrieval"):
         _OWN_TILES[_op]["sm_90", "half"] = Tile(128, 128, 64, 8, 4)
-    _OWN_TILES["triplet"]["sm_80", "half"] = Tile(64, 128, 32, 8, 4)
+    _OWN_TILES["triplet"]["sm_90", "half"] = Tile(128, 64, 64, 8, 4)
     _OWN_TILES["retrieval"]["sm_80", "half"] = Tile(128, 64, 32, 8, 4)
-    _OWN_TILES["triplet"]["sm_80", "tf32x3"] = Tile(64, 64, 16, 8, 3)
     _OWN_TILES["siglip"]["sm_80", "half"] = Tile(128, 64, 64, 8, 3)
     _OWN_TILES["siglip"]["sm_80", "tf32x3"] = Tile(128, 64, 32, 8, 3)
 

@@ -17,6 +17,7 @@ from tests.triplet.cases import (
     by_hand,
     check_case,
     check_minus_infinity,
+    check_no_negative_at_minus_infinity,
     run,
 )
 
@@ -224,6 +225,12 @@ def test_nan_in_nan_out(mining, value, where, symmetric):
 @needs_library
 def test_worst_negatives_at_minus_infinity(mining, place, symmetric):
     check_minus_infinity(place, "cpu", symmetric, mining)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("mining", MININGS)
+def test_no_negative_at_minus_infinity(mining, symmetric):
+    check_no_negative_at_minus_infinity("reference", symmetric, mining)
 
 
 @pytest.mark.parametrize("mining", MININGS)

@@ -9,10 +9,20 @@ import torch
 
 import mmkernels
 from mmkernels._tiles import configs, launch, products
+from mmkernels._tiles.triton import Tile
 from mmkernels.testing import features
 from mmkernels.triplet import triton_kernels
 from tests.interpreting import DTYPES, FAST_IN_FP16, guarded_allocations, guarded_rows
-from tests.triplet.cases import AT_MINUS_INFINITY, MININGS, Case, assert_results, cases, check_minus_infinity, run
+from tests.triplet.cases import (
+    AT_MINUS_INFINITY,
+    MININGS,
+    Case,
+    assert_results,
+    cases,
+    check_minus_infinity,
+    check_no_negative_at_minus_infinity,
+    run,
+)
 
 TILE = configs.CONFIGS["interpreter"]["half"].forward.block_m
 SIZES = [
@@ -60,7 +70,6 @@ def test_losses_and_gradients_in_one_pass(case, dtype):
 def test_several_groups_strips_and_splits(dtype, mining, reduction, monkeypatch):
     """More tiles than one program takes: every loop runs more than once, the last time over less."""
     monkeypatch.setattr(launch, "MAX_PARTIALS", 2)
-    monkeypatch.setattr(triton_kernels, "_MAX_SPLITS", 2)
     monkeypatch.setattr(products, "_STRIP_BYTES", 1)
     monkeypatch.setattr(products, "_STRIP_ROWS", TILE)
     check(Case(2 * TILE + 9, 6 * TILE + 1, 40, {"mining": mining}), dtype, reduction)
@@ -112,6 +121,21 @@ def test_nan_is_not_hidden(mining, where, symmetric):
 @pytest.mark.parametrize("mining", MININGS)
 def test_worst_negatives_at_minus_infinity(mining, place, symmetric):
     check_minus_infinity(place, "triton", symmetric, mining)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("mining", MININGS)
+def test_no_negative_at_minus_infinity(mining, symmetric):
+    check_no_negative_at_minus_infinity("triton", symmetric, mining)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("mining", MININGS)
+def test_tiles_whose_rows_share_slots(mining, reduction, monkeypatch):
+    """In tiles as high as a GPU's, rows 8 apart share the registers of their columns."""
+    tile = Tile(128, 64, 32, 4, 1)
+    monkeypatch.setattr(triton_kernels, "choose_tile", lambda op, features: (tile, "ieee"))
+    check(Case(270, 400, 40, {"mining": mining}), torch.float32, reduction)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])

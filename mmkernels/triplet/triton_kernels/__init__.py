@@ -11,8 +11,8 @@ added to dK. The positives' part depends on every hinge, and is added last.
 similarities then has at most three entries per row: dQ and dK are sparse products, O(N D).
 
 Memory beyond inputs and outputs, in bytes, e = bytes of an element:
-    all, loss        16 min(32, N / tile) N
-    all, gradients   8 (min(64, M / tile) + strip / tile) N; one strip and partial products, as info_nce's
+    all, loss        8 min(32, N / tile) N, and 4 MiB at most
+    all, gradients   16 min(32, N / tile) N; one strip and partial products, as info_nce's
     worst, loss      16 min(32, N / tile) N
     worst, gradients 100 N
     and a padded copy of the features where D or the row stride is no multiple of 16 or the address none of 16 bytes.
@@ -24,11 +24,13 @@ import torch
 from torch import Tensor
 
 from mmkernels._tiles.configs import choose, choose_tile
-from mmkernels._tiles.launch import MERGE_BLOCK, MERGE_STEP, aligned, launcher, walk_over
+from mmkernels._tiles.launch import MERGE_BLOCK, MERGE_STEP, Walk, aligned, launcher, walk_down_columns
 from mmkernels._tiles.products import MERGE_FEATURES, MERGE_ROWS, fp16_unit, gradients_of_both
-from mmkernels._tiles.triton import cdiv, on_device
+from mmkernels._tiles.triton import Tile, cdiv, on_device, round_up
 from mmkernels.triplet.triton_kernels.kernels import (
+    PADDING,
     finish_gradients_kernel,
+    finish_hinges_kernel,
     finish_worst_kernel,
     hinges_kernel,
     positives_kernel,
@@ -36,7 +38,10 @@ from mmkernels.triplet.triton_kernels.kernels import (
     worst_kernel,
 )
 
-_MAX_SPLITS = 64  # partial results of a row, where the rows of a launch are those of one strip
+
+def gradient_tile(tile: Tile, is_float16: bool) -> Tile:
+    """The tile of hinges with gradients: in float16 they spill in tiles of 128 x 128 on sm_90."""
+    return tile._replace(block_n=64) if is_float16 and tile.block_n > 64 else tile
 
 
 def triplet_forward(
@@ -50,27 +55,25 @@ def triplet_forward(
     N, M, directions = queries.shape[0], keys.shape[0], 2 if symmetric else 1
     tile, precision = choose_tile("triplet", queries)
     queries, keys = aligned(queries), aligned(keys)
-    walk = walk_over(N, M, tile)
-    groups, splits = walk.groups, walk.splits
     strides = (queries.shape[1], queries.stride(0), keys.stride(0))
     with on_device(queries.device):
-        positives = _positives(queries, keys)
+        positives, peaks = _positives(queries, keys, tile, precision)
         if mining == "all":
-            rows = positives.new_empty(2, splits, N)
-            columns = positives.new_empty(2, groups, N) if symmetric else rows
-            launcher(hinges_kernel, tile, SYMMETRIC=symmetric, GRADIENT=False, PRECISION=precision)(
-                (groups * splits,),
-                queries, keys, positives, positives, positives, rows, columns,
-                0, N, M, N, M, *strides, *walk, groups, float(margin),
-            )  # fmt: skip
-            return _losses(rows, columns, symmetric), positives.new_empty(directions, 0, dtype=torch.int32)
+            hinges = _Hinges(queries, keys, positives, peaks, tile, precision, None, margin, symmetric)
+            hinges.add(None, 0, N, M)
+            return hinges.finish()[0], queries.new_empty(directions, 0, dtype=torch.int32)
+        walk = walk_down_columns(N, M, tile, queries.device)
+        groups, splits = walk.groups, walk.splits
         row_best, row_index = positives.new_empty(splits, N), positives.new_empty(splits, N, dtype=torch.int32)
         col_best, col_index = row_best, row_index
         if symmetric:
             col_best, col_index = positives.new_empty(groups, N), positives.new_empty(groups, N, dtype=torch.int32)
+        of_parts = groups * splits * 2 * (tile.block_m // 16) * tile.block_n if symmetric else 0
+        parts = positives.new_empty(of_parts, dtype=torch.int32)
         launcher(worst_kernel, tile, SYMMETRIC=symmetric, SEMI_HARD=mining == "semi_hard", PRECISION=precision)(
             (groups * splits,),
-            queries, keys, positives, row_best, row_index, col_best, col_index, N, M, *strides, *walk, float(margin),
+            queries, keys, positives, peaks, row_best, row_index, col_best, col_index, parts,
+            N, M, *strides, *walk, float(margin),
         )  # fmt: skip
         losses, worst = positives.new_empty(N), positives.new_empty(directions, N, dtype=torch.int32)
         launcher(finish_worst_kernel, SYMMETRIC=symmetric, SEMI_HARD=mining == "semi_hard", BLOCK=MERGE_BLOCK)(
@@ -90,30 +93,29 @@ def triplet_hinge_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The losses over all negatives [N] and the gradients of their weighted sum, in float32; empty where masked."""
     N, M, num_features = queries.shape[0], keys.shape[0], queries.shape[1]
-    config, precision = choose(queries)
-    dtype = queries.dtype
+    config, dtype = choose(queries)[0], queries.dtype
+    tile, precision = choose_tile("triplet", queries)
+    tile = gradient_tile(tile, dtype == torch.float16)
     queries, keys = aligned(queries), aligned(keys)
     with on_device(queries.device):
-        positives = _positives(queries, keys)
+        positives, peaks = _positives(queries, keys, tile, precision)
         one = positives.new_ones(())
         factor = one * 0.5 if symmetric else one
-        if weights is None:
-            weights = torch.ones_like(positives)
-        else:
-            weights = weights.float().contiguous()
+        if weights is not None:
+            given = weights.float()
             if dtype == torch.float16:
-                unit = fp16_unit(weights.abs().amax())  # |dS| <= 2 of the largest weight
-                weights, factor = weights / unit, factor * unit
+                unit = fp16_unit(given.abs().amax())  # |dS| <= 2 of the largest weight
+                given, factor = given / unit, factor * unit
+            weights = torch.zeros_like(positives)
+            weights[:N] = given
         grad_queries = positives.new_empty((N, num_features) if output_mask[0] else 0)
         grad_keys = positives.new_empty((M, num_features) if output_mask[1] else 0)
-        strips = _Strips(queries, keys, positives, weights, margin, symmetric)
+        hinges = _Hinges(queries, keys, positives, peaks, tile, precision, weights, margin, symmetric, gradient=True)
         of_both = (grad_queries if output_mask[0] else None, grad_keys if output_mask[1] else None)
         gradients_of_both(
-            strips.fill, queries, keys, strips.tile, config.product, precision, one, *of_both, of_rows=True
+            hinges.fill, queries, keys, hinges.tile, config.product, precision, one, *of_both, of_rows=True
         )
-        rows, columns = strips.rows, strips.columns
-        counts = rows[1].sum(0) + columns[1].sum(0) if symmetric else rows[1].sum(0)
-        of_positives = weights * counts
+        losses, of_positives = hinges.finish()
         for grad, x in ((grad_queries, keys), (grad_keys, queries)):
             if grad.numel() == 0:
                 continue
@@ -121,44 +123,68 @@ def triplet_hinge_gradients(
                 (cdiv(len(grad), MERGE_ROWS) * cdiv(num_features, MERGE_FEATURES),),
                 grad, x, of_positives, factor, len(grad), N, num_features, x.stride(0),
             )  # fmt: skip
-    return _losses(rows, columns, symmetric), grad_queries, grad_keys
+    return losses, grad_queries, grad_keys
 
 
-class _Strips:
-    """The gradient of the similarities, strip by strip, and all that is summed up on the way."""
+class _Hinges:
+    """The sums of the hinges, all rows at once or strip by strip with the gradient of the similarities."""
 
     def __init__(
         self,
         queries: Tensor,  # [N, D]
         keys: Tensor,  # [M, D]
-        positives: Tensor,  # [N]
-        weights: Tensor,  # [N]
+        positives: Tensor,  # [M rounded up]
+        peaks: Tensor,  # [2, blocks]
+        tile: Tile,
+        precision: str,
+        weights: Tensor | None,  # [M rounded up]
         margin: float,
         symmetric: bool,
+        gradient: bool = False,
     ) -> None:
-        self.queries, self.keys, self.positives, self.weights = queries, keys, positives, weights
-        self.margin, self.symmetric = float(margin), symmetric
-        self.tile, self.precision = choose_tile("triplet", queries)
-        # The sums of the hinges, and the counts of those above 0; allocated with the first strip.
-        self.rows = self.columns = positives
+        self.queries, self.keys, self.positives, self.peaks, self.weights = queries, keys, positives, peaks, weights
+        self.tile, self.precision, self.margin = tile, precision, float(margin)
+        self.flags = {"SYMMETRIC": symmetric, "GRADIENT": gradient, "WEIGHTED": weights is not None}
+        # Allocated for the first rows, whose walk the others share: sums, counts, and what is between two sums.
+        self.walk = Walk(0, 0, 0, 0)
+        self.rows = self.columns = self.parts = positives
 
     def fill(self, strip: Tensor, first_row: int, _: int) -> None:
         """Rows first_row and following of the gradient into the strip; see gradients_of_both."""
-        tile = self.tile
-        queries, keys, (height, width) = self.queries, self.keys, strip.shape
-        groups, tiles = height // tile.block_m, width // tile.block_n
-        tiles_per_split = cdiv(tiles, _MAX_SPLITS)
-        splits = cdiv(tiles, tiles_per_split)
+        self.add(strip, first_row, *strip.shape)
+
+    def add(self, strip: Tensor | None, first_row: int, height: int, width: int) -> None:
+        """The hinges of so many rows and columns."""
+        queries, keys, positives, tile, flags = self.queries, self.keys, self.positives, self.tile, self.flags
         if first_row == 0:
-            self.rows = self.columns = self.positives.new_empty(2, splits, len(queries))
-            if self.symmetric:
-                self.columns = self.positives.new_empty(2, groups, len(queries))
-        launcher(hinges_kernel, tile, SYMMETRIC=self.symmetric, GRADIENT=True, PRECISION=self.precision)(
-            (groups * splits,),
-            queries, keys, self.positives, self.weights, strip, self.rows, self.columns,
+            self.walk = walk = walk_down_columns(height, width, tile, queries.device)
+            planes = 2 if flags["GRADIENT"] else 1
+            self.rows = self.columns = positives.new_empty(planes, walk.splits, len(queries))
+            if flags["SYMMETRIC"]:
+                self.columns = positives.new_empty(planes, walk.groups, len(queries))
+                of_parts = walk.groups * walk.splits * planes * (tile.block_m // 16) * tile.block_n
+                self.parts = positives.new_empty(of_parts)
+        walk = self.walk
+        groups = cdiv(height, tile.block_m * walk.tiles_per_group)
+        launcher(hinges_kernel, tile, PRECISION=self.precision, **flags)(
+            (groups * walk.splits,),
+            queries, keys, positives, self.peaks, positives if self.weights is None else self.weights,
+            queries if strip is None else strip, self.rows, self.columns, self.parts,
             first_row, height, width, len(queries), len(keys), queries.shape[1], queries.stride(0), keys.stride(0),
-            1, tiles_per_split, groups, splits, self.columns.shape[1], self.margin,
+            walk.tiles_per_group, walk.tiles_per_split, groups, walk.splits, walk.groups, self.margin,
         )  # fmt: skip
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """The losses [N] and, with the gradient, the weight of each row times its hinges above 0 [N]."""
+        N, positives = len(self.queries), self.positives
+        losses = positives.new_empty(N)
+        of_positives = positives.new_empty(N) if self.flags["GRADIENT"] else losses
+        launcher(finish_hinges_kernel, BLOCK=MERGE_BLOCK, **self.flags)(
+            (cdiv(N, MERGE_BLOCK),),
+            self.rows, self.columns, positives if self.weights is None else self.weights, losses, of_positives,
+            N, self.walk.splits, self.walk.groups,
+        )  # fmt: skip
+        return losses, of_positives
 
 
 def triplet_worst_gradients(
@@ -208,16 +234,14 @@ def _sparse_product(
     return out
 
 
-def _positives(queries: Tensor, keys: Tensor) -> Tensor:
-    tile, precision = choose_tile("triplet", queries)
-    positives = queries.new_empty(len(queries), dtype=torch.float32)
+def _positives(queries: Tensor, keys: Tensor, tile: Tile, precision: str) -> tuple[Tensor, Tensor]:
+    """The positives, infinity where a key has none, and the largest numbers of all blocks of rows, for the kernels."""
+    rows = round_up(len(keys), PADDING.value)
+    blocks = rows // tile.block_m
+    positives = queries.new_empty(rows, dtype=torch.float32)
+    peaks = queries.new_empty(2, blocks, dtype=torch.int32)
     launcher(positives_kernel, tile, PRECISION=precision)(
-        (cdiv(len(queries), tile.block_m),),
-        queries, keys, positives, len(queries), len(keys), queries.shape[1], queries.stride(0), keys.stride(0),
+        (blocks,),
+        queries, keys, positives, peaks, len(queries), len(keys), queries.shape[1], queries.stride(0), keys.stride(0),
     )  # fmt: skip
-    return positives
-
-
-def _losses(rows: Tensor, columns: Tensor, symmetric: bool) -> Tensor:
-    """The losses [N] from the partial sums of the hinges."""
-    return (rows[0].sum(0) + columns[0].sum(0)) / 2 if symmetric else rows[0].sum(0)
+    return positives, peaks
