@@ -10,7 +10,7 @@ from mmkernels._tiles import launch, products
 from mmkernels._tiles.configs import CONFIGS, Config
 from mmkernels._tiles.triton import Tile
 from mmkernels.info_nce import chunked
-from mmkernels.info_nce.triton_kernels import cross_entropy
+from mmkernels.info_nce.triton_kernels import cross_entropy, forward_flags, grad_logits_flags
 
 # Arguments that are strides or sizes of padded rows: multiples of 16, which the launcher sees to.
 _MULTIPLES_OF_16 = {
@@ -81,6 +81,10 @@ def case(op: str, gpu: str, precision: str, dtype: str, kernel: str, tile: Tile 
         constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
         constants["PRECISION"] = "ieee" if precision == "half" else precision
         warps, stages = tile.num_warps, tile.num_stages
+        if kernel == "forward_kernel":
+            constants |= forward_flags(tile, gpu)
+        if kernel == "grad_logits_kernel":
+            constants |= grad_logits_flags(gpu)
     options = tuple(launch.compiler_options(tile).items())
     return Case(op, kernel, gpu, precision, dtype, tuple(constants.items()), warps, stages, options, tile is not None)
 
@@ -94,6 +98,8 @@ def argument(case: Case, name: str) -> Argument:
         return Argument("i32", name in _MULTIPLES_OF_16)
     if name == "label_smoothing":
         return Argument("fp32")
+    if name == "positives_in":
+        return Argument("*i32", True)
     if name in _INDICES:
         # The kernels that make tiles take groups by numbers.
         of_pairs = case.has_dot or case.kernel.startswith("strip_")

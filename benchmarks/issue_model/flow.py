@@ -56,9 +56,22 @@ class Flow:
         around = [other for other in self.loops if loop.body < other.body]
         return min(around, key=lambda other: len(other.body), default=None)
 
-    def path(self, loop: Loop | None, elements: int = 0) -> list[Part]:
+    def flattened(self, loops: Iterable[Loop], elements: int) -> Loop | None:
+        """The loop over tiles and over the steps of their products in one: some of its trips store a tile of so many
+        elements, and some store nothing."""
+        for loop in loops:
+            last = self._code(self.path(loop, elements, once_a_tile=True))
+            stores = any(is_store(i) for i in last) and sum(float_operations(i) for i in last) >= elements > 0
+            if stores and not any(is_store(i) for i in self._code(self.path(loop, must_store=False))):
+                return loop
+        return None
+
+    def path(
+        self, loop: Loop | None, elements: int = 0, must_store: bool = True, once_a_tile: bool = False
+    ) -> list[Part]:
         """One trip through a loop, from its header to the jump back; None: the whole kernel. elements: how many
-        floating-point operations it needs outside of inner loops, if any path has so many."""
+        floating-point operations it needs outside of inner loops, if any path has so many. once_a_tile: before its
+        products it takes the longest way, which has the addresses of another tile."""
         within = loop.body if loop else self.reachable
         inner = self._children(loop)
         owner = {block: child for child in inner for block in child.body}
@@ -83,11 +96,15 @@ class Flow:
                 return _NOWHERE, ()
             (products, loops, stored, done, short), parts = max(ways, key=lambda way: way[0])
             waits = any(i.name == "SYNCS" for i in code) and len(code) < 16  # a wait that spins is no work
+            length = len(code) if once_a_tile and products else -len(code)
             products += sum(is_matrix(i) for i in code)
             loops += child is not None and not waits
-            return (products, loops, stored, done, short - len(code)), (part, *parts)
+            return (products, loops, stored, done, short + length), (part, *parts)
 
-        return _joined(best(start, False, 0)[1])
+        return _joined(best(start, not must_store, 0)[1])
+
+    def _code(self, parts: Iterable[Part]) -> list[Instruction]:
+        return [i for part in parts for i in self.instructions[part.first : part.end]]
 
     def _may_end(self, block: int) -> bool:
         """Whether the kernel may end there: an exit may have a condition, such as a loop's."""

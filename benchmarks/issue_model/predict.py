@@ -1,6 +1,8 @@
 """The tile of a kernel: what its main loop and the rest take of each pipe, and how long it lasts.
 
 A tile is one trip through the loop around the main loop, which multiplies; a kernel without such a loop makes one tile.
+Where one loop goes over tiles and the steps of their products, a tile is as many trips as it has steps, one of which
+has the addresses and the epilogue, too.
 """
 
 from collections import Counter
@@ -76,6 +78,8 @@ def tile_of(code: Code, chip: Chip, shape: Shape) -> Tile:
     """Read the tile out of a kernel's code and time it."""
     flow = Flow(code)
     main = flow.innermost_with_matrix()
+    if flat := flow.flattened(main, shape.elements):
+        return _flattened(flow, flat, chip, shape)
     around = flow.enclosing(main[0]) if main else None
     main = [loop for loop in main if around is None or loop.body < around.body]
     parts = flow.path(around, shape.elements)
@@ -83,10 +87,34 @@ def tile_of(code: Code, chip: Chip, shape: Shape) -> Tile:
     rest = _straight(flow, parts, leaving_out=main)
     trips = shape.steps - _peeled(step, rest)
     tile = _repeated(flow, parts, main, trips)
+    return _timed(step, rest, tile, trips, chip, shape, loops=around is not None)
+
+
+def _flattened(flow: Flow, loop: Loop, chip: Chip, shape: Shape) -> Tile:
+    step = _straight(flow, flow.path(loop, must_store=False))
+    last = _straight(flow, flow.path(loop, shape.elements, once_a_tile=True))
+    rest, beside = [], list(step)
+    for instruction in last:
+        if instruction in beside:
+            beside.remove(instruction)
+        else:
+            rest.append(instruction)
+    return _timed(step, rest, step * (shape.steps - 1) + last, shape.steps, chip, shape, loops=True)
+
+
+def _timed(
+    step: Sequence[Instruction],
+    rest: Sequence[Instruction],
+    tile: Sequence[Instruction],
+    trips: int,
+    chip: Chip,
+    shape: Shape,
+    loops: bool,
+) -> Tile:
     warps = max(1, shape.warps // SCHEDULERS)
     flops = sum(product_flops(i) or shape.shapeless_flops for i in tile if is_matrix(i)) * shape.warps
     steps = model.steps_of(tile, chip, shape.shapeless_flops)
-    cycles = _cycles(steps, chip, warps, shape.blocks, loops=around is not None)
+    cycles = _cycles(steps, chip, warps, shape.blocks, loops)
     of_step, of_rest = (Work.of(path, chip, shape.shapeless_flops) for path in (step, rest))
     return Tile(of_step, of_rest, warps, trips, flops, cycles)
 

@@ -53,7 +53,7 @@ CONFIGS: dict[str, dict[str, Config]] = {
     "sm_90": {
         "half": Config(
             Tile(128, 128, 64, 8, 4),
-            Tile(128, 128, 64, 8, 3, max_registers=128),
+            Tile(128, 128, 64, 4, 3),
             Tile(128, 256, 64, 8, 4),
             heavier_grad_logits=Tile(128, 128, 64, 8, 4),
         ),

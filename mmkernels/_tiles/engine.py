@@ -83,12 +83,60 @@ def similarities(
 
 
 @triton.jit
+def offsets_in_tile(stride, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Where the first features of the rows of a tile lie from its first row on, [BLOCK, BK]."""
+    return (tl.arange(0, BLOCK) * stride)[:, None] + tl.arange(0, BLOCK_K)[None, :]
+
+
+@triton.jit
+def add_products(
+    acc, x, y, x_row, y_row, stride_x, stride_y, x_offsets, y_offsets, start, D,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc and the products of the features from `start` on, for the rows from x_row and y_row on, which exist. See
+    offsets_in_tile.
+
+    For a loop over tiles and features in one: the first copies of a tile are then on their way during the epilogue of
+    the last. Nothing but numbers may change from tile to tile there, and no barrier may stand in it.
+    """
+    inside = tl.arange(0, BLOCK_K) < D - start
+    x_tile = tl.load(x + tl.cast(x_row, tl.int64) * stride_x + start + x_offsets, mask=inside[None, :], other=0.0)
+    y_tile = tl.load(y + tl.cast(y_row, tl.int64) * stride_y + start + y_offsets, mask=inside[None, :], other=0.0)
+    return dot(x_tile, tl.trans(y_tile), acc, PRECISION)
+
+
+@triton.jit
 def with_bias(s, bias, cols, num_y, BIAS: tl.constexpr):
     """The logits in base 2 plus the bias of their columns, if any. Columns past the end take the last column's bias."""
     if BIAS:
         # A mask instead of the clamped index would spill: some tiles have no registers left for it.
         s += (tl.load(bias + tl.minimum(cols, num_y - 1)) * LOG2E)[None, :]
     return s
+
+
+@triton.jit
+def first_bits(number):
+    """The bits 0, ..., number - 1 of an int32, number <= 32."""
+    return tl.where(number < 32, (1 << (number & 31)) - 1, -1)
+
+
+@triton.jit
+def count_bits(bits):
+    """How many bits of an int32 are set."""
+    return tl.sum((bits >> tl.arange(0, 32)) & 1, 0)
+
+
+@triton.jit
+def lowest_bit(bits):
+    """The number of the lowest bit of an int32 that is set: the exponent of that bit as a float32."""
+    return (((bits & -bits).to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
+
+
+@triton.jit
+def entries(tile, index):
+    """The entry `index` of each row of a tile, [BM]; 0 where there is none."""
+    cols = tl.arange(0, tile.shape[1])
+    return tl.sum(tl.where(cols[None, :] == index[:, None], tile, 0.0), 1)
 
 
 @triton.jit
@@ -208,9 +256,9 @@ def softmax_grads(
 ):  # fmt: skip
     """softmax_grad_both with COLUMNS, else softmax_grad, of the log-sum-exps in memory: row_lse [2, N], col_lse [2, M]
     as store_in_two leaves them."""
-    lse, rest = _load_in_two(row_lse, N, rows, row_ok)
+    lse, rest = load_in_two(row_lse, N, rows, row_ok)
     if COLUMNS:
-        other_lse, other_rest = _load_in_two(col_lse, M, cols, col_ok)
+        other_lse, other_rest = load_in_two(col_lse, M, cols, col_ok)
         p = softmax_grad_both(
             s, lse, rest, other_lse, other_rest, row_weight, col_weight, row_ok, col_ok, exact
         )  # fmt: skip
@@ -220,7 +268,7 @@ def softmax_grads(
 
 
 @triton.jit
-def _load_in_two(lse, plane, index, ok):
+def load_in_two(lse, plane, index, ok):
     return tl.load(lse + index, mask=ok, other=0.0), tl.load(lse + plane + index, mask=ok, other=0.0)
 
 

@@ -102,6 +102,51 @@ def test_a_path_works_on_every_element():
     assert [(part.first, part.end) for part in found.path(None)] == [(0, 2), (6, 7), (15, 17)]
 
 
+FLATTENED = Code(
+    [
+        an("BRA `same", predicate="P0"),  # 0: the loop; past the addresses of another tile
+        *[an("IMAD R0, R0, R1")] * 5,  # 1
+        an("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0"),  # 6: same
+        an("BRA `on", predicate="P1"),  # 7: past the epilogue
+        an("BRA `plain", predicate="P2"),  # 8
+        *[an("IADD3 R0, R0, R1")] * 9,  # 9: the rare way
+        *[an("MUFU.EX2 R0, R0")] * 4,  # 18: plain
+        an("STG.E.128 [R2], R4"),  # 22
+        an("BRA `loop", predicate="P3"),  # 23: on
+        an("EXIT"),
+    ],
+    {"loop": 0, "same": 6, "plain": 18, "on": 23},
+)
+
+
+def test_one_loop_over_tiles_and_their_steps_has_addresses_and_an_epilogue_once_a_tile():
+    found = flow.Flow(FLATTENED)
+    (loop,) = found.loops
+    assert found.flattened([loop], elements=4) == loop
+    assert found.flattened([loop], elements=5) is None  # no trip works on so many
+    tile = predict.tile_of(FLATTENED, H100, predict.Shape(warps=4, blocks=1, steps=3, elements=4))
+    assert tile.steps == 3
+    assert tile.step.named == {"BRA": 3, "HGMMA": 1}
+    assert tile.rest.named == {"IMAD": 5, "BRA": 1, "MUFU": 4, "STG": 1}
+    assert tile.flops == 3 * 2 * 64 * 128 * 16
+    assert tile.clocks["matrix"] == 3 * 64
+
+
+def test_a_loop_that_stores_in_every_trip_is_not_over_tiles_and_steps():
+    code = Code(
+        [
+            an("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0"),
+            *[an("MUFU.EX2 R0, R0")] * 4,
+            an("STG.E.128 [R2], R4"),
+            an("BRA `loop", predicate="P3"),
+            an("EXIT"),
+        ],
+        {"loop": 0},
+    )
+    found = flow.Flow(code)
+    assert found.flattened(found.loops, elements=4) is None
+
+
 def test_a_stall_and_a_scoreboard_hold_a_warp():
     assert clocks([an("FADD R0, R0, R1", stall=4), an("FADD R0, R0, R1")]) == 4
     # 8 clocks of the special function unit, 24 until the result is there.

@@ -226,6 +226,19 @@ def test_rows_and_columns_far_below_others_of_their_block(of, monkeypatch):
     )
 
 
+@pytest.mark.parametrize(("high", "flat"), [(0, False), (2, True)])
+def test_other_slots_of_rows(high, flat, monkeypatch):
+    """A slot of one row, and of four, and a loop over tiles around one over features: as some GPUs take them."""
+    monkeypatch.setattr(launch, "MAX_PARTIALS", 2)
+    monkeypatch.setattr(triton_kernels, "forward_flags", lambda tile, family: {"SLOT_HIGH": high, "FLAT": flat})
+    monkeypatch.setattr(triton_kernels, "grad_logits_flags", lambda family: {"FLAT": flat})
+    queries, keys = batch(4 * TILE, 4 * TILE, 16, FP32)
+    check(queries, keys)
+    strength = torch.ones(len(queries), 1)
+    strength[::3] = 40  # rows that lie far below others of their slot are made again
+    check(queries * strength, keys, 1.0)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_nan_and_infinity_stay_where_they_belong_in_tiles_without_a_positive(value, monkeypatch):
     monkeypatch.setattr(launch, "MAX_PARTIALS", 2)

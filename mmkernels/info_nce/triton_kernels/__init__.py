@@ -29,7 +29,7 @@ from mmkernels._checks import require_targets
 from mmkernels._tiles.configs import choose
 from mmkernels._tiles.launch import MERGE_BLOCK, MERGE_STEP, aligned, launcher, walk_down_columns
 from mmkernels._tiles.products import fp16_unit, gradients_of_both
-from mmkernels._tiles.triton import Tile, cdiv, on_device
+from mmkernels._tiles.triton import Tile, cdiv, chip_of, family_of, on_device
 from mmkernels.info_nce.groups import Groups, number_groups, require_groups
 from mmkernels.info_nce.triton_kernels.cross_entropy import (
     column_weights_kernel,
@@ -102,7 +102,8 @@ def cross_entropy_forward(of: CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
 
     with on_device(queries.device):
         flags = {"SYMMETRIC": symmetric, "BIAS": bias is not None, "GROUPS": groups is not None}
-        launcher(forward_kernel, tile, PRECISION=precision, **flags)(
+        flags_of_device = forward_flags(tile, family_of(queries.device))
+        launcher(forward_kernel, tile, PRECISION=precision, **flags, **flags_of_device)(
             (walk.groups * walk.splits,),
             queries, keys, scale, scale if bias is None else bias,
             row_ids, key_ids, positives, row_partials, col_partials, parts,
@@ -213,7 +214,7 @@ class _Logits(NamedTuple):
     col_weights: Tensor  # [M], of each column
     row_shares: Tensor  # [N], with groups: what each positive of a row subtracts
     col_shares: Tensor  # [M], what each positive of a column subtracts
-    factors: tuple[Tensor, Tensor, Tensor, Tensor]  # of rows [N] and columns [M], and the bounds of their blocks
+    factors: tuple[Tensor, ...]  # of rows [N] and columns [M], the bounds of their blocks, and where positives are
     tile: Tile
     precision: str
 
@@ -222,14 +223,35 @@ class _Logits(NamedTuple):
         queries, keys, scale, bias, _, groups, symmetric, label_smoothing = self.of
         height, width = strip.shape
         flags = {"SYMMETRIC": symmetric, "BIAS": bias is not None, "GROUPS": groups is not None}
-        launcher(grad_logits_kernel, self.tile, SMOOTHED=label_smoothing > 0, PRECISION=self.precision, **flags)(
-            (height // self.tile.block_m * (width // self.tile.block_n),),
+        flags["SMOOTHED"] = label_smoothing > 0
+        of_family = grad_logits_flags(family_of(strip.device))
+        launcher(grad_logits_kernel, self.tile, PRECISION=self.precision, **flags, **of_family)(
+            (self.programs(height // self.tile.block_m * (width // self.tile.block_n)),),
             queries, keys, scale, scale if bias is None else bias,
             self.row_ids, self.key_ids, self.row_lse, self.col_lse, self.row_weights, self.col_weights,
             self.row_shares, self.col_shares, *self.factors, strip,
             first_row, first_col, height, width, len(queries), len(keys), len(self.key_ids),
             queries.shape[1], queries.stride(0), keys.stride(0), float(label_smoothing),
         )  # fmt: skip
+
+    def programs(self, tiles: int) -> int:
+        """A program without groups takes several tiles, one after the other: two programs fill a multiprocessor."""
+        if self.of.groups is not None:
+            return tiles
+        return min(tiles, 2 * chip_of(self.of.queries.device).multiprocessors)
+
+
+def forward_flags(tile: Tile, family: str) -> dict[str, int]:
+    """forward_kernel's SLOT_HIGH, by how a thread holds the rows of a tile, and FLAT."""
+    # On sm_100 the compiler fails at sums over the rows of a thread, and at the columns' sums in a flat loop.
+    rows_alone = family in ("sm_100", "gfx942")
+    high = 0 if rows_alone else max(1, tile.block_m // (16 * tile.num_warps))
+    return {"SLOT_HIGH": high, "FLAT": int(family != "sm_100")}
+
+
+def grad_logits_flags(family: str) -> dict[str, int]:
+    """grad_logits_kernel's FLAT: not on gfx942, where it takes 96 KB of shared memory."""
+    return {"FLAT": int(family != "gfx942")}
 
 
 def _factors(
@@ -240,20 +262,24 @@ def _factors(
     weights: Tensor,
     col_weights: Tensor,
     tile: Tile,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What softmax_factors_kernel stores: the factors of rows and columns and the bounds of their blocks."""
+) -> tuple[Tensor, ...]:
+    """What softmax_factors_kernel stores: the factors of rows and columns, the bounds of their blocks, and the tiles
+    with a positive."""
     if of.groups is not None:
-        return weights, weights, weights, weights  # no tile is plain
+        return (weights,) * 5  # no tile is plain
     N, M = len(of.queries), len(of.keys)
-    row_blocks, col_blocks = cdiv(N, tile.block_m), cdiv(M, tile.block_n) if of.symmetric else 0
-    row_factors, row_bounds = weights.new_empty(N), weights.new_empty(4, row_blocks)
+    row_blocks, col_blocks = cdiv(N, tile.block_m), cdiv(M, tile.block_n)
+    positives_in = weights.new_empty(row_blocks * cdiv(col_blocks, 32), dtype=torch.int32)
+    col_blocks = col_blocks if of.symmetric else 0
+    row_factors, row_bounds = weights.new_empty(N), weights.new_empty(2, row_blocks)
     col_factors, col_bounds = weights.new_empty(M if of.symmetric else 0), weights.new_empty(2, col_blocks)
     block = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     launcher(softmax_factors_kernel, SYMMETRIC=of.symmetric, **block)(
         (row_blocks + col_blocks,),
-        targets, row_lse, col_lse, weights, col_weights, row_factors, col_factors, row_bounds, col_bounds, N, M,
+        targets, row_lse, col_lse, weights, col_weights, row_factors, col_factors, row_bounds, col_bounds,
+        positives_in, N, M,
     )  # fmt: skip
-    return row_factors, col_factors, row_bounds, col_bounds
+    return row_factors, col_factors, row_bounds, col_bounds, positives_in
 
 
 def _column_weights(weights: Tensor, targets: Tensor, num_keys: int, identity: bool) -> Tensor:

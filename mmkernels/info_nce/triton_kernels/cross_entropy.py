@@ -7,12 +7,19 @@ import triton.language as tl
 
 from mmkernels._tiles.engine import (
     BACKWARD_SPREAD,
+    add_products,
     all_have_read,
     block_of_tiles,
     clear_columns,
+    count_bits,
+    entries,
+    first_bits,
     halves,
     join_columns,
+    load_in_two,
+    lowest_bit,
     merge,
+    offsets_in_tile,
     partials_of_block,
     similarities,
     softmax_grads,
@@ -74,21 +81,17 @@ def _exact_part(
 
 @triton.jit
 def _exact_tile(
-    s, bias, rows, targets, key_groups, positives, col_out, col_plane, col_start, N, M, num_grouped,
-    COLUMNS: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    s, bias, m, z, p, rows, targets, key_groups, positives, col_out, col_plane, col_start, N, M, num_grouped,
+    COLUMNS: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(m, z, p) of the rows of a tile, and its columns into memory, as _exact_part joins them part by part: so that the
-    parts need not share the registers."""
-    m = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    z = tl.zeros((BLOCK_M,), tl.float32)
-    p = tl.zeros((BLOCK_M,), tl.float32)
+    """_exact_part for parts of the tile, one after the other, so that they need not share the registers: halves, and
+    quarters with GROUPS, whose sums take more."""
     HALF: tl.constexpr = BLOCK_N // 2
     left, right = halves(s)
     for half in tl.static_range(2):
         part = left if half == 0 else right
         start = col_start + half * HALF
-        if GROUPS:  # whose sums take more registers
+        if GROUPS:
             first, second = halves(part)
             m, z, p = _exact_part(
                 first, bias, m, z, p, rows, targets, key_groups, positives, col_out, col_plane, start,
@@ -125,26 +128,57 @@ def _either(a, b):
 
 
 @triton.jit
-def _flush(sums, m, left_out, parts, col_out, col_plane, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Join the columns' sums of 2^(s - m), [BM, BN], to those in memory. Returns 1 if one of them is too small for
-    that, or if a row was left out.
+def _of_slots(rows, HIGH: tl.constexpr):
+    """The largest of the rows of each slot, [BM] to [warps, 8]; HIGH = 0: each row is one."""
+    HEIGHT: tl.constexpr = rows.shape[0]
+    if HIGH > 0:
+        rows = tl.max(tl.max(tl.reshape(rows, (HIGH, HEIGHT // (16 * HIGH), 2, 8)), 2), 0)
+    return rows
 
-    Rows of one warp are added in registers. What the warps have goes through `parts` [BM / 16, BN] in memory, for a sum
-    over all rows in registers would be made by every warp, for all columns.
+
+@triton.jit
+def _sum_of_slots(tile, HIGH: tl.constexpr):
+    """The sums over the rows of each slot, [BM, BN] to [warps, 8, BN]; HIGH = 0: each row is one."""
+    HEIGHT: tl.constexpr = tile.shape[0]
+    if HIGH > 0:
+        tile = tl.sum(tl.sum(tl.reshape(tile, (HIGH, HEIGHT // (16 * HIGH), 2, 8, tile.shape[1])), 2), 0)
+    return tile
+
+
+@triton.jit
+def _of_rows(slots, HIGH: tl.constexpr):
+    """What each slot has to each of its rows, [warps, 8] to [BM]."""
+    if HIGH > 0:
+        WARPS: tl.constexpr = slots.shape[0]
+        rows = tl.broadcast_to(tl.expand_dims(tl.expand_dims(slots, 1), 0), (HIGH, WARPS, 2, 8))
+        slots = tl.reshape(rows, (HIGH * WARPS * 16,))
+    return slots
+
+
+@triton.jit
+def _flush(
+    sums, m, left_out, parts, col_out, col_plane, cols,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLOT_HIGH: tl.constexpr,
+):  # fmt: skip
+    """Join the columns' sums of 2^(s - m), one for each slot, to those in memory. Returns 1 if one of them is too small
+    for that, or if a row was left out.
+
+    Slots of one warp are added in registers. What the warps have goes through `parts` [warps, BN] in memory, for a sum
+    over all in registers would be made by every warp, for all columns.
     """
+    WARPS: tl.constexpr = BLOCK_M // (16 * (SLOT_HIGH if SLOT_HIGH > 0 else 1))
     lost = tl.max((left_out != 0).to(tl.int32), 0)
-    top = tl.max(m, 0)
+    top = tl.max(m if SLOT_HIGH == 0 else tl.max(m, 1), 0)
     if top > LOWEST:
-        scaled = sums * tl.exp2(m - top)[:, None]
-        part = tl.arange(0, BLOCK_M // 16)
+        scaled = sums * tl.expand_dims(tl.exp2(m - top), -1)
+        if SLOT_HIGH == 0:
+            scaled = tl.reshape(scaled, (WARPS, 16, BLOCK_N))
+        part = tl.arange(0, WARPS)
         col = tl.arange(0, BLOCK_N)
-        tl.store(
-            parts + part[:, None] * BLOCK_N + col[None, :],
-            tl.sum(tl.reshape(scaled, (BLOCK_M // 16, 16, BLOCK_N)), 1),
-        )
+        tl.store(parts + part[:, None] * BLOCK_N + col[None, :], tl.sum(scaled, 1))
         tl.debug_barrier()
         z = tl.load(parts + col)
-        for index in tl.static_range(1, BLOCK_M // 16):
+        for index in tl.static_range(1, WARPS):
             z += tl.load(parts + index * BLOCK_N + col)
         old_m = tl.load(col_out + cols)
         new_m, new_z = merge(old_m, tl.load(col_out + col_plane + cols), tl.zeros_like(z) + top, z)
@@ -170,6 +204,7 @@ def forward_kernel(
     N, M, num_grouped, D, stride_q, stride_k, tiles_per_group, tiles_per_split, num_groups, num_splits,
     SYMMETRIC: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    SLOT_HIGH: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """Statistics of a group of rows against a split of the columns, column by column of tiles.
 
@@ -178,8 +213,10 @@ def forward_kernel(
     partials: this program alone owns its part of them.
 
     A plain tile, inside the logits and without a positive, takes one exponential an entry for its row and its column,
-    relative to the largest logit m so far of its slot: the i-th row of all tiles of the column. The columns' sums stay
-    in registers until _flush, rescaled as m grows. All other tiles take true maxima of rows and of columns.
+    relative to the largest logit m so far of its slot: rows of all tiles of the column that lie in one thread. These
+    are rows i and i + 8 of the 16 of a warp, in SLOT_HIGH parts of the tile; SLOT_HIGH = 0: row i alone. The columns'
+    sums stay in registers until _flush, rescaled as m grows. All other tiles take true maxima of rows and of columns.
+    For rows alone, all tiles take true maxima.
 
     With GROUPS the positives of a row are the columns of its group, `targets` [N] against key_groups [num_grouped], and
     both partials have a third plane in place of positives: the sum of the positives' logits.
@@ -193,90 +230,129 @@ def forward_kernel(
     )
     parts += tl.program_id(0) * (BLOCK_M // 16 * BLOCK_N)
     height = tl.cdiv(end_row - first_row, BLOCK_M)
+    RUNNING: tl.constexpr = SYMMETRIC and not GROUPS  # the columns' sums, in registers
     for col_start in tl.range(first_col, end_col, BLOCK_N, disable_licm=True):
         cols = col_start + tl.arange(0, BLOCK_N)
-        RUNNING: tl.constexpr = SYMMETRIC and not GROUPS  # the columns' sums, in registers
         if SYMMETRIC:
             clear_columns(col_out, col_plane, cols, cols < M, GROUPS)
         tl.debug_barrier()  # threads read what others of this program wrote to row_partials
-        positives_in = 0
+        plain = 0  # bit i: tile i below first_row
+        again = 0
+        left_out = tl.zeros((BLOCK_M,), tl.int32)  # bit i: the row of tile i
         if not GROUPS:
             positives_in = _tiles_with_positives(targets, first_row, height, col_start, N, BLOCK_M, BLOCK_N)
-        m = tl.full((BLOCK_M,), LOWEST, tl.float32)
-        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        left_out = tl.zeros((BLOCK_M,), tl.int32)  # bit i: the row of tile i
-        again = 0
-        # The second half of the steps makes the tiles again, exactly, if rows were left out or columns' sums are lost.
-        for step in tl.range(0, 2 * height if RUNNING else height, disable_licm=True):
-            if (step < height) | (again > 0):
-                index = step % height
-                row_start = first_row + index * BLOCK_M
-                rows = row_start + tl.arange(0, BLOCK_M)
-                written = rows < N
-                if RUNNING:
-                    second = step >= height
-                    if second:
-                        written &= (left_out >> index) & 1 > 0
-                        if step == height:
-                            clear_columns(col_out, col_plane, cols, cols < M, GROUPS)
-                old = written & (col_start > first_col)
-                old_m = tl.load(row_out + rows, mask=old, other=LOWEST)
-                old_z = tl.load(row_out + row_plane + rows, mask=old, other=0.0)
-                tile = similarities(
-                    queries, keys, rows, cols, N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
-                )  # fmt: skip
-                if GROUPS:  # whose positives are anywhere
-                    row_m, row_z, p = _exact_tile(
-                        scale2 * tile, bias, rows, targets, key_groups, positives, col_out, col_plane, col_start,
-                        N, M, num_grouped, SYMMETRIC, BIAS, GROUPS, BLOCK_M, BLOCK_N,
+            if col_start + BLOCK_N <= M:
+                plain = first_bits((end_row - first_row) // BLOCK_M)
+            if SYMMETRIC:
+                plain = tl.where(scale2 >= 0, plain & ~positives_in, 0)
+            m = _of_slots(tl.full((BLOCK_M,), LOWEST, tl.float32), SLOT_HIGH)
+            sums = _sum_of_slots(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), SLOT_HIGH)
+            # FLAT: one loop over tiles and features. The first copies of a tile are on their way during the epilogue of
+            # the last.
+            next_ones = plain
+            ones = plain
+            x_offsets = offsets_in_tile(stride_q, BLOCK_M, BLOCK_K)
+            y_offsets = offsets_in_tile(stride_k, BLOCK_N, BLOCK_K)
+            row = first_row
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            start = D
+            for _ in tl.range(0, count_bits(plain) * (tl.cdiv(D, BLOCK_K) if FLAT else 1), disable_licm=True):
+                if FLAT:
+                    start = tl.where(start + BLOCK_K < D, start + BLOCK_K, 0)
+                    if start == 0:
+                        row = first_row + lowest_bit(next_ones) * BLOCK_M
+                        next_ones &= next_ones - 1
+                    acc = add_products(
+                        acc, queries, keys, row, col_start, stride_q, stride_k, x_offsets, y_offsets, start, D,
+                        BLOCK_K, PRECISION,
                     )  # fmt: skip
-                    p += tl.load(row_out + 2 * row_plane + rows, mask=old, other=0.0)
                 else:
-                    plain = (row_start + BLOCK_M <= N) & (col_start + BLOCK_N <= M) & (scale2 >= 0) & (step < height)
-                    plain &= (positives_in >> index) & 1 == 0
-                    row_m = m
-                    row_z = m
-                    if plain:
-                        if BIAS:
-                            s = with_bias(scale2 * tile, bias, cols, M, BIAS)
-                            peak = tl.max(s, 1)
-                        else:
-                            peak = scale2 * tl.max(tile, 1)
-                        if SYMMETRIC:
-                            row_m = tl.maximum(m, peak)
-                        else:
-                            row_m = tl.maximum(peak, LOWEST)
-                        if BIAS:
-                            e = tl.exp2(s - row_m[:, None])
-                        else:
-                            e = tl.exp2(
-                                tl.fma(tile, tl.zeros_like(tile) + scale2, tl.zeros_like(tile) - row_m[:, None])
-                            )
+                    rows = first_row + lowest_bit(ones) * BLOCK_M + tl.arange(0, BLOCK_M)
+                    acc = similarities(
+                        queries, keys, rows, cols, N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+                    )  # fmt: skip
+                if start + BLOCK_K >= D:
+                    index = lowest_bit(ones)
+                    ones &= ones - 1
+                    rows = first_row + index * BLOCK_M + tl.arange(0, BLOCK_M)
+                    old = (rows < N) & (col_start > first_col)
+                    old_m = tl.load(row_out + rows, mask=old, other=LOWEST)
+                    old_z = tl.load(row_out + row_plane + rows, mask=old, other=0.0)
+                    if SYMMETRIC:
+                        peak = scale2 * tl.max(acc, 1)
+                        new_m = tl.maximum(m, _of_slots(peak, SLOT_HIGH))
+                        row_m = _of_rows(new_m, SLOT_HIGH)
+                        e = tl.exp2(tl.fma(acc, tl.zeros_like(acc) + scale2, tl.zeros_like(acc) - row_m[:, None]))
                         row_z = tl.sum(e, 1)
-                        if SYMMETRIC:
-                            sums = tl.fma(sums, tl.zeros_like(e) + tl.exp2(m - row_m)[:, None], e)
-                            m = row_m
-                            lags = ~(m - peak < _SPREAD)  # NaN and infinity, too
-                            left_out |= lags.to(tl.int32) << index
-                            row_m = tl.where(lags, LOWEST, row_m)
-                            row_z = tl.where(lags, 0.0, row_z)
+                        shrink = tl.exp2(m - new_m)
+                        of_slots = _sum_of_slots(e, SLOT_HIGH)
+                        sums = tl.fma(sums, tl.zeros_like(sums) + tl.expand_dims(shrink, -1), of_slots)
+                        m = new_m
+                        lags = ~(row_m - peak < _SPREAD)  # NaN and infinity, too
+                        left_out |= lags.to(tl.int32) << index
+                        row_m = tl.where(lags, LOWEST, row_m)
+                        row_z = tl.where(lags, 0.0, row_z)
+                    else:
+                        s = with_bias(scale2 * acc, bias, cols, M, BIAS)
+                        row_m = tl.maximum(tl.max(s, 1), LOWEST)
+                        row_z = tl.sum(tl.exp2(s - row_m[:, None]), 1)
+                        if (positives_in >> index) & 1 > 0:
+                            in_tile = tl.load(targets + rows).to(tl.int32) - col_start
+                            here = (in_tile >= 0) & (in_tile < BLOCK_N)
+                            tl.store(positives + rows, entries(s, in_tile), mask=here)
+                    row_m, row_z = merge(old_m, old_z, row_m, row_z)
+                    tl.store(row_out + rows, row_m)
+                    tl.store(row_out + row_plane + rows, row_z)
+                    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            if SYMMETRIC:
+                again = _flush(sums, m, left_out, parts, col_out, col_plane, cols, BLOCK_M, BLOCK_N, SLOT_HIGH)
+        # All others, with true maxima; and all of the column, if rows were left out or columns' sums are lost.
+        others = first_bits(height) & ~plain
+        if again > 0:
+            others = first_bits(height)
+            clear_columns(col_out, col_plane, cols, cols < M, GROUPS)
+        if others != 0:
+            tl.debug_barrier()  # as above
+            for index in tl.range(0, height, disable_licm=True):
+                if (others >> index) & 1 > 0:
+                    rows = first_row + index * BLOCK_M + tl.arange(0, BLOCK_M)
+                    written = rows < N
                     if RUNNING:
-                        last = step == height - 1
-                        if last | (not plain):
-                            again |= _flush(sums, m, left_out, parts, col_out, col_plane, cols, BLOCK_M, BLOCK_N)
-                            m = tl.full((BLOCK_M,), LOWEST, tl.float32)
-                            sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                    if not plain:
-                        row_m, row_z, p = _exact_tile(
-                            scale2 * tile, bias, rows, targets, key_groups, positives, col_out, col_plane, col_start,
-                            N, M, num_grouped, SYMMETRIC, BIAS, GROUPS, BLOCK_M, BLOCK_N,
+                        written &= ((plain >> index) & 1 == 0) | ((left_out >> index) & 1 > 0)
+                    old = written & (col_start > first_col)
+                    old_m = tl.load(row_out + rows, mask=old, other=LOWEST)
+                    old_z = tl.load(row_out + row_plane + rows, mask=old, other=0.0)
+                    row_m = tl.full((BLOCK_M,), LOWEST, tl.float32)
+                    row_z = tl.zeros((BLOCK_M,), tl.float32)
+                    p = tl.zeros((BLOCK_M,), tl.float32)
+                    if GROUPS or not FLAT:
+                        tile = similarities(
+                            queries, keys, rows, cols, N, M, D, stride_q, stride_k,
+                            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
                         )  # fmt: skip
-                # Every thread has read the old ones: the steps of the product wait for all.
-                row_m, row_z = merge(old_m, old_z, row_m, row_z)
-                tl.store(row_out + rows, row_m, mask=written)
-                tl.store(row_out + row_plane + rows, row_z, mask=written)
-                if GROUPS:
-                    tl.store(row_out + 2 * row_plane + rows, p, mask=written)
+                        row_m, row_z, p = _exact_tile(
+                            scale2 * tile, bias, row_m, row_z, p, rows, targets, key_groups, positives, col_out,
+                            col_plane, col_start, N, M, num_grouped, SYMMETRIC, BIAS, GROUPS, BLOCK_N,
+                        )  # fmt: skip
+                    else:
+                        # Such tiles are few: parts of their own, though more work, leave the registers to the others.
+                        PART: tl.constexpr = BLOCK_N // 4 if BLOCK_N > 32 else BLOCK_N // 2
+                        for part in tl.range(col_start, col_start + BLOCK_N, PART, disable_licm=True):
+                            tile = similarities(
+                                queries, keys, rows, part + tl.arange(0, PART), N, M, D, stride_q, stride_k,
+                                BLOCK_M, PART, BLOCK_K, PRECISION,
+                            )  # fmt: skip
+                            row_m, row_z, p = _exact_part(
+                                scale2 * tile, bias, row_m, row_z, p, rows, targets, key_groups, positives, col_out,
+                                col_plane, part, N, M, num_grouped, SYMMETRIC, BIAS, GROUPS, PART,
+                            )  # fmt: skip
+                    # Every thread has read the old ones: the steps of the product wait for all.
+                    row_m, row_z = merge(old_m, old_z, row_m, row_z)
+                    tl.store(row_out + rows, row_m, mask=written)
+                    tl.store(row_out + row_plane + rows, row_z, mask=written)
+                    if GROUPS:
+                        p += tl.load(row_out + 2 * row_plane + rows, mask=old, other=0.0)
+                        tl.store(row_out + 2 * row_plane + rows, p, mask=written)
 
 
 @triton.jit
@@ -382,28 +458,30 @@ def column_weights_kernel(targets, row_weights, col_weights, N, M, STEP: tl.cons
 
 @triton.jit(do_not_specialize=["N", "M"])
 def softmax_factors_kernel(
-    targets, row_lse, col_lse, row_weights, col_weights, row_factors, col_factors, row_bounds, col_bounds, N, M,
-    SYMMETRIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    targets, row_lse, col_lse, row_weights, col_weights, row_factors, col_factors, row_bounds, col_bounds,
+    positives_in, N, M, SYMMETRIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """u_i 2^(c - lse_i) for the rows, w_j 2^(c - lse_j) for the columns, c = _middle of their block of rows or columns.
 
-    row_bounds [4, blocks of rows] takes the lowest and highest log-sum-exp of each block, and the first and last block
-    of columns in which one of its rows has its target; col_bounds [2, blocks of columns] the former.
+    row_bounds [2, blocks of rows] and col_bounds [2, blocks of columns] take the lowest and highest log-sum-exp of each
+    block; positives_in [blocks of rows, blocks of columns / 32] a bit for each tile in which a row has its target.
     """
     program = tl.program_id(0)
     row_blocks = tl.cdiv(N, BLOCK_M)
+    col_blocks = tl.cdiv(M, BLOCK_N)
     if program < row_blocks:
         rows = program * BLOCK_M + tl.arange(0, BLOCK_M)
         _store_factors(row_lse, row_weights, row_factors, row_bounds, N, rows, program, row_blocks)
         target = tl.load(targets + rows, mask=rows < N, other=-1).to(tl.int32)
         block = tl.where(target < 0, -1, target // BLOCK_N)
-        first = tl.min(tl.where(target < 0, 2147483647, block), 0)
-        tl.store(row_bounds + 2 * row_blocks + program, first.to(tl.float32))
-        tl.store(row_bounds + 3 * row_blocks + program, tl.max(block, 0).to(tl.float32))
+        words = tl.cdiv(col_blocks, 32)
+        for word in range(words):
+            bits = tl.where(block >> 5 == word, 1 << (block & 31), 0)
+            tl.store(positives_in + program * words + word, tl.reduce(bits, 0, _either))
     elif SYMMETRIC:
         col_block = program - row_blocks
         cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N)
-        _store_factors(col_lse, col_weights, col_factors, col_bounds, M, cols, col_block, tl.cdiv(M, BLOCK_N))
+        _store_factors(col_lse, col_weights, col_factors, col_bounds, M, cols, col_block, col_blocks)
 
 
 @triton.jit
@@ -470,10 +548,11 @@ def _store_grad(
 @triton.jit(do_not_specialize=["first_row", "first_col", "N", "M", "num_grouped", "label_smoothing"])
 def grad_logits_kernel(
     queries, keys, scale, bias, targets, key_groups, row_lse, col_lse, row_weights, col_weights,
-    row_shares, col_shares, row_factors, col_factors, row_bounds, col_bounds, strip,
+    row_shares, col_shares, row_factors, col_factors, row_bounds, col_bounds, positives_in, strip,
     first_row, first_col, height, width, N, M, num_grouped, D, stride_q, stride_k, label_smoothing,
     SYMMETRIC: tl.constexpr, SMOOTHED: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    FLAT: tl.constexpr,
 ):  # fmt: skip
     """strip [height, width] = the part of dS that begins at first_row, first_col. Zero past the ends of dS.
 
@@ -487,15 +566,14 @@ def grad_logits_kernel(
     for both softmaxes: 2^(s - c) (u_i 2^(c - lse_i) + w_j 2^(c - lse_j)), of the factors and bounds that
     softmax_factors_kernel has stored.
     """
-    row_in_strip, col_in_strip = strip_place(tl.program_id(0), height, width, BLOCK_M, BLOCK_N)
-    first_row_of_tile = first_row + row_in_strip
-    first_col_of_tile = first_col + col_in_strip
-    rows = first_row_of_tile + tl.arange(0, BLOCK_M)
-    cols = first_col_of_tile + tl.arange(0, BLOCK_N)
     scale2 = tl.load(scale) * LOG2E
+    tiles = height // BLOCK_M * (width // BLOCK_N)
     if GROUPS:  # whose positives are anywhere
+        row_in_strip, col_in_strip = strip_place(tl.program_id(0), height, width, BLOCK_M, BLOCK_N)
         tile = similarities(
-            queries, keys, rows, cols, N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+            queries, keys, first_row + row_in_strip + tl.arange(0, BLOCK_M),
+            first_col + col_in_strip + tl.arange(0, BLOCK_N), N, M, D, stride_q, stride_k,
+            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = halves(scale2 * tile)
@@ -506,79 +584,196 @@ def grad_logits_kernel(
                 N, M, num_grouped, label_smoothing, SYMMETRIC, SMOOTHED, BIAS, GROUPS, BLOCK_M, HALF,
             )  # fmt: skip
     else:
-        plain, c, shift = _is_plain(
-            targets, row_bounds, col_bounds, rows, first_row_of_tile, first_col_of_tile, N, M, SYMMETRIC,
-            BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-        if plain:
-            tile = similarities(
-                queries, keys, rows, cols, N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
-            )  # fmt: skip
-            factor = tl.load(row_factors + rows)
-            if SYMMETRIC:
-                factor *= tl.exp2(shift)
-            in_rows = row_in_strip + tl.arange(0, BLOCK_M)
-            left, right = halves(tile)
-            for half in tl.static_range(2):
-                part = left if half == 0 else right
-                in_half = half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-                of_part = first_col_of_tile + in_half
-                if BIAS:
-                    e = tl.exp2(with_bias(scale2 * part, bias, of_part, M, BIAS) - c)
-                else:
-                    e = tl.exp2(tl.fma(part, tl.zeros_like(part) + scale2, tl.zeros_like(part) - c))
-                if SYMMETRIC:
-                    grad = e * (factor[:, None] + tl.load(col_factors + of_part)[None, :])
-                else:
-                    grad = e * factor[:, None]
-                if SMOOTHED:
-                    grad -= (tl.load(row_weights + rows) * (label_smoothing / M))[:, None]
+        # FLAT: one loop over tiles and features. The first copies of a tile are on their way during the epilogue of the
+        # last. It takes the tiles inside the logits.
+        row_tiles = tl.minimum(height, tl.maximum(N - first_row, 0)) // BLOCK_M
+        col_tiles = tl.minimum(width, tl.maximum(M - first_col, 0)) // BLOCK_N
+        inside = row_tiles * col_tiles
+        program = tl.program_id(0)
+        programs = tl.num_programs(0)
+        left_out = inside < tiles
+        index = program - programs
+        row = first_row
+        col = first_col
+        # Of the tile whose products are summed, while the copies are those of the next.
+        done = program
+        done_row, done_col = strip_place(done, row_tiles * BLOCK_M, col_tiles * BLOCK_N, BLOCK_M, BLOCK_N)
+        near, c, shift = _common_exponent(
+            row_bounds, col_bounds, first_row + done_row, first_col + done_col, N, M, SYMMETRIC, BLOCK_M, BLOCK_N
+        )
+        x_offsets = offsets_in_tile(stride_q, BLOCK_M, BLOCK_K)
+        y_offsets = offsets_in_tile(stride_k, BLOCK_N, BLOCK_K)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        start = D
+        mine = tl.cdiv(tl.maximum(inside - program, 0), programs)
+        for _ in tl.range(0, mine * (tl.cdiv(D, BLOCK_K) if FLAT else 1), disable_licm=True):
+            if FLAT:
+                start = tl.where(start + BLOCK_K < D, start + BLOCK_K, 0)
+                if start == 0:
+                    index += programs
+                    row, col = strip_place(index, row_tiles * BLOCK_M, col_tiles * BLOCK_N, BLOCK_M, BLOCK_N)
+                acc = add_products(
+                    acc, queries, keys, first_row + row, first_col + col, stride_q, stride_k, x_offsets, y_offsets,
+                    start, D, BLOCK_K, PRECISION,
+                )  # fmt: skip
+            else:
+                acc = similarities(
+                    queries, keys, first_row + done_row + tl.arange(0, BLOCK_M),
+                    first_col + done_col + tl.arange(0, BLOCK_N), N, M, D, stride_q, stride_k,
+                    BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+                )  # fmt: skip
+            if start + BLOCK_K >= D:
+                # The wait for the products, which all warps must come to, stands where these are first used.
+                left, right = halves(acc)
+                first, second = halves(left)
+                third, fourth = halves(right)
+                WIDTH: tl.constexpr = BLOCK_N // 4
+                if near:
+                    rows = first_row + done_row + tl.arange(0, BLOCK_M)
+                    factor = tl.load(row_factors + rows)
                     if SYMMETRIC:
-                        grad -= (tl.load(col_weights + of_part) * (label_smoothing / N))[None, :]
-                out = strip + in_rows.to(tl.int64)[:, None] * width + (col_in_strip + in_half)[None, :]
-                tl.store(out, grad.to(strip.dtype.element_ty))
-        else:
-            # Such tiles are few: parts of their own, though more work, leave the registers to two blocks.
+                        factor *= tl.exp2(shift)
+                    has_positive = _has_positive(
+                        positives_in, first_row + done_row, first_col + done_col, M, BLOCK_M, BLOCK_N
+                    )
+                    of_positive = factor
+                    target = rows
+                    if has_positive:
+                        target = tl.load(targets + rows).to(tl.int32)
+                        in_tile = target - (first_col + done_col)
+                        s = entries(first, in_tile)
+                        s += entries(second, in_tile - WIDTH)
+                        s += entries(third, in_tile - 2 * WIDTH)
+                        s += entries(fourth, in_tile - 3 * WIDTH)
+                        of_positive = _grad_of_positive(
+                            scale2 * s, rows, target, (in_tile >= 0) & (in_tile < BLOCK_N), bias, row_lse, col_lse,
+                            row_weights, col_weights, N, M, label_smoothing, SYMMETRIC, SMOOTHED, BIAS,
+                        )  # fmt: skip
+                    # The quarters of a tile go one after the other, so that they need not share the registers.
+                    for quarter in tl.static_range(4):
+                        if quarter < 2:
+                            part = first if quarter == 0 else second
+                        else:
+                            part = third if quarter == 2 else fourth
+                        _store_near(
+                            part, scale2, c, factor, has_positive, target, of_positive, bias,
+                            row_weights, col_weights, col_factors, strip, rows, first_col, done_row,
+                            done_col + quarter * WIDTH, width, N, M, label_smoothing, SYMMETRIC, SMOOTHED, BIAS,
+                            BLOCK_M, WIDTH,
+                        )  # fmt: skip
+                left_out |= ~near
+                done += programs
+                done_row, done_col = strip_place(done, row_tiles * BLOCK_M, col_tiles * BLOCK_N, BLOCK_M, BLOCK_N)
+                near, c, shift = _common_exponent(
+                    row_bounds, col_bounds, first_row + done_row, first_col + done_col, N, M, SYMMETRIC,
+                    BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+                acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if left_out:
+            # Such tiles are few: parts of their own, though more work, leave the registers to the others.
             PART: tl.constexpr = BLOCK_N // 4 if BLOCK_N > 32 else BLOCK_N // 2
-            for start in tl.range(0, BLOCK_N, PART, disable_licm=True):
-                tile = similarities(
-                    queries, keys, rows, first_col_of_tile + start + tl.arange(0, PART), N, M, D, stride_q, stride_k,
-                    BLOCK_M, PART, BLOCK_K, PRECISION,
-                )  # fmt: skip
-                _store_grad(
-                    scale2 * tile, bias, targets, key_groups, row_lse, col_lse, row_weights, col_weights,
-                    row_shares, col_shares, strip, first_row, first_col, row_in_strip, col_in_strip + start, width,
-                    N, M, num_grouped, label_smoothing, SYMMETRIC, SMOOTHED, BIAS, GROUPS, BLOCK_M, PART,
-                )  # fmt: skip
+            for step in tl.range(0, tl.cdiv(tl.maximum(tiles - program, 0), programs), disable_licm=True):
+                row, col = strip_place(program + step * programs, height, width, BLOCK_M, BLOCK_N)
+                near, c, shift = _common_exponent(
+                    row_bounds, col_bounds, first_row + row, first_col + col, N, M, SYMMETRIC, BLOCK_M, BLOCK_N
+                )
+                near &= (first_row + row + BLOCK_M <= N) & (first_col + col + BLOCK_N <= M)
+                if not near:
+                    rows = first_row + row + tl.arange(0, BLOCK_M)
+                    for start in tl.range(0, BLOCK_N, PART, disable_licm=True):
+                        cols = first_col + col + start + tl.arange(0, PART)
+                        tile = similarities(
+                            queries, keys, rows, cols, N, M, D, stride_q, stride_k, BLOCK_M, PART, BLOCK_K, PRECISION,
+                        )  # fmt: skip
+                        _store_grad(
+                            scale2 * tile, bias, targets, key_groups, row_lse, col_lse, row_weights, col_weights,
+                            row_shares, col_shares, strip, first_row, first_col, row, col + start,
+                            width, N, M, num_grouped, label_smoothing, SYMMETRIC, SMOOTHED, BIAS, GROUPS, BLOCK_M, PART,
+                        )  # fmt: skip
 
 
 @triton.jit
-def _is_plain(
-    targets, row_bounds, col_bounds, rows, first_row, first_col, N, M, SYMMETRIC: tl.constexpr,
+def _store_near(
+    s, scale2, c, factor, has_positive, target, of_positive, bias, row_weights, col_weights, col_factors, strip,
+    rows, first_col, row_in_strip, col_in_strip, width, N, M, label_smoothing,
+    SYMMETRIC: tl.constexpr, SMOOTHED: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dS of a tile inside the logits whose log-sum-exps lie near each other, of its products s, into the strip; and
+    of_positive where its rows have their targets."""
+    in_cols = col_in_strip + tl.arange(0, BLOCK_N)
+    cols = first_col + in_cols
+    if BIAS:
+        e = tl.exp2(with_bias(scale2 * s, bias, cols, M, BIAS) - c)
+    else:
+        e = tl.exp2(tl.fma(s, tl.zeros_like(s) + scale2, tl.zeros_like(s) - c))
+    if SYMMETRIC:
+        grad = e * (factor[:, None] + tl.load(col_factors + cols)[None, :])
+    else:
+        grad = e * factor[:, None]
+    if SMOOTHED:
+        grad -= (tl.load(row_weights + rows) * (label_smoothing / M))[:, None]
+        if SYMMETRIC:
+            grad -= (tl.load(col_weights + cols) * (label_smoothing / N))[None, :]
+    if has_positive:
+        grad = tl.where(cols[None, :] == target[:, None], of_positive[:, None], grad)
+    in_rows = row_in_strip + tl.arange(0, BLOCK_M)
+    out = strip + in_rows.to(tl.int64)[:, None] * width + in_cols[None, :]
+    tl.store(out, grad.to(strip.dtype.element_ty))
+
+
+@triton.jit
+def _grad_of_positive(
+    s, rows, target, here, bias, row_lse, col_lse, row_weights, col_weights, N, M, label_smoothing,
+    SYMMETRIC: tl.constexpr, SMOOTHED: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """dS of the entries (i, target of i) of logits s, [BM], where they are `here`: each exponential apart, so that u_i
+    and w_j can be subtracted without a loss."""
+    if BIAS:
+        s += tl.load(bias + target, mask=here, other=0.0) * LOG2E
+    weight = tl.load(row_weights + rows)
+    lse, rest = load_in_two(row_lse, N, rows, here)
+    grad = weight * tl.exp2((s - lse) - rest)
+    directions: tl.constexpr = 2.0 if SYMMETRIC else 1.0
+    if SYMMETRIC:
+        other_weight = tl.load(col_weights + target, mask=here, other=0.0)
+        lse, rest = load_in_two(col_lse, M, target, here)
+        grad += other_weight * tl.exp2((s - lse) - rest)
+    if SMOOTHED:
+        grad -= weight * (label_smoothing / M)
+        if SYMMETRIC:
+            grad -= other_weight * (label_smoothing / N)
+    return grad - weight * ((1.0 - label_smoothing) * directions)
+
+
+@triton.jit
+def _common_exponent(
+    row_bounds, col_bounds, first_row, first_col, N, M, SYMMETRIC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Whether a tile takes one exponential for both softmaxes; c of its columns (of its rows, unless SYMMETRIC), and
+    """Whether a tile may take one exponential for both softmaxes; c of its columns (of its rows, unless SYMMETRIC), and
     that minus c of its rows."""
     row_blocks = tl.cdiv(N, BLOCK_M)
     row_block = tl.minimum(first_row // BLOCK_M, row_blocks - 1)
-    col_block = first_col // BLOCK_N
     lowest = tl.load(row_bounds + row_block)
     highest = tl.load(row_bounds + row_blocks + row_block)
     c = _middle(lowest, highest)
     shift = 0.0
     if SYMMETRIC:
         col_blocks = tl.cdiv(M, BLOCK_N)
-        low = tl.load(col_bounds + tl.minimum(col_block, col_blocks - 1))
-        high = tl.load(col_bounds + col_blocks + tl.minimum(col_block, col_blocks - 1))
+        col_block = tl.minimum(first_col // BLOCK_N, col_blocks - 1)
+        low = tl.load(col_bounds + col_block)
+        high = tl.load(col_bounds + col_blocks + col_block)
         shift = _middle(low, high) - c
         c += shift
         lowest = tl.minimum(lowest, low)
         highest = tl.maximum(highest, high)
-    plain = (first_row + BLOCK_M <= N) & (first_col + BLOCK_N <= M) & (highest - lowest < BACKWARD_SPREAD)
-    first = tl.load(row_bounds + 2 * row_blocks + row_block)
-    last = tl.load(row_bounds + 3 * row_blocks + row_block)
-    if plain & (first <= col_block) & (last >= col_block):
-        target = tl.load(targets + rows, mask=rows < N, other=-1).to(tl.int32)
-        here = (target >= first_col) & (target < first_col + BLOCK_N)
-        plain = tl.max(here.to(tl.int32), 0) == 0
-    return plain, c, shift
+    return highest - lowest < BACKWARD_SPREAD, c, shift
+
+
+@triton.jit
+def _has_positive(positives_in, first_row, first_col, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Whether a row of a tile has its target there."""
+    words = tl.cdiv(tl.cdiv(M, BLOCK_N), 32)
+    col_block = first_col // BLOCK_N
+    bits = tl.load(positives_in + first_row // BLOCK_M * words + (col_block >> 5))
+    return (bits >> (col_block & 31)) & 1 > 0
