@@ -82,7 +82,7 @@ SLOTS = (
     Slot("linear_cross_entropy", "info_nce", "forward", ("forward_kernel",)),
     Slot("triplet", "triplet", "pairs", ("hinges_kernel", "worst_kernel")),
     Slot("retrieval", "retrieval", "pairs", ("ranks_kernel",), sizes=lambda size: size.k in (0, 1000)),
-    Slot("retrieval", "retrieval", "topk", ("topk_kernel",), sizes=lambda size: 0 < size.k < 1000),
+    Slot("retrieval", "retrieval", "topk", ("topk_kernel",), sizes=lambda size: 0 < size.k <= 16),
     Slot("beam_search", "beam_search", "step", ("scan",), _STEPS),
 )  # fmt: skip
 # The precisions of the tables, and the dtype in which each is measured.

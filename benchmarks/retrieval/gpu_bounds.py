@@ -28,7 +28,7 @@ def _cases(gpu: str, precision: str) -> Iterator[Case]:
         for name in ("positives_kernel", "ranks_kernel", "entries_kernel"):
             yield make(name, tile)
         for kept in _LISTS:
-            yield make("topk_kernel", triton_kernels.TOPK[gpu][precision], KEPT=kept)
+            yield make("topk_kernel", triton_kernels.topk_tile(gpu, precision, kept)[1], KEPT=kept)
 
 
 def kernel(name: str) -> Any:

@@ -141,7 +141,12 @@ _OWN_TILES: dict[str, dict[tuple[str, str], Tile]] = {
         ("gfx942", "half"): Tile(128, 64, 64, 8, 2),
         ("gfx942", "ieee"): Tile(128, 64, 32, 8, 2),
     },
-    "retrieval": {("sm_100", "ieee"): Tile(64, 64, 16, 8, 2)},
+    "retrieval": {
+        ("sm_80", "half"): Tile(64, 128, 32, 4, 3),
+        ("sm_90", "half"): Tile(128, 256, 32, 8, 4),
+        ("sm_100", "half"): Tile(128, 128, 64, 8, 3),
+        ("sm_100", "ieee"): Tile(64, 64, 16, 8, 2),
+    },
 }
 
 if OLDER_TRITON:  # under which the tiles above would spill

@@ -54,7 +54,8 @@ def of_head(kernel: str, head: int, masked: bool) -> str:
 
 
 # The kernels of each op that have a tile of their own, as the tables have them. linear_cross_entropy takes info_nce's
-# tiles, and the losses that store strips its product; "pairs" is every kernel of an op over tiles of similarities.
+# tiles, and the losses that store strips its product; "pairs" is every kernel of an op over tiles of similarities, and
+# retrieval's "topk" is for lists of at most 16.
 KERNELS: dict[str, tuple[str, ...]] = {
     "info_nce": (
         "forward", "grad_logits", "product", "heavier_grad_logits", "grouped_forward", "symmetric_forward"
@@ -62,7 +63,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "distillation": ("forward", "grad_logits"),
     "siglip": ("pairs",),
     "triplet": ("pairs",),
-    "retrieval": ("pairs", "topk"),
+    "retrieval": ("pairs", "topk", "long_topk"),
     "divided_attention": tuple(
         of_head(kernel, head, masked) for kernel in _OF_ATTENTION for head in _HEADS for masked in (False, True)
     ),

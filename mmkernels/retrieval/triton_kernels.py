@@ -49,8 +49,23 @@ TOPK: dict[str, dict[str, Tile]] = {
     # Small, so that few rows reach every edge.
     "interpreter": {"half": Tile(32, 32, 32, 4, 1), "ieee": Tile(32, 32, 32, 4, 1)},
 }
-if OLDER_TRITON:  # under which the longer lists would spill
+# Those of lists of at most _SHORT places, which fit into half as many warps: fewer take part in each reduction.
+SHORT_TOPK: dict[tuple[str, str], Tile] = {
+    # Left alone, ptxas aims at four blocks of 128 registers, and a list of one place spills.
+    ("sm_80", "half"): Tile(64, 64, 32, 4, 3, max_registers=168),
+    ("sm_90", "half"): Tile(64, 128, 64, 4, 3),
+    ("sm_100", "half"): Tile(64, 128, 64, 4, 3),
+}
+_SHORT = 16
+if OLDER_TRITON:  # under which the longer lists would spill, and the short ones may
     TOPK["sm_80"]["half"] = Tile(32, 32, 32, 8, 3)
+    SHORT_TOPK.clear()
+
+
+def topk_tile(family: str, precision: str, kept: int) -> tuple[str, Tile]:
+    """Which line of the tables serves lists of so many places, and its tile."""
+    plain = TOPK[family][precision]
+    return ("topk", SHORT_TOPK.get((family, precision), plain)) if kept <= _SHORT else ("long_topk", plain)
 
 
 @triton.jit(do_not_specialize=["N", "M"])
@@ -59,11 +74,12 @@ def positives_kernel(
     N, M, D, stride_q, stride_k,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """positives[i] = <q_i, key of target i>, [N]: the diagonal of a tile of BLOCK_N queries and their targets."""
-    first = tl.program_id(0) * BLOCK_N
+    """positives[i] = <q_i, key of target i>, [N]: the diagonal of a tile of queries and their targets."""
+    SIDE: tl.constexpr = BLOCK_M if BLOCK_M < BLOCK_N else BLOCK_N  # as long as the diagonal is
+    first = tl.program_id(0) * SIDE
     in_rows = tl.arange(0, BLOCK_M)
     own = tl.arange(0, BLOCK_N)
-    ok = first + own < N
+    ok = (own < SIDE) & (first + own < N)
     target = tl.load(targets + first + own, mask=ok, other=0).to(tl.int32)
     tile = similarities(
         queries, keys, first + in_rows, target, N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
@@ -192,7 +208,9 @@ def retrieval_ranks(
     sizes = (N, M, queries.shape[1], queries.stride(0), keys.stride(0))
     options = {"PRECISION": "ieee", **launch_options(tile)}
     with on_device(queries.device):
-        positives_kernel[(triton.cdiv(N, tile.block_n),)](queries, keys, targets, positives, *sizes, **options)
+        positives_kernel[(triton.cdiv(N, min(tile.block_m, tile.block_n)),)](
+            queries, keys, targets, positives, *sizes, **options
+        )
         ranks_kernel[(triton.cdiv(N, tile.block_m) * splits,)](
             queries, keys, targets, positives, counts, *sizes, tiles_per_split, splits, **options
         )
@@ -216,14 +234,16 @@ def _kept(queries: Tensor, keys: Tensor, k: int) -> Tensor:
     """The k best entries of each query, best first, from lists in registers."""
     N, M = len(queries), len(keys)
     family, precision = family_of(queries.device), precision_of(queries)
-    tile = overrides.tile_in_use(TOPK[family][precision], "retrieval", "topk", precision, family, queries.device)
+    kept = triton.next_power_of_2(k)
+    kernel, tile = topk_tile(family, precision, kept)
+    tile = overrides.tile_in_use(tile, "retrieval", kernel, precision, family, queries.device)
     tiles_per_split, splits = _split(N, M, tile)
     entries = queries.new_empty(N, splits * k, dtype=torch.int64)
     with on_device(queries.device):
         topk_kernel[(triton.cdiv(N, tile.block_m) * splits,)](
             queries, keys, entries,
             N, M, queries.shape[1], queries.stride(0), keys.stride(0), k, tiles_per_split, splits,
-            KEPT=triton.next_power_of_2(k), PRECISION="ieee", **launch_options(tile),
+            KEPT=kept, PRECISION="ieee", **launch_options(tile),
         )  # fmt: skip
     return entries.topk(k, dim=1).values
 

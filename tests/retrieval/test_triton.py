@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import mmkernels
+from mmkernels._tiles import overrides
 from mmkernels.retrieval import triton_kernels
 from tests.interpreting import DTYPES, FAST_IN_FP16, guarded_allocations, guarded_rows
 from tests.retrieval.cases import Case, check_case, check_order, whole_numbers
@@ -44,6 +45,14 @@ def test_several_tiles_a_split_and_several_strips(dtype, monkeypatch):
     monkeypatch.setattr(triton_kernels, "_MOST_KEPT", 16)
     monkeypatch.setattr(triton_kernels, "_STRIP_BYTES", 1)
     check_case(Case(2 * TILE + 9, 6 * TILE + 1, 40), dtype, "triton", guarded_rows)
+
+
+@pytest.mark.parametrize("sides", [(16, 64), (64, 16)], ids="{0[0]}x{0[1]}".format)
+def test_tiles_that_are_no_squares(sides):
+    """Their diagonal, on which the targets' scores are, is as long as the shorter side."""
+    tile = dict(zip(("BLOCK_M", "BLOCK_N"), sides, strict=True))
+    with overrides.replacing({("retrieval", kernel, "ieee"): tile for kernel in overrides.KERNELS["retrieval"]}):
+        check_case(Case(3 * TILE + 1, TILE + 1, 40), torch.float32, "triton", guarded_rows)
 
 
 @pytest.mark.parametrize("programs", [1, 512])

@@ -109,8 +109,9 @@ def test_every_choice_of_tiles_asks_for_the_file(monkeypatch, tmp_path):
     queries = torch.zeros(4, 16)
     retrieval.retrieval_ranks(queries, queries, None)
     retrieval._kept(queries, queries, 2)
+    retrieval._kept(queries, queries, 40)
     retrieval._kept_of_strips(queries, queries, 2)
-    assert len(launched) == 4
+    assert len(launched) == 5
     assert all((of["BLOCK_M"], of["BLOCK_N"], of["num_stages"]) == (64, 32, 2) for of in launched)
     launched.clear()
     beam_search.beam_search_step(torch.zeros(2, 64), torch.zeros(1, 2), None, None, 4, True, False)
