@@ -78,6 +78,18 @@ def _launch(module: str, function: str) -> Callable[..., Any]:
     return launch
 
 
+def register_everywhere(
+    name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any], flops: Callable[..., int] | None = None
+) -> Any:
+    """Define an op that is Python on every device. Returns the op; arguments as those of `register`."""
+    define(name + schema, compiled=False)
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mmkernels::{name}", fake, lib=library)
+    if flops is not None:
+        register_flops(getattr(torch.ops.mmkernels, name), flops)
+    return getattr(torch.ops.mmkernels, name).default
+
+
 @functools.cache
 def _imported(module: str) -> Any:
     # Triton is imported by the first call that runs it, so that importing mmkernels imports torch alone.

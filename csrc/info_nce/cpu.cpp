@@ -1,4 +1,5 @@
 // info_nce on CPU tensors: allocation, threads and the O(N) part; the tiles are in cpu_kernels.cpp.
+#include <ATen/ops/mul.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -229,6 +230,49 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_losses, const Ten
   return {grad_queries, grad_keys, sum_of_panels(scale_parts, output_mask[2], floats)};
 }
 
+// The gradients of one block of the logits of several processes: see _BLOCK_BACKWARD in ops.py.
+std::tuple<Tensor, Tensor, Tensor> block_backward(const Tensor& queries_in, const Tensor& keys_in, const Tensor& scale,
+                                                  const Tensor& targets_in, const Tensor& row_lse_in,
+                                                  const Tensor& col_lse_in, const Tensor& row_weights_in,
+                                                  const Tensor& col_weights_in, double label_smoothing,
+                                                  std::array<bool, 3> output_mask) {
+  check_inputs(queries_in, keys_in, scale);
+  const Tensor queries = with_contiguous_rows(queries_in), keys = with_contiguous_rows(keys_in);
+  const int64_t n = queries.size(0), m = keys.size(0), size = queries.size(1);
+  const bool symmetric = col_lse_in.numel() > 0;
+  const auto floats = queries.options().dtype(at::kFloat);
+  const auto checked = [&](const char* name, const Tensor& x, int64_t count, at::ScalarType dtype) {
+    TORCH_CHECK_VALUE(x.numel() == count && x.scalar_type() == dtype, name, ": expected ", count, " of ", dtype,
+                      ", got ", x.numel(), " of ", x.scalar_type());
+    return x.contiguous();
+  };
+  const Tensor targets = checked("targets", targets_in, n, at::kLong),
+               row_lse = checked("row_lse", row_lse_in, 2 * n, at::kFloat),
+               col_lse = checked("col_lse", col_lse_in, symmetric ? 2 * m : 0, at::kFloat),
+               row_weights = checked("row_weights", row_weights_in, n, at::kFloat),
+               col_weights = checked("col_weights", col_weights_in, symmetric ? m : 0, at::kFloat);
+  const Tensor grad_queries = at::empty(output_mask[0] ? at::IntArrayRef{n, size} : at::IntArrayRef{0}, floats);
+  const Tensor grad_keys = at::empty(output_mask[1] ? at::IntArrayRef{m, size} : at::IntArrayRef{0}, floats);
+  if (!output_mask[0] && !output_mask[1] && !output_mask[2]) return {grad_queries, grad_keys, at::empty({0}, floats)};
+
+  InfoNceBackward p{};
+  p.logits = {features_of(queries), features_of(keys), size, scale.item<float>()};
+  p.targets = targets.const_data_ptr<int64_t>();  // -1 is in no tile
+  const float *lse_of_row = row_lse.const_data_ptr<float>(), *lse_of_col = col_lse.const_data_ptr<float>();
+  p.row = {lse_of_row, lse_of_row + n, row_weights.const_data_ptr<float>()};
+  if (symmetric) p.col = {lse_of_col, lse_of_col + m, col_weights.const_data_ptr<float>()};
+  const Tensor positive_weights = at::mul(row_weights, (symmetric ? 2 : 1) * (1 - label_smoothing));
+  p.positive_weight = positive_weights.const_data_ptr<float>();
+
+  const Tiling tiling = info_nce_kernels_here().tiling(p.logits, true, at::get_num_threads());
+  std::vector<double> scale_parts(tiling.panels, 0.);
+  p.grads.in_float32 = true;
+  point_to(p.grads, output_mask[0], grad_queries, output_mask[1], grad_keys);
+  if (output_mask[2]) p.grad_scale = scale_parts.data();
+  run(info_nce_kernels_here().info_nce_backward, p, tiling, floats);
+  return {grad_queries, grad_keys, sum_of_panels(scale_parts, output_mask[2], floats)};
+}
+
 std::string variant() {
   return info_nce_kernels_here().name;
 }
@@ -236,6 +280,7 @@ std::string variant() {
 TORCH_LIBRARY_IMPL(mmkernels, CPU, library) {
   library.impl("info_nce_cpu_forward", &forward);
   library.impl("info_nce_cpu_backward", &backward);
+  library.impl("info_nce_cpu_block_backward", &block_backward);
 }
 
 TORCH_LIBRARY_IMPL(mmkernels, CompositeExplicitAutograd, library) {

@@ -1,6 +1,7 @@
 """The public call: docstring, validation, autocast, choice of implementation."""
 
-from typing import Any, Literal
+import functools
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,9 @@ from mmkernels._checks import (
     require_targets,
 )
 from mmkernels._reduction import reduced
-from mmkernels.info_nce import ops, reference
+from mmkernels.distributed.ranks import Group, RaisedByAll, group_of, rows_of_ranks
+from mmkernels.distributed.total import reduced_over_ranks
+from mmkernels.info_nce import ops, reference, ring
 from mmkernels.info_nce.groups import number_groups, require_groups
 from mmkernels.info_nce.options import Options
 
@@ -75,7 +78,12 @@ def info_nce(
             [queries; query_queue] as each query is with [keys; key_queue]. No queue is compared with the other.
         weights: [N], floating-point, one for each query's loss: "mean" divides by their sum, "sum" and "none" multiply.
         reduction: "mean" or "sum" over the N queries, or "none" for one loss per query, [N].
-        process_group: features of other ranks as further negatives; not implemented yet.
+        process_group: a `ProcessGroup`, or a `DeviceMesh` of one dimension or of two, (outer, inner): each rank calls
+            with its own rows, and the loss is that of the joined batch. Keys pass round the outer dimension, and the
+            inner one joins them before they are multiplied. "mean" is then the rank's share of the joint mean, which
+            DDP's and FSDP's mean over ranks makes whole, gradients too; "sum" and "none" are of the own rows, and the
+            gradient is that of the sum over ranks. Ranks may differ in rows, not in dtype or options. The queues are
+            each rank's own, and serve all ranks.
         impl: "auto" picks the best implementation that can run; a name runs that one or raises. "auto" never picks
             "chunked", torch's own products with a pass of Triton between, and "cute", a forward pass for Hopper that
             nobody has run on a GPU.
@@ -87,7 +95,8 @@ def info_nce(
         TypeError: an argument of the wrong type or dtype.
         ValueError: wrong shapes, devices or values; targets out of range; a query or matched key without a positive
             (on a GPU the last two are assertions of the device).
-        NotImplementedError: `process_group`.
+        NotImplementedError: groups with `process_group`; on a GPU, `process_group` with another `impl` than
+            "reference".
         RuntimeError: the `impl` asked for cannot run here; the text lists every implementation with its reason.
 
     Gradients flow to `queries`, `keys`, `logit_scale`, the queues and `weights`; each is computed only if it is
@@ -99,24 +108,48 @@ def info_nce(
     (arXiv:2103.00020); groups: Khosla et al. 2020, eq. 2 (arXiv:2004.11362); queues: He et al. 2019
     (arXiv:1911.05722).
     """
-    check_pairs(queries, keys)
-    check_number("logit_scale", logit_scale, queries.device)
-    check_flag("symmetric", symmetric)
-    check_label_smoothing(label_smoothing)
-    check_reduction(reduction)
-    check_weights(queries, weights)
-    if process_group is not None:
-        raise NotImplementedError("process_group: features of other ranks are not implemented yet; pass None")
-    check_target_tensor(queries, keys, targets)
-    if query_groups is not None or key_groups is not None:
-        _check_groups(queries, keys, query_groups, key_groups)
-    options = Options(targets, query_groups, key_groups, symmetric, label_smoothing)
+    group = None if process_group is None else group_of(process_group)
+    with RaisedByAll(group):
+        check_pairs(queries, keys)
+        check_number("logit_scale", logit_scale, queries.device)
+        check_flag("symmetric", symmetric)
+        check_label_smoothing(label_smoothing)
+        check_reduction(reduction)
+        check_weights(queries, weights)
+        check_target_tensor(queries, keys, targets)
+        options = Options(targets, query_groups, key_groups, symmetric, label_smoothing)
+        if query_groups is not None or key_groups is not None:
+            if group is not None:
+                raise NotImplementedError(
+                    "query_groups, key_groups: expected None with process_group, as a row's positives may lie on other "
+                    "ranks, and their number is not exchanged yet"
+                )
+            _check_groups(queries, keys, query_groups, key_groups)
+        if key_queue is not None or query_queue is not None:
+            _check_queues(queries, key_queue, query_queue, symmetric)
+        call = _Call(_backends.choose("info_nce", impl, queries.device.type, queries.dtype), group, weights is not None)
+        if group is not None:
+            _require_matches(keys, options)
+            if call.backend not in ("cpu", "reference"):
+                raise NotImplementedError(
+                    f"impl: expected 'cpu' or 'reference' with process_group, got {call.backend!r}, whose gradients of "
+                    "a block of keys are not there yet; impl='reference' gathers the features of all ranks"
+                )
     if key_queue is None and query_queue is None:
-        losses = _losses(*in_one_dtype("queries", queries, "keys", keys), None, logit_scale, options, impl)
+        losses, rows = _losses(*in_one_dtype("queries", queries, "keys", keys), None, logit_scale, options, call)
     else:
-        _check_queues(queries, key_queue, query_queue, symmetric)
-        losses = _losses_with_queues(queries, keys, key_queue, query_queue, logit_scale, options, impl)
-    return reduced(losses, reduction, weights)
+        losses, rows = _losses_with_queues(queries, keys, key_queue, query_queue, logit_scale, options, call)
+    if group is None:
+        return reduced(losses, reduction, weights)
+    return reduced_over_ranks(losses, reduction, weights, group, rows[0])
+
+
+class _Call(NamedTuple):
+    """Where the losses are computed."""
+
+    backend: str
+    group: Group | None
+    weighted: bool
 
 
 def _losses(
@@ -125,16 +158,23 @@ def _losses(
     key_queue: Tensor | None,
     logit_scale: Tensor | float,
     options: Options,
-    impl: str,
-) -> Tensor:
-    """One loss per query, [N], by the implementation chosen."""
-    chosen = _backends.choose("info_nce", impl, queries.device.type, queries.dtype)
-    if chosen == "cute":
+    call: _Call,
+) -> tuple[Tensor, Tensor]:
+    """One loss per query, [N], and the queries and keys of every rank, [2, ranks] ([0] for this process alone)."""
+    backend, group, weighted = call
+    if backend == "cute":
         _check_cute(queries, options)
     scale = as_scalar(logit_scale, queries)
-    if chosen == "reference":
-        return reference.info_nce(queries, keys, key_queue, scale, options)
-    return ops.info_nce(queries, keys, key_queue, scale, options, chosen)
+    if group is None:
+        of = reference.info_nce if backend == "reference" else functools.partial(ops.info_nce, backend=backend)
+        return of(queries, keys, key_queue, scale, options), scale.new_empty(0)
+    if key_queue is not None:
+        keys = torch.cat([keys, key_queue])
+    agreed = {"symmetric": options.symmetric, "label_smoothing": options.label_smoothing, "weights": weighted}
+    rows = rows_of_ranks(queries, keys, group, backend, agreed)
+    if backend == "reference":
+        return ring.reference_over_ranks(queries, keys, scale, options, rows, group), rows
+    return ring.info_nce(queries, keys, scale, options, rows, group, backend), rows
 
 
 def _losses_with_queues(
@@ -144,9 +184,9 @@ def _losses_with_queues(
     query_queue: Tensor | None,
     logit_scale: Tensor | float,
     options: Options,
-    impl: str,
-) -> Tensor:
-    """One loss per query, [N], against further keys, further queries, or both."""
+    call: _Call,
+) -> tuple[Tensor, Tensor]:
+    """As _losses, against further keys, further queries, or both."""
     given = queries
     queries, keys = in_one_dtype("queries", given, "keys", keys)
     if key_queue is not None:
@@ -155,19 +195,19 @@ def _losses_with_queues(
         _, query_queue = in_one_dtype("queries", given, "query_queue", query_queue)
     _require_matches(keys, options)
     if query_queue is None:
-        return _losses(queries, keys, key_queue, logit_scale, options, impl)
+        return _losses(queries, keys, key_queue, logit_scale, options, call)
     # Two one-sided losses, so that the logits of one queue with the other are never computed.
     scale = as_scalar(logit_scale, queries)
-    rows = _losses(queries, keys, key_queue, scale, options._replace(symmetric=False), impl)
+    of_rows, rows = _losses(queries, keys, key_queue, scale, options._replace(symmetric=False), call)
     targets, query_groups, key_groups, *_ = options
     # F.embedding takes rows by index, and its gradient has the same bits from run to run on a GPU, too.
     matched = keys[: queries.shape[0]] if targets is None else F.embedding(targets, keys)
     matched_groups = key_groups
     if key_groups is not None:
         matched_groups = key_groups[: queries.shape[0]] if targets is None else key_groups[targets]
-    of_columns = Options(None, matched_groups, query_groups, False, options.label_smoothing)
-    columns = _losses(matched, queries, query_queue, scale, of_columns, impl)
-    return (rows + columns) / 2
+    swapped = Options(None, matched_groups, query_groups, False, options.label_smoothing)
+    of_columns, _ = _losses(matched, queries, query_queue, scale, swapped, call)
+    return (of_rows + of_columns) / 2, rows
 
 
 def _check_cute(queries: Tensor, options: Options) -> None:

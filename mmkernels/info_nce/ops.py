@@ -26,6 +26,15 @@ _BACKWARD = (
     " SymInt num_grad_keys, bool[3] output_mask)"
     " -> (Tensor grad_queries, Tensor grad_keys, Tensor grad_scale)"
 )
+# One block of the logits of several ranks, with the log-sum-exps over all of them. row_weights [N] and col_weights [M]
+# are the gradients of the cross-entropies of rows and columns; targets [N] are -1 where they are in another block. What
+# label smoothing spreads evenly is left to the caller. col_lse and col_weights are empty unless symmetric. The
+# gradients are float32, for they are summed over blocks.
+_BLOCK_BACKWARD = (
+    "(Tensor queries, Tensor keys, Tensor scale, Tensor targets, Tensor row_lse, Tensor col_lse, Tensor row_weights,"
+    " Tensor col_weights, float label_smoothing, bool[3] output_mask)"
+    " -> (Tensor grad_queries, Tensor grad_keys, Tensor grad_scale)"
+)
 
 
 def _forward_fake(queries: Tensor, keys: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -47,6 +56,11 @@ def _backward_fake(
     )
 
 
+def _block_backward_fake(queries: Tensor, keys: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    inputs = zip((queries, keys, scale), rest[-1], strict=True)
+    return tuple(scale.new_empty(x.shape if wanted else 0) for x, wanted in inputs)
+
+
 def _forward_flops(queries: Sequence[int], keys: Sequence[int], *_: Any) -> int:
     return product(queries, keys)
 
@@ -55,10 +69,17 @@ def _backward_flops(_grad: Any, queries: Sequence[int], keys: Sequence[int], *re
     return gradients(queries, keys, *rest[-1])
 
 
+def _block_backward_flops(queries: Sequence[int], keys: Sequence[int], *rest: Any) -> int:
+    return gradients(queries, keys, *rest[-1])
+
+
 _BACKENDS = ("cpu", "triton", "chunked")
-_forward = register("info_nce_{}_forward", _FORWARD, _forward_fake, __package__, (*_BACKENDS, "cute"), _forward_flops)
+forward = register("info_nce_{}_forward", _FORWARD, _forward_fake, __package__, (*_BACKENDS, "cute"), _forward_flops)
 _backward = register("info_nce_{}_backward", _BACKWARD, _backward_fake, __package__, _BACKENDS, _backward_flops)
 _backward["cute"] = _backward["triton"]  # the log-sum-exps are the same
+block_backward = register(
+    "info_nce_{}_block_backward", _BLOCK_BACKWARD, _block_backward_fake, __package__, ("cpu",), _block_backward_flops
+)
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -74,7 +95,7 @@ class _InfoNCE(torch.autograd.Function):
         keep_products: bool,
     ) -> Tensor:
         all_keys = keys if key_queue is None else torch.cat([keys, key_queue])
-        losses, *kept = _forward[backend](queries, all_keys, scale, *options, keep_products)
+        losses, *kept = forward[backend](queries, all_keys, scale, *options, keep_products)
         ctx.save_for_backward(queries, all_keys, scale, *options[:3], *kept)
         ctx.num_keys = keys.shape[0]
         ctx.numbers, ctx.backend = options[3:], backend

@@ -3,9 +3,14 @@
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from mmkernels.distillation.api import distillation_losses
+from mmkernels.distributed.ranks import group_of
+from mmkernels.distributed.total import total
 from mmkernels.info_nce import info_nce
 from mmkernels.siglip import siglip
 
@@ -31,12 +36,20 @@ class ClipLoss(nn.Module):
         loss = ClipLoss()(image_features, text_features, logit_scale)
 
     The constructor and the call are open_clip's. There are no logits to hold labels for, so `cache_labels` has no
-    effect. World size 1; more ranks raise NotImplementedError.
+    effect. With world_size > 1 blocks of features pass round the ranks (`info_nce`'s process_group), and no rank holds
+    all. Loss and gradients, after DDP's mean over ranks, are open_clip's: the whole gradient with `gather_with_grad`,
+    the part of it that open_clip computes without.
+
+    Args:
+        group: the ranks, a `ProcessGroup` or a `DeviceMesh`; None: all.
 
     Raises:
-        NotImplementedError: world_size > 1 or use_horovod.
+        NotImplementedError: use_horovod.
+        ValueError: rank or world_size that are not the group's.
         TypeError: a subclass overrides get_ground_truth or get_logits, which are never called here.
     """
+
+    _takes_ranks = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -50,13 +63,16 @@ class ClipLoss(nn.Module):
         rank: int = 0,
         world_size: int = 1,
         use_horovod: bool = False,
+        group: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         super().__init__()
-        if world_size > 1 or use_horovod:
+        if use_horovod:
+            raise NotImplementedError("use_horovod: expected False, as torch.distributed connects the ranks")
+        if not self._takes_ranks and (world_size > 1 or group is not None):
             raise NotImplementedError(
-                f"world_size: expected 1 (and no Horovod), got {world_size}; features of other ranks are not "
-                "implemented yet"
+                f"world_size: expected 1, got {world_size}, as a teacher's softmaxes are not computed over ranks yet"
             )
+        self.group = _group_of(rank, world_size, group)
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
@@ -89,12 +105,32 @@ class ClipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """The mean loss, float32, or {"contrastive_loss": loss} for output_dict=True."""
         _check_shapes(image_features, text_features)
-        loss = info_nce(image_features, text_features, logit_scale)
+        if self.group is None:
+            loss = info_nce(image_features, text_features, logit_scale)
+        else:
+            loss = self._over_ranks(image_features, text_features, logit_scale, self.group)
         if logit_bias is not None:
             # A softmax does not see a constant added to every logit. The term keeps the bias in the graph, with the
             # gradient 0 that the eager loss gives it, and lets a NaN through.
             loss = loss + 0.0 * (logit_bias.sum() if isinstance(logit_bias, torch.Tensor) else logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _over_ranks(
+        self, images: Tensor, texts: Tensor, logit_scale: Tensor | float, group: ProcessGroup | DeviceMesh
+    ) -> Tensor:
+        over: dict[str, Any] = {"process_group": group}
+        if self.local_loss and not self.gather_with_grad:
+            # What was gathered has no gradient, the own features among it either.
+            rows = info_nce(images, texts.detach(), logit_scale, symmetric=False, **over)
+            return (rows + info_nce(texts, images.detach(), logit_scale, symmetric=False, **over)) / 2
+        if not self.gather_with_grad:
+            # Every rank has the joint loss, and a gradient to its own features alone: DDP's mean makes 1 / W of it.
+            images, texts = (_Share.apply(x, self.world_size) for x in (images, texts))
+        loss = info_nce(images, texts, logit_scale, **over)
+        if self.local_loss:
+            return loss
+        ranks = group_of(group)
+        return loss + (total(loss.detach(), ranks) / ranks.size - loss).detach()  # the joint value, the own gradient
 
     if TYPE_CHECKING:
         __call__ = forward  # torch's own returns Any
@@ -113,6 +149,8 @@ class DistillClipLoss(ClipLoss):
 
     The constructor and the call are open_clip's; the teacher gets no gradient. World size 1.
     """
+
+    _takes_ranks = False
 
     @overload  # type: ignore[override]
     def forward(
@@ -161,12 +199,15 @@ class SigLipLoss(nn.Module):
         from open_clip.loss import SigLipLoss    # by: from mmkernels import SigLipLoss
         loss = SigLipLoss()(image_features, text_features, logit_scale, logit_bias)
 
-    The constructor and the call are open_clip's. There are no labels to hold, so `cache_labels` has no effect. World
-    size 1; more ranks raise NotImplementedError, whatever `dist_impl`.
+    The constructor and the call are open_clip's. There are no labels to hold, so `cache_labels` has no effect. With
+    world_size > 1 blocks of features pass round the ranks (`siglip`'s process_group), whatever `dist_impl`: open_clip's
+    four give the same loss and gradients.
+
+    Args:
+        group: the ranks, a `ProcessGroup` or a `DeviceMesh`; None: all.
 
     Raises:
-        NotImplementedError: world_size > 1.
-        ValueError: a `dist_impl` that open_clip does not have.
+        ValueError: a `dist_impl` that open_clip does not have; rank or world_size that are not the group's.
         TypeError: a subclass overrides get_ground_truth, get_logits or _loss, which are never called here.
     """
 
@@ -180,12 +221,10 @@ class SigLipLoss(nn.Module):
         rank: int = 0,
         world_size: int = 1,
         dist_impl: str | None = None,
+        group: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         super().__init__()
-        if world_size > 1:
-            raise NotImplementedError(
-                f"world_size: expected 1, got {world_size}; features of other ranks are not implemented yet"
-            )
+        self.group = _group_of(rank, world_size, group)
         if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
             raise ValueError(f"dist_impl: expected 'bidir', 'shift', 'reduce', 'gather' or None, got {dist_impl!r}")
         self.cache_labels = cache_labels
@@ -218,11 +257,44 @@ class SigLipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """The sum over all pairs divided by N, float32, or {"contrastive_loss": loss} for output_dict=True."""
         _check_shapes(image_features, text_features)
-        loss = siglip(image_features, text_features, logit_scale, 0.0 if logit_bias is None else logit_bias)
+        bias = 0.0 if logit_bias is None else logit_bias
+        loss = siglip(image_features, text_features, logit_scale, bias, process_group=self.group)
         return {"contrastive_loss": loss} if output_dict else loss
 
     if TYPE_CHECKING:
         __call__ = forward
+
+
+def _group_of(rank: int, world_size: int, group: ProcessGroup | DeviceMesh | None) -> ProcessGroup | DeviceMesh | None:
+    """The ranks of a loss, which are as many as its constructor says; None: this process alone."""
+    if world_size == 1 and group is None:
+        return None
+    if not dist.is_initialized():
+        raise ValueError(
+            f"world_size: expected 1 without a process group, got {world_size}; call "
+            "torch.distributed.init_process_group first"
+        )
+    group = dist.group.WORLD if group is None else group
+    assert group is not None
+    ranks = group_of(group)
+    if (ranks.rank, ranks.size) != (rank, world_size):
+        raise ValueError(
+            f"rank, world_size: expected {ranks.rank} and {ranks.size}, those of the group, got {rank} and {world_size}"
+        )
+    return group
+
+
+class _Share(torch.autograd.Function):
+    """A tensor whose gradient is divided."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parts: int) -> Tensor:
+        ctx.parts = parts
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad / ctx.parts, None
 
 
 def _check_shapes(image_features: Tensor, text_features: Tensor) -> None:

@@ -7,7 +7,9 @@ from torch import Tensor
 from mmkernels import _backends
 from mmkernels._checks import as_scalar, check_matches, check_number, check_pairs, check_reduction, in_one_dtype
 from mmkernels._reduction import reduced
-from mmkernels.siglip import ops, reference
+from mmkernels.distributed.ranks import RaisedByAll, group_of, rows_of_ranks
+from mmkernels.distributed.total import reduced_over_ranks
+from mmkernels.siglip import ops, reference, ring
 
 
 def siglip(
@@ -40,7 +42,9 @@ def siglip(
             starts it at -10.
         reduction: "sum" over all pairs, "mean" for that sum divided by N, or "none" for one loss per query, [N],
             each the sum over its M pairs.
-        process_group: features of other ranks as further negatives; not implemented yet.
+        process_group: a `ProcessGroup`, or a `DeviceMesh` of one dimension or of two, (outer, inner): each rank calls
+            with its own rows, and the loss is that of the joined batch; see `info_nce`. The gradient that arrives at a
+            "mean" or "sum" must be the same on all ranks, as under DDP it is.
         impl: "auto" picks the best implementation that can run; a name runs that one or raises.
 
     Returns:
@@ -49,7 +53,6 @@ def siglip(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: wrong shapes, devices or values; more queries than keys.
-        NotImplementedError: `process_group`.
         RuntimeError: the `impl` asked for cannot run here; the text lists every implementation with its reason.
 
     Gradients flow to `queries`, `keys`, `logit_scale` and `logit_bias`; each is computed only if it is needed. The
@@ -58,17 +61,23 @@ def siglip(
 
     Source: Zhai et al. 2023 (SigLIP), algorithm 1 (arXiv:2303.15343).
     """
-    check_pairs(queries, keys)
-    check_matches(queries, keys)
-    check_number("logit_scale", logit_scale, queries.device)
-    check_number("logit_bias", logit_bias, queries.device)
-    check_reduction(reduction)
-    if process_group is not None:
-        raise NotImplementedError("process_group: features of other ranks are not implemented yet; pass None")
-
-    queries, keys = in_one_dtype("queries", queries, "keys", keys)
-    chosen = _backends.choose("siglip", impl, queries.device.type, queries.dtype)
+    group = None if process_group is None else group_of(process_group)
+    with RaisedByAll(group):
+        check_pairs(queries, keys)
+        check_matches(queries, keys)
+        check_number("logit_scale", logit_scale, queries.device)
+        check_number("logit_bias", logit_bias, queries.device)
+        check_reduction(reduction)
+        queries, keys = in_one_dtype("queries", queries, "keys", keys)
+        chosen = _backends.choose("siglip", impl, queries.device.type, queries.dtype)
     scale, bias = as_scalar(logit_scale, queries), as_scalar(logit_bias, queries)
+    if group is not None:
+        rows = rows_of_ranks(queries, keys, group, chosen, {"reduction == 'none'": reduction == "none"})
+        if chosen == "reference":
+            losses = ring.reference_over_ranks(queries, keys, scale, bias, rows, group)
+        else:
+            losses = ring.siglip(queries, keys, scale, bias, reduction == "none", rows, group, chosen)
+        return reduced_over_ranks(losses, reduction, None, group, rows[0])
     if chosen == "reference":
         return reduced(reference.siglip(queries, keys, scale, bias), reduction)
     return ops.siglip(queries, keys, scale, bias, reduction, chosen)

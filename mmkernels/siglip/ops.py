@@ -65,8 +65,8 @@ def _gradients_flops(
     return with_losses * product(queries, keys) + gradients(queries, keys, *output_mask[:3])
 
 
-_losses = register("siglip_{}_losses", _LOSSES, _losses_fake, __package__, flops=_losses_flops)
-_gradients = register("siglip_{}_gradients", _GRADIENTS, _gradients_fake, __package__, flops=_gradients_flops)
+losses = register("siglip_{}_losses", _LOSSES, _losses_fake, __package__, flops=_losses_flops)
+gradients_of = register("siglip_{}_gradients", _GRADIENTS, _gradients_fake, __package__, flops=_gradients_flops)
 
 
 class _LossOfRows(torch.autograd.Function):
@@ -76,13 +76,13 @@ class _LossOfRows(torch.autograd.Function):
     def forward(ctx: Any, queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(queries, keys, scale, bias)
         ctx.backend = backend
-        return _losses[backend](queries, keys, scale, bias, 0)
+        return losses[backend](queries, keys, scale, bias, 0)
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         inputs, mask = ctx.saved_tensors, list(ctx.needs_input_grad[:4])
         with torch.no_grad():
-            grads = _gradients[ctx.backend](grad_losses, *inputs, False, 0, False, mask)[1:]
+            grads = gradients_of[ctx.backend](grad_losses, *inputs, False, 0, False, mask)[1:]
         if torch.is_grad_enabled():  # create_graph=True
             grads = refuse_second_derivatives("siglip", grads, grad_losses, *inputs)
         return *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), None
@@ -104,9 +104,9 @@ class _LossOfAll(torch.autograd.Function):
         unit = _fp16_unit(queries, keys, scale, weights) if queries.dtype == torch.float16 else None
         if unit is not None:
             weights = weights / unit
-        losses, *grads = _gradients[backend](weights, queries, keys, scale, bias, True, 0, False, mask)
+        of_rows, *grads = gradients_of[backend](weights, queries, keys, scale, bias, True, 0, False, mask)
         ctx.save_for_backward(queries, keys, scale, bias, unit, *grads)
-        return losses.mean() if mean else losses.sum()
+        return of_rows.mean() if mean else of_rows.sum()
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:

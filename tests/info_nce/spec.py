@@ -160,7 +160,7 @@ def bad_inputs():
         r"weights: expected shape \(4,\)": (ValueError, (q, k, 1.0), {"weights": torch.ones(6)}),
         "weights: expected device cpu": (ValueError, (q, k, 1.0), {"weights": torch.ones(4, device="meta")}),
         "symmetric: expected a bool, got str": (TypeError, (q, k, 1.0), {"symmetric": "no"}),
-        "process_group": (NotImplementedError, (q, k, 1.0), {"process_group": object()}),
+        "process_group: expected a ProcessGroup or a DeviceMesh": (TypeError, (q, k, 1.0), {"process_group": object()}),
     }
 
 

@@ -39,7 +39,7 @@ def bad_inputs():
         "logit_bias: expected a floating": (TypeError, (q, k, 1.0, torch.tensor(3)), {}),
         "logit_bias: expected a float or": (TypeError, (q, k, 1.0, None), {}),
         "reduction: expected": (ValueError, (q, k, 1.0), {"reduction": "avg"}),
-        "process_group": (NotImplementedError, (q, k, 1.0), {"process_group": object()}),
+        "process_group: expected a ProcessGroup or a DeviceMesh": (TypeError, (q, k, 1.0), {"process_group": object()}),
     }
 
 
