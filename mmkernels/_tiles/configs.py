@@ -152,10 +152,10 @@ _OWN_TILES: dict[str, dict[tuple[str, str], Tile]] = {
 if OLDER_TRITON:  # under which the tiles above would spill
     _sm_80, _sm_90, _gfx942 = CONFIGS["sm_80"], CONFIGS["sm_90"], CONFIGS["gfx942"]
     _distillation = DISTILLATION_CONFIGS["sm_80"]
-    _sm_80["half"] = _sm_80["half"]._replace(grouped_forward=Tile(64, 64, 32, 8, 4))
-    _sm_80["tf32x3"] = _sm_80["tf32x3"]._replace(
-        forward=Tile(128, 64, 16, 8, 3), grouped_forward=Tile(64, 64, 32, 8, 3)
+    _sm_80["half"] = _sm_80["half"]._replace(
+        grouped_forward=Tile(64, 64, 32, 8, 4), heavier_grad_logits=Tile(64, 64, 32, 8, 4)
     )
+    _sm_80["tf32x3"] = _sm_80["tf32x3"]._replace(forward=Tile(64, 64, 32, 8, 3), grouped_forward=Tile(64, 64, 32, 8, 3))
     _sm_90["half"] = _sm_90["half"]._replace(forward=Tile(128, 64, 64, 8, 4), grad_logits=Tile(128, 128, 64, 8, 3))
     _gfx942["half"] = _gfx942["half"]._replace(grad_logits=Tile(128, 64, 64, 8, 2))
     _gfx942["ieee"] = _gfx942["ieee"]._replace(grad_logits=Tile(128, 64, 32, 8, 2))
@@ -165,7 +165,7 @@ if OLDER_TRITON:  # under which the tiles above would spill
         _OWN_TILES[_op]["sm_90", "half"] = Tile(128, 128, 64, 8, 4)
     _OWN_TILES["triplet"]["sm_90", "half"] = Tile(128, 64, 64, 8, 4)
     _OWN_TILES["retrieval"]["sm_80", "half"] = Tile(128, 64, 32, 8, 4)
-    _OWN_TILES["siglip"]["sm_80", "half"] = Tile(128, 64, 64, 8, 3)
+    _OWN_TILES["siglip"]["sm_80", "half"] = Tile(64, 128, 32, 8, 4)
     _OWN_TILES["siglip"]["sm_80", "tf32x3"] = Tile(128, 64, 32, 8, 3)
 
 

@@ -95,8 +95,7 @@ def info_nce(
         TypeError: an argument of the wrong type or dtype.
         ValueError: wrong shapes, devices or values; targets out of range; a query or matched key without a positive
             (on a GPU the last two are assertions of the device).
-        NotImplementedError: groups with `process_group`; on a GPU, `process_group` with another `impl` than
-            "reference".
+        NotImplementedError: groups, or impl="chunked" or "cute", with `process_group`.
         RuntimeError: the `impl` asked for cannot run here; the text lists every implementation with its reason.
 
     Gradients flow to `queries`, `keys`, `logit_scale`, the queues and `weights`; each is computed only if it is
@@ -127,16 +126,21 @@ def info_nce(
             _check_groups(queries, keys, query_groups, key_groups)
         if key_queue is not None or query_queue is not None:
             _check_queues(queries, key_queue, query_queue, symmetric)
+        given = queries
+        queries, keys = in_one_dtype("queries", given, "keys", keys)
+        if key_queue is not None:
+            _, key_queue = in_one_dtype("queries", given, "key_queue", key_queue)
+        if query_queue is not None:
+            _, query_queue = in_one_dtype("queries", given, "query_queue", query_queue)
         call = _Call(_backends.choose("info_nce", impl, queries.device.type, queries.dtype), group, weights is not None)
         if group is not None:
             _require_matches(keys, options)
-            if call.backend not in ("cpu", "reference"):
+            if call.backend in ("chunked", "cute"):
                 raise NotImplementedError(
-                    f"impl: expected 'cpu' or 'reference' with process_group, got {call.backend!r}, whose gradients of "
-                    "a block of keys are not there yet; impl='reference' gathers the features of all ranks"
+                    f"impl: expected 'auto', 'triton', 'cpu' or 'reference' with process_group, got {impl!r}"
                 )
     if key_queue is None and query_queue is None:
-        losses, rows = _losses(*in_one_dtype("queries", queries, "keys", keys), None, logit_scale, options, call)
+        losses, rows = _losses(queries, keys, None, logit_scale, options, call)
     else:
         losses, rows = _losses_with_queues(queries, keys, key_queue, query_queue, logit_scale, options, call)
     if group is None:
@@ -187,12 +191,6 @@ def _losses_with_queues(
     call: _Call,
 ) -> tuple[Tensor, Tensor]:
     """As _losses, against further keys, further queries, or both."""
-    given = queries
-    queries, keys = in_one_dtype("queries", given, "keys", keys)
-    if key_queue is not None:
-        _, key_queue = in_one_dtype("queries", given, "key_queue", key_queue)
-    if query_queue is not None:
-        _, query_queue = in_one_dtype("queries", given, "query_queue", query_queue)
     _require_matches(keys, options)
     if query_queue is None:
         return _losses(queries, keys, key_queue, logit_scale, options, call)

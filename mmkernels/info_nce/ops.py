@@ -78,7 +78,7 @@ forward = register("info_nce_{}_forward", _FORWARD, _forward_fake, __package__, 
 _backward = register("info_nce_{}_backward", _BACKWARD, _backward_fake, __package__, _BACKENDS, _backward_flops)
 _backward["cute"] = _backward["triton"]  # the log-sum-exps are the same
 block_backward = register(
-    "info_nce_{}_block_backward", _BLOCK_BACKWARD, _block_backward_fake, __package__, ("cpu",), _block_backward_flops
+    "info_nce_{}_block_backward", _BLOCK_BACKWARD, _block_backward_fake, __package__, flops=_block_backward_flops
 )
 
 

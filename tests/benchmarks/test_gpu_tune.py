@@ -121,7 +121,7 @@ def test_the_whole_command_against_a_driver_that_does_nothing(tmp_path, monkeypa
     said = json.loads(said)
     (path,) = (tmp_path / "cache" / "mmkernels" / "tiles").iterdir()
     assert path.name == "NVIDIA H0 _stub_.json"
-    row = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4, "maxnreg": None}
+    row = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 4, "num_stages": 4, "maxnreg": None}
     assert said["file"] == {"retrieval": {"pairs": {"half": row}}}
     assert said["pairs"]["num_warps"] == 4
     rows = RowLog(tmp_path / "out" / "tiles.jsonl").rows()

@@ -32,18 +32,20 @@ def on_ranks(
     *arguments: Any,
     seconds: float = 60,
     timeout: float = 30,
+    context: Any = CONTEXT,
 ) -> list[Any]:
     """function(group, rank, *arguments) on each rank of a group, or of a mesh of two dimensions; what each returned.
 
     An exception is returned in its place, and Lost where the process ended or was still there after `seconds`. No
-    process is left. ``timeout`` is that of the group, in seconds.
+    process is left. ``timeout`` is that of the group, in seconds. A ``context`` that spawns takes this process's
+    environment over.
     """
     world = int(torch.tensor(shape).prod())
     with tempfile.TemporaryDirectory() as folder:
         ends, processes = [], []
         for rank in range(world):
-            mine, theirs = CONTEXT.Pipe(duplex=False)
-            process = CONTEXT.Process(
+            mine, theirs = context.Pipe(duplex=False)
+            process = context.Process(
                 target=_run,
                 args=(theirs, rank, shape, timeout, f"file://{Path(folder) / 'store'}", function, arguments),
             )

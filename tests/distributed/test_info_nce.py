@@ -1,6 +1,7 @@
 """info_nce over ranks: the numbers of the joint batch, whatever the ranks' rows, and the same error on all of them."""
 
 import itertools
+import multiprocessing
 import os
 import signal
 import time
@@ -107,6 +108,25 @@ def test_numbers_of_the_joint_batch(shape):
             exact = run(joint.queries.double(), joint.keys.double(), scale, "reference", **given)
             eager = run_eager(joint.queries, joint.keys, scale, **given)
             assert_results(joined(list(next(found))), eager, exact, joint.queries, joint.keys, scale)
+
+
+IN_TRITON: list[dict[str, Any]] = [{"label_smoothing": 0.1}, {"symmetric": False}]
+
+
+def in_triton(group: Any, rank: int) -> list[tuple[Tensor, ...]]:
+    return [call(group, rank, Joint(2, torch.float32), 10.0, "triton", options) for options in IN_TRITON]
+
+
+def test_numbers_of_the_joint_batch_in_triton(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    of_ranks = results((2,), in_triton, context=multiprocessing.get_context("spawn"))
+    joint = Joint(2, torch.float32)
+    for options, parts in zip(IN_TRITON, zip(*of_ranks, strict=True), strict=True):
+        given = {"targets": joint.targets, **options}
+        exact = run(joint.queries.double(), joint.keys.double(), 10.0, "reference", **given)
+        eager = run_eager(joint.queries, joint.keys, 10.0, **given)
+        assert_results(joined(list(parts)), eager, exact, joint.queries, joint.keys, 10.0)
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 2)], ids=str)

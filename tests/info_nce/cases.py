@@ -186,3 +186,40 @@ def arithmetic_of(queries: Tensor, keys: Tensor, scale: float) -> list[float]:
     of_queries, of_keys = (x.double().norm(dim=1).max().item() for x in (queries, keys))
     terms = [*terms_of(queries, keys, scale)[:3], len(queries) ** 0.5 * of_queries * of_keys]
     return [1.5 * 2 * EXP2_ERROR * size for size in terms]
+
+
+def check_block(impl: str, dtype: torch.dtype, symmetric: bool, label_smoothing: float) -> None:
+    """The backward op of one block of keys among three, with the log-sum-exps over all of them."""
+    n, counts, size = 70, (33, 90, 40), 48
+    queries = features(n, size, dtype, seed=1)
+    blocks = [features(count, size, dtype, seed=2 + index) for index, count in enumerate(counts)]
+    scale = torch.tensor(20.0)
+    targets = torch.where(torch.arange(n) % 3 == 0, -1, torch.arange(n) * 7 % counts[1])  # some are elsewhere
+    row_weights = torch.linspace(0.5, 1.5, n)
+    q, k = queries.double(), blocks[1].double()
+    logits = 20 * q @ torch.cat(blocks).double().T
+    lse = logits.logsumexp(1)
+    own = 20 * q @ k.T
+    weights = torch.linspace(0.1, 2.0, counts[1])
+    col_lse = own.logsumexp(0) + 0.5  # of other queries, too
+    grad = row_weights.double()[:, None] * (own - lse[:, None]).exp()
+    if symmetric:
+        grad += weights.double() * (own - col_lse).exp()
+    matched = (targets >= 0).nonzero()[:, 0]
+    grad[matched, targets[matched]] -= (2 if symmetric else 1) * (1 - label_smoothing) * row_weights.double()[matched]
+    expected = 20 * grad @ k, 20 * grad.T @ q, (grad * own / 20).sum()
+
+    def in_two(x: Tensor) -> Tensor:
+        x = x / torch.log(torch.tensor(2.0, dtype=torch.float64)) if impl == "triton" else x
+        return torch.stack([x.float(), (x - x.float()).float()])
+
+    of_columns = (in_two(col_lse), weights) if symmetric else (in_two(col_lse)[:, :0], weights[:0])
+    actual = getattr(torch.ops.mmkernels, f"info_nce_{impl}_block_backward")(
+        queries, blocks[1], scale, targets, in_two(lse), of_columns[0], row_weights, of_columns[1], label_smoothing,
+        [True] * 3,
+    )  # fmt: skip
+    for got, wanted in zip(actual, expected, strict=True):
+        assert got.dtype == torch.float32
+        # The gradient of the logits is rounded to the dtype of the features.
+        near = (1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps) * float(wanted.abs().max())
+        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=near)

@@ -11,7 +11,7 @@ from mmkernels.info_nce import ops
 from mmkernels.testing import assert_within_budget, features, peak_allocated
 from tests.contract import Memory, check_memory
 from tests.cpu_kernels import DTYPES, EXTREMES, assert_same_bits, each_case, needs_library, strided_pairs
-from tests.info_nce.cases import CASES, Case, assert_results, check_case, grouped, run, run_eager
+from tests.info_nce.cases import CASES, Case, assert_results, check_block, check_case, grouped, run, run_eager
 from tests.info_nce.spec import INFO_NCE, pairs
 from tests.op_arguments import last_arguments, output_masks
 
@@ -19,6 +19,14 @@ from tests.op_arguments import last_arguments, output_masks
 @each_case(CASES)
 def test_cpu_matches_float64(case, dtype):
     check_case(case, dtype, "cpu")
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_block_of_several(symmetric, dtype):
+    for label_smoothing in (0.0, 0.2):
+        check_block("cpu", dtype, symmetric, label_smoothing)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -13,7 +13,7 @@ from mmkernels.info_nce import reference, triton_kernels
 from mmkernels.info_nce.groups import Groups
 from mmkernels.info_nce.options import Options
 from mmkernels.testing import assert_within_budget, features
-from tests.info_nce.cases import arithmetic_of
+from tests.info_nce.cases import arithmetic_of, check_block
 from tests.interpreting import DTYPES, FAST_IN_FP16, guarded_allocations, guarded_rows, inexact_exp2
 from tests.sums import sums_as_in
 
@@ -30,6 +30,13 @@ def guards(monkeypatch):
         triton_kernels, "number_groups", lambda *groups: Groups(*(guarded_rows(x) for x in number(*groups)))
     )
     yield from guarded_allocations(monkeypatch, launches=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_block_of_several(symmetric, dtype):
+    for label_smoothing in (0.0, 0.2):
+        check_block("triton", dtype, symmetric, label_smoothing)
 
 
 def batch(N, M, D, dtype, mean_cosine=0.5, seed=0):

@@ -127,6 +127,8 @@ if OLDER_TRITON:  # under which these would spill
         grad_queries=Tile(64, 32, 64, 8, 2), grad_keys=Tile(64, 32, 64, 8, 2)
     )
     CONFIGS["gfx942"]["half", False][256] = CONFIGS["gfx942"]["half", True][256]
+    _masked_64 = CONFIGS["gfx942"]["half", True][64]
+    CONFIGS["gfx942"]["half", True][64] = _masked_64._replace(grad_queries=Tile(64, 32, 64, 4, 2))
 
 
 # Of sequences whose keys stay in shared memory: block_m queries meet them in pieces of at most block_n, the largest

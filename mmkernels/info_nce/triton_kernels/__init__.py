@@ -156,50 +156,96 @@ def cross_entropy_backward(
     num_grad_keys: int | None = None,  # None: all
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of queries, keys, scale and bias; an empty tensor for each false entry of output_mask."""
-    queries, keys, scale, _, targets, groups, symmetric, label_smoothing = of
+    queries, keys, scale, _, targets, _, symmetric, label_smoothing = of
     N, M = queries.shape[0], keys.shape[0]
     num_grad_keys = M if num_grad_keys is None else num_grad_keys
     grad_queries = queries.new_empty(queries.shape if output_mask[0] else 0)
     grad_keys = keys.new_empty((num_grad_keys, keys.shape[1]) if output_mask[1] else 0)
     grad_bias = scale.new_empty(M if output_mask[3] else 0)
-    config, precision = choose(queries)
-    padded_queries, padded_keys = aligned(queries), aligned(keys)
     identity = targets is None
     targets = _targets(targets, N, queries.device)
-
     weights = grad_losses.float() * (0.5 if symmetric else 1.0)  # [N]: a g_i
-    factor = scale
-    unit = None
     with on_device(queries.device):
         col_weights = _column_weights(weights, targets, M, identity) if symmetric else weights
-        if queries.dtype == torch.float16:
-            # |dS| <= 2.5 peak.
-            unit = fp16_unit(torch.maximum(2 * weights.abs().amax(), col_weights.abs().amax()))
-            factor = scale * unit
-            weights, col_weights = weights / unit, col_weights / unit
-        row_shares = col_shares = weights
-        if groups is not None:
-            row_shares = weights * (1 - label_smoothing) / groups.of_query
-            if symmetric:
-                # An unmatched key may belong to no query's group: its share is then 0 / 1.
-                grouped = len(groups.keys)
-                col_shares = col_weights[:grouped] * (1 - label_smoothing) / groups.of_key.clamp(min=1)
-                col_shares = F.pad(col_shares, (0, M - grouped))
-        of = of._replace(queries=padded_queries, keys=padded_keys)
-        row_ids, key_ids = (targets, targets) if groups is None else groups[:2]
-        tile = config.of_grad_logits(groups is not None, label_smoothing > 0)
-        logits = _Logits(
-            of, row_ids, key_ids, row_lse, col_lse, weights, col_weights, row_shares, col_shares,
-            _factors(of, row_ids, row_lse, col_lse, weights, col_weights, tile), tile, precision,
-        )  # fmt: skip
-        grad_scale = gradients_of_both(
-            logits.fill, padded_queries, padded_keys, logits.tile, config.product, precision, factor,
+        grad_scale, grad_bias = _differentiate(
+            of, targets, weights, col_weights, row_lse, col_lse, label_smoothing > 0,
             grad_queries if output_mask[0] else None, grad_keys if output_mask[1] else None, output_mask[2],
             grad_bias if output_mask[3] else None,
         )  # fmt: skip
-    if unit is not None:
-        grad_scale, grad_bias = grad_scale * unit, grad_bias * unit
     return grad_queries, grad_keys, grad_scale, grad_bias
+
+
+def info_nce_block_backward(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    scale: Tensor,  # []
+    targets: Tensor,  # [N], -1: none
+    row_lse: Tensor,  # [2, N], over all blocks
+    col_lse: Tensor,  # [2, M]; empty unless symmetric
+    row_weights: Tensor,  # [N]
+    col_weights: Tensor,  # [M]; empty unless symmetric
+    label_smoothing: float,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of queries, keys and scale of one block of several, float32; see _BLOCK_BACKWARD in ops.py."""
+    symmetric = col_lse.numel() > 0
+    grad_queries = scale.new_empty(queries.shape if output_mask[0] else 0)
+    grad_keys = scale.new_empty(keys.shape if output_mask[1] else 0)
+    of = CrossEntropy(queries, keys, scale, None, targets, None, symmetric, label_smoothing)
+    row_weights = row_weights.contiguous()
+    col_weights = col_weights.contiguous() if symmetric else row_weights
+    with on_device(queries.device):
+        grad_scale, _ = _differentiate(
+            of, targets.contiguous(), row_weights, col_weights, row_lse, col_lse, False,
+            grad_queries if output_mask[0] else None, grad_keys if output_mask[1] else None, output_mask[2], None,
+        )  # fmt: skip
+    return grad_queries, grad_keys, grad_scale
+
+
+def _differentiate(
+    of: CrossEntropy,
+    targets: Tensor,  # [N]
+    weights: Tensor,  # [N], the gradient of the cross-entropy of each row
+    col_weights: Tensor,  # [M], of each column
+    row_lse: Tensor,  # [2, N]
+    col_lse: Tensor,  # [2, M]
+    spread: bool,  # take off what label smoothing spreads evenly
+    grad_queries: Tensor | None,
+    grad_keys: Tensor | None,
+    of_scale: bool,
+    grad_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Fill the gradients; returns those of the scale and the bias."""
+    queries, keys, scale, _, _, groups, symmetric, label_smoothing = of
+    config, precision = choose(queries)
+    of = of._replace(queries=aligned(queries), keys=aligned(keys))
+    factor = scale
+    unit = None
+    if queries.dtype == torch.float16:
+        # |dS| <= 2.5 peak.
+        unit = fp16_unit(torch.maximum(2 * weights.abs().amax(), col_weights.abs().amax()))
+        factor = scale * unit
+        weights, col_weights = weights / unit, col_weights / unit
+    row_shares = col_shares = weights
+    if groups is not None:
+        row_shares = weights * (1 - label_smoothing) / groups.of_query
+        if symmetric:
+            # An unmatched key may belong to no query's group: its share is then 0 / 1.
+            grouped = len(groups.keys)
+            col_shares = col_weights[:grouped] * (1 - label_smoothing) / groups.of_key.clamp(min=1)
+            col_shares = F.pad(col_shares, (0, keys.shape[0] - grouped))
+    row_ids, key_ids = (targets, targets) if groups is None else groups[:2]
+    tile = config.of_grad_logits(groups is not None, spread)
+    logits = _Logits(
+        of, row_ids, key_ids, row_lse, col_lse, weights, col_weights, row_shares, col_shares,
+        _factors(of, row_ids, row_lse, col_lse, weights, col_weights, tile), spread, tile, precision,
+    )  # fmt: skip
+    grad_scale = gradients_of_both(
+        logits.fill, of.queries, of.keys, tile, config.product, precision, factor,
+        grad_queries, grad_keys, of_scale, grad_bias,
+    )  # fmt: skip
+    grad_bias = scale.new_empty(0) if grad_bias is None else grad_bias
+    return (grad_scale, grad_bias) if unit is None else (grad_scale * unit, grad_bias * unit)
 
 
 class _Logits(NamedTuple):
@@ -215,6 +261,7 @@ class _Logits(NamedTuple):
     row_shares: Tensor  # [N], with groups: what each positive of a row subtracts
     col_shares: Tensor  # [M], what each positive of a column subtracts
     factors: tuple[Tensor, ...]  # of rows [N] and columns [M], the bounds of their blocks, and where positives are
+    spread: bool  # take off what label smoothing spreads evenly
     tile: Tile
     precision: str
 
@@ -223,7 +270,7 @@ class _Logits(NamedTuple):
         queries, keys, scale, bias, _, groups, symmetric, label_smoothing = self.of
         height, width = strip.shape
         flags = {"SYMMETRIC": symmetric, "BIAS": bias is not None, "GROUPS": groups is not None}
-        flags["SMOOTHED"] = label_smoothing > 0
+        flags["SMOOTHED"] = self.spread
         of_family = grad_logits_flags(family_of(strip.device))
         launcher(grad_logits_kernel, self.tile, PRECISION=self.precision, **flags, **of_family)(
             (self.programs(height // self.tile.block_m * (width // self.tile.block_n)),),
