@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._tiles import overrides
-from mmkernels._tiles.triton import OLDER_TRITON, Tile, family_of
+from mmkernels._tiles.triton import NEWER_TRITON, OLDER_TRITON, Tile, family_of
 
 
 class Config(NamedTuple):
@@ -148,6 +148,13 @@ _OWN_TILES: dict[str, dict[tuple[str, str], Tile]] = {
         ("sm_100", "ieee"): Tile(64, 64, 16, 8, 2),
     },
 }
+
+if NEWER_TRITON:  # under which two of the tiles above would spill
+    for _gpu, _tiles in (
+        ("sm_80", {"symmetric_forward": Tile(64, 64, 32, 8, 4)}),
+        ("sm_90", {"grad_logits": Tile(128, 128, 64, 8, 3)}),
+    ):
+        CONFIGS[_gpu]["half"] = CONFIGS[_gpu]["half"]._replace(**_tiles)
 
 if OLDER_TRITON:  # under which the tiles above would spill
     _sm_80, _sm_90, _gfx942 = CONFIGS["sm_80"], CONFIGS["sm_90"], CONFIGS["gfx942"]

@@ -19,6 +19,7 @@ LOWEST = tl.constexpr(-3.0e38)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # The tables of tiles have smaller ones for it.
 OLDER_TRITON = is_older_triton(triton.__version__)
+NEWER_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 
 class Tile(NamedTuple):
