@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._tiles import overrides
-from mmkernels._tiles.triton import OLDER_TRITON, Tile, family_of, round_up
+from mmkernels._tiles.triton import NEWER_TRITON, OLDER_TRITON, Tile, family_of, round_up
 
 
 class Config(NamedTuple):
@@ -143,7 +143,7 @@ WHOLE_BACKWARD: dict[str, dict[int, Tile]] = {
     "sm_90": {64: Tile(64, 64, 64, 4, 1)},
     "interpreter": WHOLE["interpreter"],
 }
-if OLDER_TRITON:  # under which the kernel of the queries would spill
+if OLDER_TRITON or NEWER_TRITON:  # under which the kernel of the queries would spill
     del WHOLE_BACKWARD["sm_90"]
 MOST_KEYS = 208
 
