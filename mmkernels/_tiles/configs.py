@@ -56,6 +56,7 @@ CONFIGS: dict[str, dict[str, Config]] = {
             Tile(128, 128, 64, 4, 3),
             Tile(128, 256, 64, 8, 4),
             heavier_grad_logits=Tile(128, 128, 64, 8, 4),
+            grouped_forward=Tile(128, 64, 64, 8, 4),
         ),
         "tf32x3": Config(Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3)),
         "ieee": Config(
