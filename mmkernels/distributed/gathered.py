@@ -14,9 +14,7 @@ class GatheredRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: list[int], ranks: Ranks) -> Tensor:
         ctx.rows, ctx.ranks = rows, ranks
-        padded = x.new_zeros(max(rows), *x.shape[1:])
-        padded[: len(x)] = x
-        return torch.cat([part[:count] for part, count in zip(ranks.gather_equal(padded), rows, strict=True)])
+        return ranks.gather(x, rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

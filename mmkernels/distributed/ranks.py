@@ -106,13 +106,17 @@ class Ranks:
         self.size = outer.size * self.inner_size
         self.rank = outer.rank * self.inner_size + self.inner_rank
 
+    def gather(self, x: Tensor, rows: Sequence[int]) -> Tensor:
+        """The rows of all ranks, in their order; `rows` counts those of each."""
+        width, what = self.inner_size, "gathered what all ranks have"
+        of_circles = [rows[first : first + width] for first in range(0, len(rows), width)]
+        if self.inner is not None:
+            x = self.inner.gather(x, of_circles[self.outer.rank], what)
+        return self.outer.gather(x, [sum(counts) for counts in of_circles], what)
+
     def gather_equal(self, x: Tensor) -> Tensor:
         """Tensors of one shape, [ranks, ...]."""
-        x = x[None]
-        for circle in (self.inner, self.outer):
-            if circle is not None:
-                x = circle.gather(x, [len(x)] * circle.size, "exchanged sizes")
-        return x
+        return self.gather(x[None], [1] * self.size)
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over all ranks, in float64 and in their order: the same bits everywhere."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._library import register_everywhere
+from mmkernels._reduction import reduced
 from mmkernels.distributed.ranks import Group, ranks_by_name
 
 
@@ -42,12 +43,7 @@ def reduced_over_ranks(
     rows: Tensor,  # [ranks], how many losses each has
 ) -> Tensor:
     """The own losses, their sum, or their share of the mean: the mean over ranks of these shares is the joint mean."""
-    if weights is not None:
-        weights = weights.to(losses.dtype)
-        losses = losses * weights
-    if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    count = rows.sum() if weights is None else total(weights.sum(), group)
-    return losses.sum() * (group.size / count)
+    if reduction != "mean":
+        return reduced(losses, reduction, weights)
+    count = rows.sum() if weights is None else total(weights.to(losses.dtype).sum(), group)
+    return reduced(losses, "sum", weights) * (group.size / count)

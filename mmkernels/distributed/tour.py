@@ -66,6 +66,16 @@ def tour(
     return own, joined if travelling is None else travelling.wait()
 
 
+def summed_tour(ranks: Ranks, block: Tensors, rows: Sequence[int], visit: Callable[[Chunk], Tensors]) -> Tensors:
+    """What all ranks have made of this rank's rows, added up."""
+
+    def add(a: Tensors, b: Tensors) -> Tensors:
+        return tuple(x + y for x, y in zip(a, b, strict=True))
+
+    own, others = tour(ranks, block, rows, visit, add)
+    return own if others is None else add(own, others)
+
+
 def _home(ranks: Ranks, parts: Tensors, rows: Sequence[int], what: str) -> list[Tensors]:
     """What each rank of the inner circle has made of this rank's rows."""
     if ranks.inner is None:

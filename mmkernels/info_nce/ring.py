@@ -24,7 +24,7 @@ from mmkernels._flops import gradients, product
 from mmkernels._library import register_everywhere
 from mmkernels.distributed.gathered import GatheredRows
 from mmkernels.distributed.ranks import Group, Ranks, ranks_by_name
-from mmkernels.distributed.tour import Chunk, Tensors, tour
+from mmkernels.distributed.tour import Chunk, Tensors, summed_tour, tour
 from mmkernels.info_nce import ops, reference
 from mmkernels.info_nce.options import Options
 
@@ -125,10 +125,7 @@ def ring_backward(
         return (of_keys,) if output_mask[1] else ()  # all ranks want them or none
 
     block = (keys, col_lse.T.contiguous(), col_weights) if symmetric else (keys,)
-    own, others = tour(ranks, block, sizes.keys, visit, lambda a, b: tuple(map(torch.add, a, b)))
-    grad_keys = keys.new_empty(0, dtype=torch.float32)
-    if output_mask[1]:
-        grad_keys = own[0] if others is None else own[0] + others[0]
+    (grad_keys,) = summed_tour(ranks, block, sizes.keys, visit) or (keys.new_empty(0, dtype=torch.float32),)
     if label_smoothing > 0:
         of = _smoothing_gradients(
             queries, keys, scale, row_weights, col_weights, symmetric, label_smoothing, ranks, sizes
@@ -283,9 +280,7 @@ def reference_over_ranks(
     sizes, ranks = _Sizes(*rows.tolist()), group.ranks
     first_query, first_key = (sum(counts[: ranks.rank]) for counts in sizes)
     own = targets_or_diagonal(options.targets, queries) + first_key
-    padded = own.new_zeros(max(sizes.queries))
-    padded[: len(own)] = own
-    targets = torch.cat([t[:n] for t, n in zip(ranks.gather_equal(padded), sizes.queries, strict=True)])
+    targets = ranks.gather(own, sizes.queries)
     all_queries, all_keys = (
         GatheredRows.apply(x, counts, ranks) for x, counts in zip((queries, keys), sizes, strict=True)
     )

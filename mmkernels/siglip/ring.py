@@ -16,7 +16,7 @@ from mmkernels._flops import gradients, product
 from mmkernels._library import register_everywhere
 from mmkernels.distributed.gathered import GatheredRows
 from mmkernels.distributed.ranks import Group, alike_op, ranks_by_name
-from mmkernels.distributed.tour import Chunk, Tensors, tour
+from mmkernels.distributed.tour import Chunk, Tensors, summed_tour
 from mmkernels.siglip import ops, reference
 
 
@@ -31,7 +31,7 @@ def ring_losses(
         losses.add_(ops.losses[backend](queries, block, scale, bias, _offset(chunk)))
         return ()
 
-    tour(ranks_by_name(outer, inner), (keys,), rows[1].tolist(), visit, lambda a, _: a)
+    summed_tour(ranks_by_name(outer, inner), (keys,), rows[1].tolist(), visit)
     return losses.float()
 
 
@@ -65,12 +65,8 @@ def ring_gradients(
                 total.add_(share)
         return (of_keys,) if output_mask[1] else ()  # all ranks want them or none
 
-    own, others = tour(
-        ranks_by_name(outer, inner), (keys,), rows[1].tolist(), visit, lambda a, b: tuple(map(torch.add, a, b))
-    )
-    grad_keys = queries.new_empty(0, dtype=torch.float32)
-    if output_mask[1]:
-        grad_keys = own[0] if others is None else own[0] + others[0]
+    parts = summed_tour(ranks_by_name(outer, inner), (keys,), rows[1].tolist(), visit)
+    (grad_keys,) = parts or (queries.new_empty(0, dtype=torch.float32),)
     grads = zip((grad_queries, grad_keys, *numbers.float()), output_mask, strict=True)
     return losses.float(), *(x.clone() if wanted else scale.new_empty(0) for x, wanted in grads)
 
