@@ -16,19 +16,23 @@ backward pass half of that for dS and the float32 products of a strip and of all
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mmkernels._checks import require_targets
 from mmkernels._tiles.engine import clear_columns
-from mmkernels._tiles.launch import MAX_PARTIALS, MERGE_BLOCK, MERGE_STEP, launcher
-from mmkernels._tiles.products import fp16_unit
+from mmkernels._tiles.launch import MAX_PARTIALS, launcher
 from mmkernels._tiles.triton import LOG2E, LOWEST, cdiv, family_of, on_device, round_up
 from mmkernels.info_nce.groups import number_groups, require_groups
-from mmkernels.info_nce.triton_kernels import _column_weights, _targets
-from mmkernels.info_nce.triton_kernels.cross_entropy import _exact_part, _store_grad, finish_forward_kernel
+from mmkernels.info_nce.triton_kernels import (
+    CrossEntropy,
+    _column_weights,
+    _targets,
+    finish_forward,
+    weights_of_logits,
+)
+from mmkernels.info_nce.triton_kernels.cross_entropy import _exact_part, _store_grad
 
 _STRIP_BYTES = 256 << 20  # of float32 logits; in lower ones the sums of dK would take longer than their products
 _LEAST_ROWS = 64
@@ -164,7 +168,8 @@ def info_nce_forward(
     tile = tile_of(family_of(queries.device))
     strips = _Strips.of(N, M, tile)
     targets = _targets(targets, N, queries.device)
-    row_ids, key_ids, of_query, of_key = (targets,) * 4 if groups is None else groups
+    row_ids, key_ids = (targets, targets) if groups is None else groups[:2]
+    of = CrossEntropy(queries, keys, scale, None, targets, groups, symmetric, label_smoothing)
 
     col_tiles = cdiv(M, tile[1])
     tiles_per_band = cdiv(col_tiles, MAX_PARTIALS)
@@ -172,14 +177,12 @@ def info_nce_forward(
     rows_per_group = round_up(cdiv(strips.height, _ROW_GROUPS), tile[0])
     row_groups = cdiv(strips.height, rows_per_group)
     planes = 2 if groups is None else 3
-    losses, positives = scale.new_empty(N), scale.new_empty(N)
-    row_lse, col_lse = scale.new_empty(2, N), scale.new_empty(2, M if symmetric else 0)
+    positives = scale.new_empty(N)
     row_partials = scale.new_empty(planes, bands, N)
     col_partials = scale.new_empty(planes, row_groups, M) if symmetric else row_partials
     logits = scale.new_empty(strips)
     flags = {"SYMMETRIC": symmetric, "GROUPS": groups is not None}
     block = {"BLOCK_M": tile[0], "BLOCK_N": tile[1]}
-    smoothed = label_smoothing > 0
     with on_device(queries.device):
         for first_row in range(0, N, strips.height):
             height = min(strips.height, N - first_row)
@@ -189,16 +192,8 @@ def info_nce_forward(
                 logits, scale, row_ids, key_ids, positives, row_partials, col_partials,
                 first_row, height, strips.width, N, M, len(key_ids), rows_per_group, tiles_per_band, row_groups, bands,
             )  # fmt: skip
-        query_sum = queries.sum(0, dtype=torch.float32) if smoothed and symmetric else scale
-        key_sum = keys.sum(0, dtype=torch.float32) if smoothed else scale
-        steps = {"STEP": MERGE_STEP, "BLOCK": MERGE_BLOCK, "SMOOTHED": smoothed, "BIAS": False}
-        launcher(finish_forward_kernel, **flags, **steps)(
-            (cdiv(N, MERGE_BLOCK) + (cdiv(M, MERGE_BLOCK) if symmetric else 0),),
-            row_partials, col_partials, positives, targets, of_query, of_key, losses, row_lse, col_lse,
-            queries, keys, query_sum, key_sum, scale, scale,
-            N, M, queries.shape[1], queries.stride(0), keys.stride(0), row_groups, bands, float(label_smoothing),
-        )  # fmt: skip
-    return losses, row_lse, col_lse, scale.new_empty(0, N)
+        found = finish_forward(of, targets, row_partials, col_partials, positives, row_groups, bands)
+    return *found, scale.new_empty(0, N)
 
 
 def info_nce_backward(
@@ -231,19 +226,10 @@ def info_nce_backward(
     tile = tile_of(family_of(queries.device))
     strips = _Strips.of(N, M, tile)
     weights = grad_losses.float() * (0.5 if symmetric else 1.0)  # [N]
-    factor, unit = scale, None
     with on_device(queries.device):
         col_weights = _column_weights(weights, targets, M, identity) if symmetric else weights
-        if queries.dtype == torch.float16:
-            unit = fp16_unit(torch.maximum(2 * weights.abs().amax(), col_weights.abs().amax()))
-            factor = scale * unit
-            weights, col_weights = weights / unit, col_weights / unit
-        row_shares = col_shares = weights
-        if groups is not None:
-            row_shares = weights * (1 - label_smoothing) / groups.of_query
-            if symmetric:
-                col_shares = col_weights[: len(groups.keys)] * (1 - label_smoothing) / groups.of_key.clamp(min=1)
-                col_shares = F.pad(col_shares, (0, M - len(groups.keys)))
+        of = CrossEntropy(queries, keys, scale, None, targets, groups, symmetric, label_smoothing)
+        weights, col_weights, row_shares, col_shares, factor, unit = weights_of_logits(of, weights, col_weights)
         row_ids, key_ids = (targets, targets) if groups is None else groups[:2]
         logits, grads = scale.new_empty(strips), queries.new_empty(strips)
         of_strip = scale.new_empty(strips.height, D) if of_queries or of_scale else scale

@@ -34,9 +34,9 @@ from cutlass.cutlass_dsl import T, dsl_user_op
 from torch import Tensor
 
 from mmkernels._checks import require_targets
-from mmkernels._tiles.launch import MERGE_BLOCK, MERGE_STEP, aligned, launcher
+from mmkernels._tiles.launch import aligned
 from mmkernels._tiles.triton import cdiv, chip_of, on_device
-from mmkernels.info_nce.triton_kernels.cross_entropy import finish_forward_kernel
+from mmkernels.info_nce.triton_kernels import CrossEntropy, finish_forward
 
 ROWS, COLS, SLICE = 128, 128, 64  # queries and keys of a tile, features of a slice
 CLUSTER = 2
@@ -510,11 +510,9 @@ def info_nce_forward(
     targets = torch.arange(N, device=queries.device) if targets is None else targets.contiguous()
     share = Share.of(N, M, chip_of(queries.device).multiprocessors)
     row_shape, col_shape = partial_shapes(N, M, share)
-    losses, positives = scale.new_empty(N), scale.new_empty(N)
-    row_lse, col_lse = scale.new_empty(2, N), scale.new_empty(2, M)
+    positives = scale.new_empty(N)
     row_partials, col_partials = scale.new_zeros(row_shape), scale.new_empty(col_shape)
     row_partials[0] = _LOWEST  # no cluster may come to a slot
-    smoothed = label_smoothing > 0
     with on_device(queries.device):
         tensors = (queries, keys, targets, scale, row_partials, col_partials, positives)
         compiled(cdiv(D, SLICE), queries.dtype)(
@@ -522,13 +520,6 @@ def info_nce_forward(
             N, M, D, queries.stride(0), keys.stride(0), row_shape[1], col_shape[1], *share,
             cuda.CUstream(torch.cuda.current_stream().cuda_stream),
         )  # fmt: skip
-        query_sum = queries.sum(0, dtype=torch.float32) if smoothed else scale
-        key_sum = keys.sum(0, dtype=torch.float32) if smoothed else scale
-        flags = {"SYMMETRIC": True, "BIAS": False, "GROUPS": False, "SMOOTHED": smoothed}
-        launcher(finish_forward_kernel, STEP=MERGE_STEP, BLOCK=MERGE_BLOCK, **flags)(
-            (cdiv(N, MERGE_BLOCK) + cdiv(M, MERGE_BLOCK),),
-            row_partials, col_partials, positives, targets, targets, targets, losses, row_lse, col_lse,
-            queries, keys, query_sum, key_sum, scale, scale,
-            N, M, D, queries.stride(0), keys.stride(0), col_shape[1], row_shape[1], float(label_smoothing),
-        )  # fmt: skip
-    return losses, row_lse, col_lse, scale.new_empty(0, N)
+        of = CrossEntropy(queries, keys, scale, None, targets, None, True, label_smoothing)
+        found = finish_forward(of, targets, row_partials, col_partials, positives, col_shape[1], row_shape[1])
+    return *found, scale.new_empty(0, N)

@@ -83,18 +83,16 @@ def cross_entropy_forward(of: CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
 
     The log-sum-exps are in base 2, each as a rounded value and its rounding error.
     """
-    queries, keys, scale, bias, targets, groups, symmetric, label_smoothing = of
+    queries, keys, scale, bias, targets, groups, symmetric, _ = of
     N, M = queries.shape[0], keys.shape[0]
     config, precision = choose(queries)
     tile = config.of_forward(groups is not None, symmetric)
     queries, keys = aligned(queries), aligned(keys)
     targets = _targets(targets, N, queries.device)
-    row_ids, key_ids, of_query, of_key = (targets,) * 4 if groups is None else groups
+    row_ids, key_ids = (targets, targets) if groups is None else groups[:2]
 
     walk = walk_down_columns(N, M, tile, queries.device)
-    smoothed = label_smoothing > 0
-    losses, positives = scale.new_empty(N), scale.new_empty(N)
-    row_lse, col_lse = scale.new_empty(2, N), scale.new_empty(2, M if symmetric else 0)
+    positives = scale.new_empty(N)
     planes = 2 if groups is None else 3
     row_partials = scale.new_empty(planes, walk.splits, N)
     col_partials = scale.new_empty(planes, walk.groups, M) if symmetric else row_partials
@@ -109,16 +107,37 @@ def cross_entropy_forward(of: CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
             row_ids, key_ids, positives, row_partials, col_partials, parts,
             N, M, len(key_ids), queries.shape[1], queries.stride(0), keys.stride(0), *walk,
         )  # fmt: skip
-        query_sum = queries.sum(0, dtype=torch.float32) if smoothed and symmetric else scale
-        key_sum = keys.sum(0, dtype=torch.float32) if smoothed else scale
-        bias_sum = scale if bias is None or not smoothed else bias.sum()
-        blocks = cdiv(N, MERGE_BLOCK) + (cdiv(M, MERGE_BLOCK) if symmetric else 0)
-        launcher(finish_forward_kernel, SMOOTHED=smoothed, STEP=MERGE_STEP, BLOCK=MERGE_BLOCK, **flags)(
-            (blocks,),
-            row_partials, col_partials, positives, targets, of_query, of_key, losses, row_lse, col_lse,
-            queries, keys, query_sum, key_sum, bias_sum, scale,
-            N, M, queries.shape[1], queries.stride(0), keys.stride(0), walk.groups, walk.splits, float(label_smoothing),
-        )  # fmt: skip
+        padded = of._replace(queries=queries, keys=keys)
+        return finish_forward(padded, targets, row_partials, col_partials, positives, walk.groups, walk.splits)
+
+
+def finish_forward(
+    of: CrossEntropy,
+    targets: Tensor,  # [N]
+    row_partials: Tensor,  # [planes, num_splits, N]
+    col_partials: Tensor,  # [planes, num_groups, M]
+    positives: Tensor,  # [N]
+    num_groups: int,
+    num_splits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses and log-sum-exps, as cross_entropy_forward returns them, from the statistics of parts of rows and columns:
+    see finish_forward_kernel."""
+    queries, keys, scale, bias, _, groups, symmetric, label_smoothing = of
+    N, M = queries.shape[0], keys.shape[0]
+    smoothed = label_smoothing > 0
+    losses = scale.new_empty(N)
+    row_lse, col_lse = scale.new_empty(2, N), scale.new_empty(2, M if symmetric else 0)
+    of_query, of_key = (targets, targets) if groups is None else groups[2:]
+    query_sum = queries.sum(0, dtype=torch.float32) if smoothed and symmetric else scale
+    key_sum = keys.sum(0, dtype=torch.float32) if smoothed else scale
+    bias_sum = scale if bias is None or not smoothed else bias.sum()
+    flags = {"SYMMETRIC": symmetric, "BIAS": bias is not None, "GROUPS": groups is not None}
+    launcher(finish_forward_kernel, SMOOTHED=smoothed, STEP=MERGE_STEP, BLOCK=MERGE_BLOCK, **flags)(
+        (cdiv(N, MERGE_BLOCK) + (cdiv(M, MERGE_BLOCK) if symmetric else 0),),
+        row_partials, col_partials, positives, targets, of_query, of_key, losses, row_lse, col_lse,
+        queries, keys, query_sum, key_sum, bias_sum, scale,
+        N, M, queries.shape[1], queries.stride(0), keys.stride(0), num_groups, num_splits, float(label_smoothing),
+    )  # fmt: skip
     return losses, row_lse, col_lse
 
 
@@ -216,24 +235,10 @@ def _differentiate(
     grad_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Fill the gradients; returns those of the scale and the bias."""
-    queries, keys, scale, _, _, groups, symmetric, label_smoothing = of
+    queries, keys, scale, _, _, groups, *_ = of
     config, precision = choose(queries)
     of = of._replace(queries=aligned(queries), keys=aligned(keys))
-    factor = scale
-    unit = None
-    if queries.dtype == torch.float16:
-        # |dS| <= 2.5 peak.
-        unit = fp16_unit(torch.maximum(2 * weights.abs().amax(), col_weights.abs().amax()))
-        factor = scale * unit
-        weights, col_weights = weights / unit, col_weights / unit
-    row_shares = col_shares = weights
-    if groups is not None:
-        row_shares = weights * (1 - label_smoothing) / groups.of_query
-        if symmetric:
-            # An unmatched key may belong to no query's group: its share is then 0 / 1.
-            grouped = len(groups.keys)
-            col_shares = col_weights[:grouped] * (1 - label_smoothing) / groups.of_key.clamp(min=1)
-            col_shares = F.pad(col_shares, (0, keys.shape[0] - grouped))
+    weights, col_weights, row_shares, col_shares, factor, unit = weights_of_logits(of, weights, col_weights)
     row_ids, key_ids = (targets, targets) if groups is None else groups[:2]
     tile = config.of_grad_logits(groups is not None, spread)
     logits = _Logits(
@@ -246,6 +251,36 @@ def _differentiate(
     )  # fmt: skip
     grad_bias = scale.new_empty(0) if grad_bias is None else grad_bias
     return (grad_scale, grad_bias) if unit is None else (grad_scale * unit, grad_bias * unit)
+
+
+class WeightsOfLogits(NamedTuple):
+    """What the gradient of the logits takes, in its unit."""
+
+    of_rows: Tensor  # [N], the gradient of the cross-entropy of each row
+    of_cols: Tensor  # [M], of each column
+    row_shares: Tensor  # [N], with groups: what each positive of a row subtracts
+    col_shares: Tensor  # [M], what each positive of a column subtracts
+    factor: Tensor  # [], of the products of the gradient: the scale times the unit
+    unit: Tensor | None  # [], of float16; None: 1
+
+
+def weights_of_logits(of: CrossEntropy, of_rows: Tensor, of_cols: Tensor) -> WeightsOfLogits:
+    queries, keys, scale, _, _, groups, symmetric, label_smoothing = of
+    factor, unit = scale, None
+    if queries.dtype == torch.float16:
+        # |dS| <= 2.5 peak.
+        unit = fp16_unit(torch.maximum(2 * of_rows.abs().amax(), of_cols.abs().amax()))
+        factor = scale * unit
+        of_rows, of_cols = of_rows / unit, of_cols / unit
+    row_shares = col_shares = of_rows
+    if groups is not None:
+        row_shares = of_rows * (1 - label_smoothing) / groups.of_query
+        if symmetric:
+            # An unmatched key may belong to no query's group: its share is then 0 / 1.
+            grouped = len(groups.keys)
+            col_shares = of_cols[:grouped] * (1 - label_smoothing) / groups.of_key.clamp(min=1)
+            col_shares = F.pad(col_shares, (0, keys.shape[0] - grouped))
+    return WeightsOfLogits(of_rows, of_cols, row_shares, col_shares, factor, unit)
 
 
 class _Logits(NamedTuple):
