@@ -1,6 +1,7 @@
 """Fused kernels for multimodal models, behind plain PyTorch calls."""
 
 from mmkernels.beam_search import beam_search, beam_search_step
+from mmkernels.contrastive_step import contrastive_step
 from mmkernels.distillation import distillation
 from mmkernels.divided_attention import divided_attention, divided_attention_maps
 from mmkernels.info_nce import info_nce
@@ -16,6 +17,7 @@ __all__ = [
     "SigLipLoss",
     "beam_search",
     "beam_search_step",
+    "contrastive_step",
     "distillation",
     "divided_attention",
     "divided_attention_maps",
