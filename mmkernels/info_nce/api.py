@@ -83,7 +83,7 @@ def info_nce(
             inner one joins them before they are multiplied. "mean" is then the rank's share of the joint mean, which
             DDP's and FSDP's mean over ranks makes whole, gradients too; "sum" and "none" are of the own rows, and the
             gradient is that of the sum over ranks. Ranks may differ in rows, not in dtype or options. The queues are
-            each rank's own, and serve all ranks.
+            each rank's own, and serve all ranks. Equal group ids are one group, whatever the rank.
         impl: "auto" picks the best implementation that can run; a name runs that one or raises. "auto" never picks
             "chunked", torch's own products with a pass of Triton between, and "cute", a forward pass for Hopper that
             nobody has run on a GPU.
@@ -95,7 +95,7 @@ def info_nce(
         TypeError: an argument of the wrong type or dtype.
         ValueError: wrong shapes, devices or values; targets out of range; a query or matched key without a positive
             (on a GPU the last two are assertions of the device).
-        NotImplementedError: groups, or impl="chunked" or "cute", with `process_group`.
+        NotImplementedError: impl="chunked" or "cute" with `process_group`.
         RuntimeError: the `impl` asked for cannot run here; the text lists every implementation with its reason.
 
     Gradients flow to `queries`, `keys`, `logit_scale`, the queues and `weights`; each is computed only if it is
@@ -118,11 +118,6 @@ def info_nce(
         check_target_tensor(queries, keys, targets)
         options = Options(targets, query_groups, key_groups, symmetric, label_smoothing)
         if query_groups is not None or key_groups is not None:
-            if group is not None:
-                raise NotImplementedError(
-                    "query_groups, key_groups: expected None with process_group, as a row's positives may lie on other "
-                    "ranks, and their number is not exchanged yet"
-                )
             _check_groups(queries, keys, query_groups, key_groups)
         if key_queue is not None or query_queue is not None:
             _check_queues(queries, key_queue, query_queue, symmetric)
@@ -134,7 +129,7 @@ def info_nce(
             _, query_queue = in_one_dtype("queries", given, "query_queue", query_queue)
         call = _Call(_backends.choose("info_nce", impl, queries.device.type, queries.dtype), group, weights is not None)
         if group is not None:
-            _require_matches(keys, options)
+            _require_matches(keys, options._replace(query_groups=None, key_groups=None))
             if call.backend in ("chunked", "cute"):
                 raise NotImplementedError(
                     f"impl: expected 'auto', 'triton', 'cpu' or 'reference' with process_group, got {impl!r}"
@@ -175,6 +170,7 @@ def _losses(
     if key_queue is not None:
         keys = torch.cat([keys, key_queue])
     agreed = {"symmetric": options.symmetric, "label_smoothing": options.label_smoothing, "weights": weighted}
+    agreed["groups"] = options.query_groups is not None
     rows = rows_of_ranks(queries, keys, group, backend, agreed)
     if backend == "reference":
         return ring.reference_over_ranks(queries, keys, scale, options, rows, group), rows
@@ -191,7 +187,8 @@ def _losses_with_queues(
     call: _Call,
 ) -> tuple[Tensor, Tensor]:
     """As _losses, against further keys, further queries, or both."""
-    _require_matches(keys, options)
+    if call.group is None:
+        _require_matches(keys, options)
     if query_queue is None:
         return _losses(queries, keys, key_queue, logit_scale, options, call)
     # Two one-sided losses, so that the logits of one queue with the other are never computed.

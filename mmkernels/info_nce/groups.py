@@ -38,8 +38,16 @@ def require_groups(
     if query_groups.is_meta:
         return  # there are no values to see
     matched = torch.arange(len(query_groups), device=key_groups.device) if targets is None else targets
-    lonely_query = groups.of_query == 0
-    lonely_key = groups.of_key[matched] == 0 if symmetric else None
+    queries_of = groups.of_key[matched] if symmetric else None
+    require_positives(groups.of_query, queries_of, query_groups, key_groups, matched)
+
+
+def require_positives(
+    keys_of: Tensor, queries_of: Tensor | None, query_groups: Tensor, key_groups: Tensor, matched: Tensor
+) -> None:
+    """As require_groups, by how many keys each query has [N], and how many queries each matched key [N]."""
+    lonely_query = keys_of == 0
+    lonely_key = None if queries_of is None else queries_of == 0
     if query_groups.is_cuda:
         torch._assert_async(~lonely_query.any(), "mmkernels.info_nce: query_groups: a query's group is that of no key")
         if lonely_key is not None:

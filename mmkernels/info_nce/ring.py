@@ -22,13 +22,16 @@ from torch import Tensor
 from mmkernels._autograd import refuse_second_derivatives
 from mmkernels._flops import gradients, product
 from mmkernels._library import register_everywhere
+from mmkernels.distributed.by_id import sum_by_index
 from mmkernels.distributed.gathered import GatheredRows
 from mmkernels.distributed.ranks import Group, Ranks, ranks_by_name
 from mmkernels.distributed.tour import Chunk, Tensors, summed_tour, tour
 from mmkernels.info_nce import ops, reference
 from mmkernels.info_nce.options import Options
+from mmkernels.info_nce.ring_groups import RankGroups, gradients_of_positives, losses_of_positives
 
 _NO_TARGET = -1
+_NO_GROUP = torch.iinfo(torch.int64).min  # of a queue's keys
 
 
 class _Sizes(NamedTuple):
@@ -43,6 +46,8 @@ def ring_forward(
     keys: Tensor,  # [m, D]
     scale: Tensor,  # []
     targets: Tensor | None,  # [n], of the own keys
+    query_groups: Tensor | None,  # [n]
+    key_groups: Tensor | None,  # of the first keys
     rows: Tensor,  # [2, ranks], how many queries and keys each has
     symmetric: bool,
     label_smoothing: float,
@@ -78,6 +83,9 @@ def ring_forward(
         more = (more + of_columns[own_rows]) / 2
     else:
         col_lse = row_lse[:0]
+    if query_groups is not None and key_groups is not None:
+        groups, group = RankGroups(query_groups, key_groups), Group(outer, inner, ranks.size, ranks.rank)
+        more += (1 - label_smoothing) * losses_of_positives(queries, keys, scale, groups, own_rows, symmetric, group)
     losses = (losses + more).float()
     if label_smoothing > 0:
         losses += label_smoothing * _smoothing(queries, keys, scale, own_rows, symmetric, ranks, sizes)
@@ -90,6 +98,8 @@ def ring_backward(
     keys: Tensor,
     scale: Tensor,
     targets: Tensor | None,
+    query_groups: Tensor | None,
+    key_groups: Tensor | None,
     rows: Tensor,  # [2, ranks]
     row_lse: Tensor,  # [2, n]
     col_lse: Tensor,  # [2, m]
@@ -104,7 +114,10 @@ def ring_backward(
     ranks, sizes = ranks_by_name(outer, inner), _Sizes(*rows.tolist())
     own_rows = targets_or_diagonal(targets, queries)
     row_weights = grad_losses.float() * (0.5 if symmetric else 1.0)
-    col_weights = _sum_by_target(row_weights, own_rows, len(keys)) if symmetric else row_weights[:0]
+    col_weights = row_weights[:0]
+    if symmetric:
+        col_weights = sum_by_index(row_weights[:, None], own_rows, len(keys))[:, 0].contiguous()
+    groups = None if query_groups is None or key_groups is None else RankGroups(query_groups, key_groups)
     nowhere = torch.full_like(own_rows, _NO_TARGET)
     grad_queries = queries.new_zeros(queries.shape if output_mask[0] else 0, dtype=torch.float32)
     grad_scale = scale.new_zeros((), dtype=torch.float64)
@@ -114,9 +127,10 @@ def ring_backward(
         block_lse, block_weights = (
             (of_columns[0].T.contiguous(), of_columns[1]) if symmetric else (col_lse, col_weights)
         )
+        here = nowhere if chunk.own is None or groups is not None else own_rows + chunk.own.start
         of_queries, of_keys, of_scale = ops.block_backward[backend](
-            queries, block_keys, scale, nowhere if chunk.own is None else own_rows + chunk.own.start, row_lse,
-            block_lse, row_weights, block_weights, label_smoothing, output_mask,
+            queries, block_keys, scale, here, row_lse, block_lse, row_weights, block_weights, label_smoothing,
+            output_mask,
         )  # fmt: skip
         if output_mask[0]:
             grad_queries.add_(of_queries)
@@ -126,10 +140,17 @@ def ring_backward(
 
     block = (keys, col_lse.T.contiguous(), col_weights) if symmetric else (keys,)
     (grad_keys,) = summed_tour(ranks, block, sizes.keys, visit) or (keys.new_empty(0, dtype=torch.float32),)
+    more = []
+    if groups is not None:
+        u, w = ((1 - label_smoothing) * weights for weights in (row_weights, col_weights))
+        more.append(gradients_of_positives(queries, keys, scale, groups, u, w, ranks))
     if label_smoothing > 0:
-        of = _smoothing_gradients(
-            queries, keys, scale, row_weights, col_weights, symmetric, label_smoothing, ranks, sizes
+        more.append(
+            _smoothing_gradients(
+                queries, keys, scale, row_weights, col_weights, symmetric, label_smoothing, ranks, sizes
+            )
         )
+    for of in more:
         if output_mask[0]:
             grad_queries += of[0]
         if output_mask[1]:
@@ -157,11 +178,6 @@ def _in_two(lse: Tensor) -> Tensor:
     """[2, ...] float32: the rounded value and its rounding error."""
     value = lse.float()
     return torch.stack([value, (lse - value).float()])
-
-
-def _sum_by_target(weights: Tensor, targets: Tensor, count: int) -> Tensor:
-    """[count]: the sum of the weights of each target; the same bits from run to run on a GPU, too."""
-    return torch.ops.aten.embedding_dense_backward(weights[:, None], targets, count, -1, False)[:, 0].contiguous()
 
 
 def _smoothing(
@@ -209,7 +225,7 @@ def _smoothing_gradients(
 
 
 def _forward_fake(queries: Tensor, keys: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    symmetric = rest[2]
+    symmetric = rest[4]
     shapes = ((len(queries),), (2, len(queries)), (2, len(keys) if symmetric else 0))
     return tuple(map(scale.new_empty, shapes))
 
@@ -227,17 +243,20 @@ def _backward_flops(_: Any, queries: Sequence[int], keys: Sequence[int], *rest: 
     return ranks_by_name(*rest[-4:-2]).size * gradients(queries, keys, *rest[-1])
 
 
+_OF = (
+    "Tensor queries, Tensor keys, Tensor scale, Tensor? targets, Tensor? query_groups, Tensor? key_groups, Tensor rows"
+)
 _OPTIONS = "bool symmetric, float label_smoothing, str outer, str inner, str backend"
 _forward = register_everywhere(
     "info_nce_ring_forward",
-    f"(Tensor queries, Tensor keys, Tensor scale, Tensor? targets, Tensor rows, {_OPTIONS})"
+    f"({_OF}, {_OPTIONS})"
     " -> (Tensor losses, Tensor row_lse, Tensor col_lse)",
     ring_forward, _forward_fake, _forward_flops,
 )  # fmt: skip
 _backward = register_everywhere(
     "info_nce_ring_backward",
-    "(Tensor grad_losses, Tensor queries, Tensor keys, Tensor scale, Tensor? targets, Tensor rows, Tensor row_lse,"
-    f" Tensor col_lse, {_OPTIONS}, bool[3] output_mask) -> (Tensor grad_queries, Tensor grad_keys, Tensor grad_scale)",
+    f"(Tensor grad_losses, {_OF}, Tensor row_lse, Tensor col_lse, {_OPTIONS}, bool[3] output_mask)"
+    " -> (Tensor grad_queries, Tensor grad_keys, Tensor grad_scale)",
     ring_backward, _backward_fake, _backward_flops,
 )  # fmt: skip
 
@@ -245,11 +264,12 @@ _backward = register_everywhere(
 class _RingInfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, queries: Tensor, keys: Tensor, scale: Tensor, targets: Tensor | None, rows: Tensor, *options: Any
+        ctx: Any, queries: Tensor, keys: Tensor, scale: Tensor, options: Options, rows: Tensor, *where: str
     ) -> Tensor:
-        losses, *lse = _forward(queries, keys, scale, targets, rows, *options)
-        ctx.save_for_backward(queries, keys, scale, targets, rows, *lse)
-        ctx.options = options
+        *tensors, symmetric, label_smoothing = options
+        ctx.options = symmetric, label_smoothing, *where
+        losses, *lse = _forward(queries, keys, scale, *tensors, rows, *ctx.options)
+        ctx.save_for_backward(queries, keys, scale, *tensors, rows, *lse)
         return losses
 
     @staticmethod
@@ -260,17 +280,14 @@ class _RingInfoNCE(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             grads = refuse_second_derivatives("info_nce", grads, grad_losses, *saved[:3])
         found = (grad if needed else None for grad, needed in zip(grads, mask, strict=True))
-        return *found, *(None,) * (2 + len(ctx.options))
+        return *found, *(None,) * 5
 
 
 def info_nce(
     queries: Tensor, keys: Tensor, scale: Tensor, options: Options, rows: Tensor, group: Group, backend: str
 ) -> Tensor:
     """One loss per own query, [n] float32; differentiable."""
-    targets, _, _, symmetric, label_smoothing = options
-    return _RingInfoNCE.apply(
-        queries, keys, scale, targets, rows, symmetric, label_smoothing, group.outer, group.inner, backend
-    )
+    return _RingInfoNCE.apply(queries, keys, scale, options, rows, group.outer, group.inner, backend)
 
 
 def reference_over_ranks(
@@ -284,5 +301,12 @@ def reference_over_ranks(
     all_queries, all_keys = (
         GatheredRows.apply(x, counts, ranks) for x, counts in zip((queries, keys), sizes, strict=True)
     )
-    losses = reference.info_nce(all_queries, all_keys, None, scale, options._replace(targets=targets))
+    options = options._replace(targets=targets)
+    if options.query_groups is not None and options.key_groups is not None:
+        of_none = options.key_groups.new_full((len(keys) - len(options.key_groups),), _NO_GROUP)
+        options = options._replace(
+            query_groups=ranks.gather(options.query_groups, sizes.queries),
+            key_groups=ranks.gather(torch.cat([options.key_groups, of_none]), sizes.keys),
+        )
+    losses = reference.info_nce(all_queries, all_keys, None, scale, options)
     return losses[first_query : first_query + len(queries)]

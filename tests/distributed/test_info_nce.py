@@ -16,7 +16,7 @@ import mmkernels
 from mmkernels.testing import features, peak_allocated
 from tests.cpu_kernels import needs_library
 from tests.distributed.spawn import Lost, on_ranks, results
-from tests.info_nce.cases import assert_results, run, run_eager
+from tests.info_nce.cases import assert_results, grouped, run, run_eager
 
 SHAPES = [(2,), (3,), (4, 1), (2, 2), (1, 4)]
 QUERIES = (37, 1, 96, 5)  # of each rank
@@ -25,8 +25,9 @@ SCALES = (10.0, 100.0)
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"label_smoothing": 0.1},
-    {"symmetric": False},
     {"symmetric": False, "label_smoothing": 0.2},
+    {"groups": 31, "label_smoothing": 0.1},
+    {"groups": 5, "symmetric": False},
 ]
 
 
@@ -52,6 +53,16 @@ class Joint:
         self.weights = torch.linspace(0.5, 1.5, total)  # as in tests/info_nce/cases.py
         self.shuffled = shuffled
 
+    def given(self, options: dict[str, Any], rank: int | None = None) -> dict[str, Any]:
+        """The options with the groups of the whole batch, or of a rank, in the place of their number."""
+        if "groups" not in options:
+            return options
+        groups = grouped(len(self.queries), len(self.keys), options["groups"])
+        counts = {"query_groups": self.counts, "key_groups": [len(part) for part in self.parts]}
+        if rank is not None:
+            groups = {name: ids.split(counts[name])[rank] for name, ids in groups.items()}
+        return {**groups, **{name: value for name, value in options.items() if name != "groups"}}
+
     def of_rank(self, rank: int) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
         options = {"targets": self.own_targets[rank]} if self.shuffled else {}
         return self.queries.split(self.counts)[rank], self.parts[rank], options, self.weights.split(self.counts)[rank]
@@ -69,7 +80,8 @@ def call(group: Any, rank: int, joint: Joint, scale: float, impl: str, options: 
     """The own losses and gradients under weights that differ from row to row."""
     queries, keys, targets, weights = joint.of_rank(rank)
     leaves = leaves_of(queries, keys, scale)
-    losses = mmkernels.info_nce(*leaves, reduction="none", process_group=group, impl=impl, **targets, **options)
+    given = {**targets, **joint.given(options, rank)}
+    losses = mmkernels.info_nce(*leaves, reduction="none", process_group=group, impl=impl, **given)
     return losses.detach(), *torch.autograd.grad((losses * weights).sum(), leaves)
 
 
@@ -104,7 +116,7 @@ def test_numbers_of_the_joint_batch(shape):
     for dtype in DTYPES:
         for shuffled, scale, options in cases():
             joint = Joint(len(of_ranks), dtype, shuffled=shuffled)
-            given = {"targets": joint.targets, **options}
+            given = {"targets": joint.targets, **joint.given(options)}
             exact = run(joint.queries.double(), joint.keys.double(), scale, "reference", **given)
             eager = run_eager(joint.queries, joint.keys, scale, **given)
             assert_results(joined(list(next(found))), eager, exact, joint.queries, joint.keys, scale)
@@ -135,7 +147,7 @@ def test_the_reference_is_that_of_one_process(shape):
     found = iter(zip(*of_ranks, strict=True))
     for shuffled, scale, options in cases():
         joint = Joint(len(of_ranks), torch.float64, shuffled=shuffled)
-        exact = run(joint.queries, joint.keys, scale, "reference", targets=joint.targets, **options)
+        exact = run(joint.queries, joint.keys, scale, "reference", targets=joint.targets, **joint.given(options))
         for a, b in zip(joined(list(next(found))), exact, strict=True):
             torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-6)  # the scale is float32
 
@@ -182,7 +194,8 @@ def queues(group: Any, rank: int) -> list[tuple[Tensor, ...]]:
     queries, keys, _, _ = joint.of_rank(rank)
     key_queue, query_queue = (features(rank + 3, 48, torch.float32, seed=seed + rank) for seed in (20, 30))
     found = []
-    for given in ({"key_queue": key_queue}, {"key_queue": key_queue, "query_queue": query_queue}):
+    both = {"key_queue": key_queue, "query_queue": query_queue}
+    for given in ({"key_queue": key_queue}, both, {**both, **joint.given({"groups": 7}, rank)}):
         leaves = leaves_of(queries, keys, 10.0)
         loss = mmkernels.info_nce(*leaves, reduction="none", process_group=group, impl="cpu", **given)
         found.append(differentiated(loss, leaves))
@@ -198,7 +211,8 @@ def test_queues_of_each_rank_serve_all():
         for seed in (20, 30)
     )
     both = {"key_queue": key_queue, "query_queue": query_queue}
-    for given, parts in zip(({"key_queue": key_queue}, both), zip(*of_ranks, strict=True), strict=True):
+    of_groups = {**both, **joint.given({"groups": 7})}
+    for given, parts in zip(({"key_queue": key_queue}, both, of_groups), zip(*of_ranks, strict=True), strict=True):
         leaves = [joint.queries.clone().requires_grad_(), joint.keys.clone().requires_grad_()]
         leaves.append(torch.tensor(10.0, dtype=torch.float64, requires_grad=True))
         loss = mmkernels.info_nce(*leaves, targets=joint.targets, reduction="none", impl="reference", **given)
@@ -208,7 +222,7 @@ def test_queues_of_each_rank_serve_all():
 
 def twice(group: Any, rank: int) -> bool:
     joint = Joint(torch.distributed.get_world_size(), torch.bfloat16)
-    one, two = (call(group, rank, joint, 100.0, "cpu", {"label_smoothing": 0.1}) for _ in range(2))
+    one, two = (call(group, rank, joint, 100.0, "cpu", {"groups": 7, "label_smoothing": 0.1}) for _ in range(2))
     return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
@@ -233,11 +247,13 @@ def wrong(group: Any, rank: int) -> list[str]:
         (queries, keys, {"weights": torch.ones(4) if bad else None}),
         (queries, keys, {"impl": "reference" if bad else "cpu"}),
         (queries.clone().requires_grad_() if bad else queries, keys, {}),
-        (queries, keys, {"query_groups": torch.zeros(4).long(), "key_groups": torch.zeros(6).long()}),
+        (queries, keys, {"query_groups": torch.arange(4), "key_groups": torch.arange(6)} if bad else {}),
+        (queries, keys, {"query_groups": torch.arange(4) + 3 * bad, "key_groups": torch.arange(6)}),
+        (queries, keys, {"query_groups": torch.zeros(4).long(), "key_groups": torch.arange(6) // 3}),
     ]
     texts = []
     for q, k, options in calls:
-        with pytest.raises((ValueError, TypeError, NotImplementedError)) as error:
+        with pytest.raises((ValueError, TypeError)) as error:
             mmkernels.info_nce(q, k, 10.0, process_group=group, **{"impl": "cpu", **options})
         texts.append(f"{type(error.value).__name__}: {error.value}")
     return texts
@@ -258,7 +274,9 @@ def test_an_error_is_the_same_on_all_ranks(shape):
         "ValueError: process_group: expected weights to be the same",
         "ValueError: process_group: expected the implementation to be the same on all ranks, got cpu on rank 0 and ref",
         "ValueError: process_group: expected whether queries need a gradient to be the same",
-        "NotImplementedError: query_groups, key_groups: expected None with process_group",
+        "ValueError: process_group: expected groups to be the same",
+        "ValueError: rank 1: query_groups: expected groups of key_groups, query 3 is of group 6, and no key is",
+        "ValueError: key_groups: key 3 is matched by query 3, and its group is that of no query",
     ]
     for text, *others in zip(expected, first, *rest, strict=True):
         assert all(other.replace("rank 0: ", "").startswith(text) for other in others), others
@@ -358,7 +376,8 @@ def compiled(group: Any, rank: int) -> tuple[bool, bool]:
     queries, keys, _, weights = joint.of_rank(rank)
 
     def loss(q: Tensor, k: Tensor, s: Tensor) -> Tensor:
-        return mmkernels.info_nce(2 * q, k, s, label_smoothing=0.1, weights=weights, process_group=group, impl="cpu")
+        options = {"label_smoothing": 0.1, "weights": weights, **joint.given({"groups": 7}, rank)}
+        return mmkernels.info_nce(2 * q, k, s, process_group=group, impl="cpu", **options)
 
     def pairs(q: Tensor, k: Tensor, s: Tensor) -> Tensor:
         return mmkernels.siglip(2 * q, k, s, -3.0, process_group=group, impl="cpu")
