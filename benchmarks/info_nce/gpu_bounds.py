@@ -8,9 +8,10 @@ from typing import Any
 from benchmarks.harness.gpu_forms import GPUS, Argument, Case, Problem
 from mmkernels._tiles import launch, products
 from mmkernels._tiles.configs import CONFIGS, Config
+from mmkernels._tiles.slots import slot_flags
 from mmkernels._tiles.triton import Tile
 from mmkernels.info_nce import chunked
-from mmkernels.info_nce.triton_kernels import cross_entropy, forward_flags, grad_logits_flags
+from mmkernels.info_nce.triton_kernels import cross_entropy, grad_logits_flags
 
 # Arguments that are strides or sizes of padded rows: multiples of 16, which the launcher sees to.
 _MULTIPLES_OF_16 = {
@@ -82,7 +83,7 @@ def case(op: str, gpu: str, precision: str, dtype: str, kernel: str, tile: Tile 
         constants["PRECISION"] = "ieee" if precision == "half" else precision
         warps, stages = tile.num_warps, tile.num_stages
         if kernel == "forward_kernel":
-            constants |= forward_flags(tile, gpu)
+            constants |= slot_flags(tile, gpu)
         if kernel == "grad_logits_kernel":
             constants |= grad_logits_flags(gpu)
     options = tuple(launch.compiler_options(tile).items())

@@ -237,7 +237,7 @@ def test_rows_and_columns_far_below_others_of_their_block(of, monkeypatch):
 def test_other_slots_of_rows(high, flat, monkeypatch):
     """A slot of one row, and of four, and a loop over tiles around one over features: as some GPUs take them."""
     monkeypatch.setattr(launch, "MAX_PARTIALS", 2)
-    monkeypatch.setattr(triton_kernels, "forward_flags", lambda tile, family: {"SLOT_HIGH": high, "FLAT": flat})
+    monkeypatch.setattr(triton_kernels, "slot_flags", lambda tile, family: {"SLOT_HIGH": high, "FLAT": flat})
     monkeypatch.setattr(triton_kernels, "grad_logits_flags", lambda family: {"FLAT": flat})
     queries, keys = batch(4 * TILE, 4 * TILE, 16, FP32)
     check(queries, keys)

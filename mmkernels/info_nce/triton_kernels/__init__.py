@@ -29,6 +29,7 @@ from mmkernels._checks import require_targets
 from mmkernels._tiles.configs import choose
 from mmkernels._tiles.launch import MERGE_BLOCK, MERGE_STEP, aligned, launcher, walk_down_columns
 from mmkernels._tiles.products import fp16_unit, gradients_of_both
+from mmkernels._tiles.slots import slot_flags
 from mmkernels._tiles.triton import Tile, cdiv, chip_of, family_of, on_device
 from mmkernels.info_nce.groups import Groups, number_groups, require_groups
 from mmkernels.info_nce.triton_kernels.cross_entropy import (
@@ -100,7 +101,7 @@ def cross_entropy_forward(of: CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
 
     with on_device(queries.device):
         flags = {"SYMMETRIC": symmetric, "BIAS": bias is not None, "GROUPS": groups is not None}
-        flags_of_device = forward_flags(tile, family_of(queries.device))
+        flags_of_device = slot_flags(tile, family_of(queries.device))
         launcher(forward_kernel, tile, PRECISION=precision, **flags, **flags_of_device)(
             (walk.groups * walk.splits,),
             queries, keys, scale, scale if bias is None else bias,
@@ -321,14 +322,6 @@ class _Logits(NamedTuple):
         if self.of.groups is not None:
             return tiles
         return min(tiles, 2 * chip_of(self.of.queries.device).multiprocessors)
-
-
-def forward_flags(tile: Tile, family: str) -> dict[str, int]:
-    """forward_kernel's SLOT_HIGH, by how a thread holds the rows of a tile, and FLAT."""
-    # On sm_100 the compiler fails at sums over the rows of a thread, and at the columns' sums in a flat loop.
-    rows_alone = family in ("sm_100", "gfx942")
-    high = 0 if rows_alone else max(1, tile.block_m // (16 * tile.num_warps))
-    return {"SLOT_HIGH": high, "FLAT": int(family != "sm_100")}
 
 
 def grad_logits_flags(family: str) -> dict[str, int]:

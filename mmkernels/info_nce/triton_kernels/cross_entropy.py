@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from mmkernels._tiles.engine import (
-    BACKWARD_SPREAD,
     add_products,
     all_have_read,
     block_of_tiles,
@@ -29,12 +28,9 @@ from mmkernels._tiles.engine import (
     strip_tile,
     with_bias,
 )
+from mmkernels._tiles.factors import common_exponent, store_factors
+from mmkernels._tiles.slots import LEAST, SPREAD, of_rows, of_slots, sum_of_slots, sum_over_slots, top_of_slots
 from mmkernels._tiles.triton import LN2, LOG2E, LOWEST
-
-# How far the largest logit of a row may lie below that of its slot, and the sum of a column below the largest logit of
-# its block, in base 2. s - m of what counts is then rounded to at most 2^-18, and no exponential that counts to 0.
-_SPREAD = tl.constexpr(64.0)
-_LEAST = tl.constexpr(2.0**-64)
 
 
 @triton.jit
@@ -128,64 +124,22 @@ def _either(a, b):
 
 
 @triton.jit
-def _of_slots(rows, HIGH: tl.constexpr):
-    """The largest of the rows of each slot, [BM] to [warps, 8]; HIGH = 0: each row is one."""
-    HEIGHT: tl.constexpr = rows.shape[0]
-    if HIGH > 0:
-        rows = tl.max(tl.max(tl.reshape(rows, (HIGH, HEIGHT // (16 * HIGH), 2, 8)), 2), 0)
-    return rows
-
-
-@triton.jit
-def _sum_of_slots(tile, HIGH: tl.constexpr):
-    """The sums over the rows of each slot, [BM, BN] to [warps, 8, BN]; HIGH = 0: each row is one."""
-    HEIGHT: tl.constexpr = tile.shape[0]
-    if HIGH > 0:
-        tile = tl.sum(tl.sum(tl.reshape(tile, (HIGH, HEIGHT // (16 * HIGH), 2, 8, tile.shape[1])), 2), 0)
-    return tile
-
-
-@triton.jit
-def _of_rows(slots, HIGH: tl.constexpr):
-    """What each slot has to each of its rows, [warps, 8] to [BM]."""
-    if HIGH > 0:
-        WARPS: tl.constexpr = slots.shape[0]
-        rows = tl.broadcast_to(tl.expand_dims(tl.expand_dims(slots, 1), 0), (HIGH, WARPS, 2, 8))
-        slots = tl.reshape(rows, (HIGH * WARPS * 16,))
-    return slots
-
-
-@triton.jit
 def _flush(
     sums, m, left_out, parts, col_out, col_plane, cols,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLOT_HIGH: tl.constexpr,
 ):  # fmt: skip
     """Join the columns' sums of 2^(s - m), one for each slot, to those in memory. Returns 1 if one of them is too small
-    for that, or if a row was left out.
-
-    Slots of one warp are added in registers. What the warps have goes through `parts` [warps, BN] in memory, for a sum
-    over all in registers would be made by every warp, for all columns.
-    """
-    WARPS: tl.constexpr = BLOCK_M // (16 * (SLOT_HIGH if SLOT_HIGH > 0 else 1))
+    for that, or if a row was left out."""
     lost = tl.max((left_out != 0).to(tl.int32), 0)
-    top = tl.max(m if SLOT_HIGH == 0 else tl.max(m, 1), 0)
+    top = top_of_slots(m, SLOT_HIGH)
     if top > LOWEST:
-        scaled = sums * tl.expand_dims(tl.exp2(m - top), -1)
-        if SLOT_HIGH == 0:
-            scaled = tl.reshape(scaled, (WARPS, 16, BLOCK_N))
-        part = tl.arange(0, WARPS)
-        col = tl.arange(0, BLOCK_N)
-        tl.store(parts + part[:, None] * BLOCK_N + col[None, :], tl.sum(scaled, 1))
-        tl.debug_barrier()
-        z = tl.load(parts + col)
-        for index in tl.static_range(1, WARPS):
-            z += tl.load(parts + index * BLOCK_N + col)
+        z = sum_over_slots(sums * tl.expand_dims(tl.exp2(m - top), -1), parts, BLOCK_M, BLOCK_N, SLOT_HIGH)
         old_m = tl.load(col_out + cols)
         new_m, new_z = merge(old_m, tl.load(col_out + col_plane + cols), tl.zeros_like(z) + top, z)
         all_have_read()
         tl.store(col_out + cols, new_m)
         tl.store(col_out + col_plane + cols, new_z)
-        lost |= tl.max((~(z > _LEAST)).to(tl.int32), 0)  # NaN: 1
+        lost |= tl.max((~(z > LEAST)).to(tl.int32), 0)  # NaN: 1
     return lost
 
 
@@ -245,8 +199,8 @@ def forward_kernel(
                 plain = first_bits((end_row - first_row) // BLOCK_M)
             if SYMMETRIC:
                 plain = tl.where(scale2 >= 0, plain & ~positives_in, 0)
-            m = _of_slots(tl.full((BLOCK_M,), LOWEST, tl.float32), SLOT_HIGH)
-            sums = _sum_of_slots(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), SLOT_HIGH)
+            m = of_slots(tl.full((BLOCK_M,), LOWEST, tl.float32), SLOT_HIGH)
+            sums = sum_of_slots(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), SLOT_HIGH)
             # FLAT: one loop over tiles and features. The first copies of a tile are on their way during the epilogue of
             # the last.
             next_ones = plain
@@ -280,15 +234,15 @@ def forward_kernel(
                     old_z = tl.load(row_out + row_plane + rows, mask=old, other=0.0)
                     if SYMMETRIC:
                         peak = scale2 * tl.max(acc, 1)
-                        new_m = tl.maximum(m, _of_slots(peak, SLOT_HIGH))
-                        row_m = _of_rows(new_m, SLOT_HIGH)
+                        new_m = tl.maximum(m, of_slots(peak, SLOT_HIGH))
+                        row_m = of_rows(new_m, SLOT_HIGH)
                         e = tl.exp2(tl.fma(acc, tl.zeros_like(acc) + scale2, tl.zeros_like(acc) - row_m[:, None]))
                         row_z = tl.sum(e, 1)
                         shrink = tl.exp2(m - new_m)
-                        of_slots = _sum_of_slots(e, SLOT_HIGH)
-                        sums = tl.fma(sums, tl.zeros_like(sums) + tl.expand_dims(shrink, -1), of_slots)
+                        added = sum_of_slots(e, SLOT_HIGH)
+                        sums = tl.fma(sums, tl.zeros_like(sums) + tl.expand_dims(shrink, -1), added)
                         m = new_m
-                        lags = ~(row_m - peak < _SPREAD)  # NaN and infinity, too
+                        lags = ~(row_m - peak < SPREAD)  # NaN and infinity, too
                         left_out |= lags.to(tl.int32) << index
                         row_m = tl.where(lags, LOWEST, row_m)
                         row_z = tl.where(lags, 0.0, row_z)
@@ -471,7 +425,7 @@ def softmax_factors_kernel(
     col_blocks = tl.cdiv(M, BLOCK_N)
     if program < row_blocks:
         rows = program * BLOCK_M + tl.arange(0, BLOCK_M)
-        _store_factors(row_lse, row_weights, row_factors, row_bounds, N, rows, program, row_blocks)
+        store_factors(row_lse, row_weights, row_factors, row_bounds, N, rows, program, row_blocks)
         target = tl.load(targets + rows, mask=rows < N, other=-1).to(tl.int32)
         block = tl.where(target < 0, -1, target // BLOCK_N)
         words = tl.cdiv(col_blocks, 32)
@@ -481,25 +435,7 @@ def softmax_factors_kernel(
     elif SYMMETRIC:
         col_block = program - row_blocks
         cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N)
-        _store_factors(col_lse, col_weights, col_factors, col_bounds, M, cols, col_block, col_blocks)
-
-
-@triton.jit
-def _store_factors(lse, weights, factors, bounds, length, index, block, num_blocks):
-    ok = index < length
-    m, rest = tl.load(lse + index, mask=ok, other=0.0), tl.load(lse + length + index, mask=ok, other=0.0)
-    lowest = tl.min(tl.where(ok, m, float("inf")), 0)
-    highest = tl.max(tl.where(ok, m, float("-inf")), 0)
-    factor = tl.load(weights + index, mask=ok, other=0.0) * tl.exp2((_middle(lowest, highest) - m) - rest)
-    tl.store(factors + index, factor, mask=ok)
-    tl.store(bounds + block, lowest)
-    tl.store(bounds + num_blocks + block, highest)
-
-
-@triton.jit
-def _middle(lowest, highest):
-    """A whole number, so that subtracting it rounds little."""
-    return tl.floor((lowest + highest) * 0.5)
+        store_factors(col_lse, col_weights, col_factors, col_bounds, M, cols, col_block, col_blocks)
 
 
 @triton.jit
@@ -598,7 +534,7 @@ def grad_logits_kernel(
         # Of the tile whose products are summed, while the copies are those of the next.
         done = program
         done_row, done_col = strip_place(done, row_tiles * BLOCK_M, col_tiles * BLOCK_N, BLOCK_M, BLOCK_N)
-        near, c, shift = _common_exponent(
+        near, c, shift = common_exponent(
             row_bounds, col_bounds, first_row + done_row, first_col + done_col, N, M, SYMMETRIC, BLOCK_M, BLOCK_N
         )
         x_offsets = offsets_in_tile(stride_q, BLOCK_M, BLOCK_K)
@@ -664,7 +600,7 @@ def grad_logits_kernel(
                 left_out |= ~near
                 done += programs
                 done_row, done_col = strip_place(done, row_tiles * BLOCK_M, col_tiles * BLOCK_N, BLOCK_M, BLOCK_N)
-                near, c, shift = _common_exponent(
+                near, c, shift = common_exponent(
                     row_bounds, col_bounds, first_row + done_row, first_col + done_col, N, M, SYMMETRIC,
                     BLOCK_M, BLOCK_N,
                 )  # fmt: skip
@@ -674,7 +610,7 @@ def grad_logits_kernel(
             PART: tl.constexpr = BLOCK_N // 4 if BLOCK_N > 32 else BLOCK_N // 2
             for step in tl.range(0, tl.cdiv(tl.maximum(tiles - program, 0), programs), disable_licm=True):
                 row, col = strip_place(program + step * programs, height, width, BLOCK_M, BLOCK_N)
-                near, c, shift = _common_exponent(
+                near, c, shift = common_exponent(
                     row_bounds, col_bounds, first_row + row, first_col + col, N, M, SYMMETRIC, BLOCK_M, BLOCK_N
                 )
                 near &= (first_row + row + BLOCK_M <= N) & (first_col + col + BLOCK_N <= M)
@@ -743,31 +679,6 @@ def _grad_of_positive(
         if SYMMETRIC:
             grad -= other_weight * (label_smoothing / N)
     return grad - weight * ((1.0 - label_smoothing) * directions)
-
-
-@triton.jit
-def _common_exponent(
-    row_bounds, col_bounds, first_row, first_col, N, M, SYMMETRIC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Whether a tile may take one exponential for both softmaxes; c of its columns (of its rows, unless SYMMETRIC), and
-    that minus c of its rows."""
-    row_blocks = tl.cdiv(N, BLOCK_M)
-    row_block = tl.minimum(first_row // BLOCK_M, row_blocks - 1)
-    lowest = tl.load(row_bounds + row_block)
-    highest = tl.load(row_bounds + row_blocks + row_block)
-    c = _middle(lowest, highest)
-    shift = 0.0
-    if SYMMETRIC:
-        col_blocks = tl.cdiv(M, BLOCK_N)
-        col_block = tl.minimum(first_col // BLOCK_N, col_blocks - 1)
-        low = tl.load(col_bounds + col_block)
-        high = tl.load(col_bounds + col_blocks + col_block)
-        shift = _middle(low, high) - c
-        c += shift
-        lowest = tl.minimum(lowest, low)
-        highest = tl.maximum(highest, high)
-    return highest - lowest < BACKWARD_SPREAD, c, shift
 
 
 @triton.jit
