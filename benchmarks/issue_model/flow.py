@@ -86,7 +86,7 @@ class Flow:
             blocks = child.body if child else frozenset([block])
             part = Part(self.blocks[block].first, self.blocks[block].end, child)
             exits = {s for b in blocks for s in self.blocks[b].successors} - blocks
-            code = [i for b in blocks for i in self.instructions[self.blocks[b].first : self.blocks[b].end]]
+            code = self.code(blocks)
             has_stored |= any(is_store(i) for i in code)
             floats = min(elements, floats + sum(float_operations(i) for i in code if child is None))
             ways = [best(s, has_stored, floats) for s in exits if s in within and s != start]
@@ -110,8 +110,11 @@ class Flow:
         """Whether the kernel may end there: an exit may have a condition, such as a loop's."""
         return not self.blocks[block].successors or self.instructions[self.blocks[block].end - 1].name == "EXIT"
 
+    def code(self, blocks: Iterable[int]) -> list[Instruction]:
+        return [i for b in blocks for i in self.instructions[self.blocks[b].first : self.blocks[b].end]]
+
     def _multiplies(self, blocks: Iterable[int]) -> bool:
-        return any(is_matrix(i) for b in blocks for i in self.instructions[self.blocks[b].first : self.blocks[b].end])
+        return any(is_matrix(i) for i in self.code(blocks))
 
     def _children(self, loop: Loop | None) -> list[Loop]:
         """The largest loops inside a loop."""

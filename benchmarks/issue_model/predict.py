@@ -6,7 +6,7 @@ has the addresses and the epilogue, too.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from benchmarks.issue_model import gcn, model
@@ -80,7 +80,8 @@ def tile_of(code: Code, chip: Chip, shape: Shape) -> Tile:
     main = flow.innermost_with_matrix()
     if flat := flow.flattened(main, shape.elements):
         return _flattened(flow, flat, chip, shape)
-    around = flow.enclosing(main[0]) if main else None
+    # Of nests that exclude each other the largest product's is the likely one: the other works in smaller pieces.
+    around = flow.enclosing(max(main, key=lambda loop: _flops(flow.code(loop.body), shape))) if main else None
     main = [loop for loop in main if around is None or loop.body < around.body]
     parts = flow.path(around, shape.elements)
     step = [i for loop in main for i in _straight(flow, flow.path(loop))]
@@ -112,11 +113,16 @@ def _timed(
     loops: bool,
 ) -> Tile:
     warps = max(1, shape.warps // SCHEDULERS)
-    flops = sum(product_flops(i) or shape.shapeless_flops for i in tile if is_matrix(i)) * shape.warps
+    flops = _flops(tile, shape) * shape.warps
     steps = model.steps_of(tile, chip, shape.shapeless_flops)
     cycles = _cycles(steps, chip, warps, shape.blocks, loops)
     of_step, of_rest = (Work.of(path, chip, shape.shapeless_flops) for path in (step, rest))
     return Tile(of_step, of_rest, warps, trips, flops, cycles)
+
+
+def _flops(path: Iterable[Instruction], shape: Shape) -> float:
+    """Of the products that a warp makes."""
+    return sum(product_flops(i) or shape.shapeless_flops for i in path if is_matrix(i))
 
 
 def _peeled(step: Sequence[Instruction], rest: Sequence[Instruction]) -> int:

@@ -351,6 +351,22 @@ def test_a_tile_of_amd_counts_the_trips_before_and_after_its_loop():
     assert tile.rest.named["MUFU"] == 1
 
 
+@pytest.mark.parametrize("large", [0, 1])
+def test_of_two_nests_that_exclude_each_other_the_one_of_the_larger_product_counts(large):
+    """triplet's kernels work in quarters of a tile where a feature is not finite; AMD's compiler puts those first."""
+    products = ["v_mfma_f32_16x16x16_bf16 v[0:3], v[16:17], v[18:19], v[0:3]"] * 2
+    products[large] = "v_mfma_f32_32x32x8_bf16 v[0:15], v[16:17], v[18:19], v[0:15]"
+    lines = ["s_cbranch_scc0 .LBB0_3"]
+    for nest, product in enumerate(products):
+        first = 1 + 2 * nest
+        lines += [f".LBB0_{first}:", "v_add_f32 v0, v1, v2", f".LBB0_{first + 1}:", product]
+        lines += [f"s_cbranch_scc1 .LBB0_{first + 1}", "global_store_dword v[0:1], v2, off"]
+        lines += [f"s_cbranch_scc1 .LBB0_{first}", "s_endpgm"]
+    code = gcn.parse("\n".join(line if line.startswith(".") else f"\t{line}" for line in lines))
+    tile = predict.tile_of(code, MI300X, predict.Shape(warps=8, blocks=1, steps=10))
+    assert tile.flops == 10 * 8 * 2 * 32 * 32 * 8
+
+
 def test_an_unknown_instruction_of_amd_is_an_error():
     with pytest.raises(KeyError, match="frob"):
         pipes.use(Instruction("", "frob", "frob", "", 4, NONE, NONE, ()), MI300X)
