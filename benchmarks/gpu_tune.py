@@ -31,6 +31,7 @@ from benchmarks.harness.tables import Row
 from benchmarks.issue_model.pipes import CHIPS
 from mmkernels._tiles import overrides
 from mmkernels._tiles.triton import family_of
+from mmkernels.divided_attention.triton_kernels.configs import MOST_KEYS
 
 # The model is right to a quarter: a tile that it takes for so much slower than the best is not timed.
 HOPELESS = 1.6
@@ -39,6 +40,8 @@ REPEATS = 11
 _AT_ONCE = 16  # compilations between two looks at the clock
 
 _WALKS = dict(gpu_sweep.TILES) | {"num_stages": (2, 3, 4), "BLOCK_K": (32, 64)}
+_STRIPS = {"BLOCK_M": (16, 32, 64), "BLOCK_N": (64, 128, 256), "num_warps": (4, 8)}
+_WHOLE = {"BLOCK_M": (64, 128), "PIECE": (32, 64, 128), "num_warps": (4, 8)}
 _STREAMS = {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)}
 _PACKED = {"num_warps": (2, 4, 8), "num_stages": (1, 2)}
 _STEPS = {"BLOCK": (1024, 2048, 4096), "num_warps": (2, 4, 8)}
@@ -53,17 +56,35 @@ class Slot(NamedTuple):
     forms: tuple[str, ...]  # the compiled kernels that take the tile
     changes: Mapping[str, Sequence[Any]] = _WALKS
     sizes: Callable[[Any], bool] = lambda size: True  # which of the op's quick sizes run it
+    peer: str = "triton"  # whose passes, of the op's contest
 
 
-def _attention(kernel: str, axis: str, changes: Mapping[str, Sequence[Any]]) -> Slot:
+def _attention(kernel: str, taken: Callable[[Any], bool], changes: Mapping[str, Sequence[Any]], *forms: str) -> Slot:
     forward = kernel.endswith("forward")
 
     def runs(size: Any) -> bool:
-        return size.axis == axis and (size.T <= 64) == (axis == "time") and (size.passes == "forward") == forward
+        return taken(size) and (size.passes == "forward") == forward
 
     return Slot(
-        "divided_attention", "divided_attention", overrides.of_head(kernel, 64, False), (kernel,), changes, runs
+        "divided_attention",
+        "divided_attention",
+        overrides.of_head(kernel, 64, False),
+        forms or (kernel,),
+        changes,
+        runs,
     )
+
+
+def _packed(size: Any) -> bool:
+    return bool(size.axis == "time" and size.T <= 64)
+
+
+def _whole(size: Any) -> bool:
+    return bool(size.axis == "space" and size.N < MOST_KEYS)
+
+
+def _streamed(size: Any) -> bool:
+    return bool(size.axis == "space" and size.N > MOST_KEYS)
 
 
 # What users run most. Tiles for groups, for label smoothing, other heads and masks stay the tables'.
@@ -71,14 +92,20 @@ SLOTS = (
     Slot("info_nce", "info_nce", "symmetric_forward", ("forward_kernel",)),
     Slot("info_nce", "info_nce", "grad_logits", ("grad_logits_kernel",)),
     Slot("info_nce", "info_nce", "product", ("product_kernel",)),
+    Slot(
+        "info_nce", "info_nce", "chunked", ("strip_statistics_kernel", "strip_grad_kernel"), _STRIPS,
+        peer="mmkernels chunked",
+    ),
     Slot("distillation", "distillation", "forward", ("distillation_forward_kernel",)),
     Slot("distillation", "distillation", "grad_logits", ("distillation_grad_kernel",)),
     Slot("siglip", "siglip", "pairs", ("pairs_kernel",)),
-    _attention("packed_forward", "time", _PACKED),
-    _attention("packed_backward", "time", _PACKED),
-    _attention("forward", "space", _STREAMS),
-    _attention("grad_queries", "space", _STREAMS),
-    _attention("grad_keys", "space", _STREAMS),
+    _attention("packed_forward", _packed, _PACKED),
+    _attention("packed_backward", _packed, _PACKED),
+    _attention("forward", _streamed, _STREAMS),
+    _attention("grad_queries", _streamed, _STREAMS),
+    _attention("grad_keys", _streamed, _STREAMS),
+    _attention("whole_forward", _whole, _WHOLE),
+    _attention("whole_backward", _whole, _WHOLE, "whole_grad_queries", "whole_grad_keys"),
     Slot("linear_cross_entropy", "info_nce", "forward", ("forward_kernel",)),
     Slot("triplet", "triplet", "pairs", ("hinges_kernel", "worst_kernel")),
     Slot("retrieval", "retrieval", "pairs", ("ranks_kernel",), sizes=lambda size: size.k in (0, 1000)),
@@ -103,7 +130,7 @@ class Task(NamedTuple):
     @property
     def precision(self) -> str:
         """As the file of tiles has it."""
-        every = overrides.precisions_of(self.of.owner)
+        every = overrides.precisions_of(self.of.owner, self.of.kernel)
         return next((name for name, dtype in DTYPES.items() if dtype == self.dtype and name in every), every[0])
 
     @property
@@ -122,7 +149,7 @@ def tasks(ops: Sequence[str], quick: bool) -> list[Task]:
     """What users run most comes first: all ops in bfloat16, then in float32."""
     dtypes = list(DTYPES.values())[: 1 if quick else None]
     found = [Task(i, dtype) for dtype in dtypes for i, slot in enumerate(SLOTS) if slot.op in ops]
-    return [task for task in found if task.dtype == "bfloat16" or "all" not in overrides.precisions_of(task.of.owner)]
+    return [task for task in found if task.dtype == "bfloat16" or task.precision == "ieee"]
 
 
 def target_of(device: torch.device) -> str:
@@ -141,7 +168,8 @@ def candidates(task: Task, family: str, target: str) -> dict[str, list[Case]]:
     forms = [
         case
         for case in main.cases([family])
-        if case.kernel in slot.forms and main.is_main(case) and case.dtype == _SHORT[task.dtype]
+        if case.kernel in slot.forms and main.is_main(case)
+        and (case.dtype == _SHORT[task.dtype] or case.kernel == "strip_statistics_kernel")  # it sees float32 alone
         and case.precision != "tf32x3" and not dict(case.constants).get("WIDE")
     ]  # fmt: skip
     found: dict[str, list[Case]] = {}
@@ -161,6 +189,8 @@ def fields_of(case: Case) -> Fields:
     constants, options = dict(case.constants), dict(case.options)
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK", "MAX_STEPS")
     found: Fields = {name: constants[name] for name in names if name in constants}
+    if "PIECE" in constants:
+        found["BLOCK_N"] = constants["PIECE"]
     found["num_warps"] = case.num_warps
     if case.has_dot:
         found |= {"num_stages": case.num_stages, "maxnreg": options.get("maxnreg")}
@@ -227,12 +257,18 @@ def winners(rows: Iterable[Row]) -> dict[tuple[str, str, str], Fields]:
     return {tuple(row["key"]): json.loads(row["winner"]) for row in rows if row.get("winner")}
 
 
+def sizes_of(task: Task) -> list[Any]:
+    """The op's quick sizes that run the slot, or if none does, all its sizes that do."""
+    check = registry.gpu_check(task.of.op)
+    return list(filter(task.of.sizes, check.QUICK)) or list(filter(task.of.sizes, check.SIZES))
+
+
 def passes(task: Task, device: torch.device) -> Iterator[Callable[[], Any]]:
     """Whole passes of ours at the op's quick sizes."""
     check = registry.gpu_check(task.of.op)
-    for size in filter(task.of.sizes, check.QUICK):
+    for size in sizes_of(task):
         peers, leaves, _, backward = check.contest(size, getattr(torch, task.dtype), device)
-        name = "triton" if "triton" in peers else next(iter(peers))
+        name = task.of.peer if task.of.peer in peers else next(iter(peers))
         yield gpu_runs.one_pass(peers[name], leaves, backward)
 
 
@@ -351,6 +387,8 @@ def tune_all(log: RowLog, chosen: argparse.Namespace, device: torch.device, gpu:
     path = chosen.tiles or overrides.cache_of(gpu)
     ended = {row["task"] for row in log.rows() if "ended" in row}
     todo = [task for task in tasks(chosen.ops, chosen.quick) if task.name not in ended]
+    # A family may have no such line: its kernels stream what others hold whole.
+    todo = [task for task in todo if candidates(task, family_of(device), target_of(device))]
     print(f"tiles: {len(todo)} lines of the tables to do; they go into {path}", flush=True)
     left = len(todo)
     for task in todo:

@@ -14,7 +14,6 @@ from mmkernels.divided_attention.triton_kernels.configs import (
     HEADS,
     MOST_KEYS,
     WHOLE,
-    WHOLE_BACKWARD,
     Config,
     launch_options,
     whole_options,
@@ -31,6 +30,12 @@ _KERNELS = {
     "whole_grad_keys": whole_backward.whole_grad_keys_kernel,
     "cls_sums": backward.cls_sums_kernel,
     "merge": engine.merge_kernel,
+}
+# The lines of tiles of the kernels that hold one side of a sequence whole.
+WHOLE_LINES = {
+    "whole_forward": "whole_forward",
+    "whole_grad_queries": "whole_backward",
+    "whole_grad_keys": "whole_backward",
 }
 GROWING = {"MASKED", "CLS", "BLOCK_K", "HEAD"}
 CLS = (APART, AVERAGED, GLOBAL)
@@ -120,9 +125,8 @@ def _cases(gpu: str, precision: str, dtype: str, masked: bool, configs: dict[int
 
 def _whole_cases(gpu: str, dtype: str) -> Iterator[Case]:
     """The keys of a sequence in all sums of pieces: from the packed tile's items on, all multiples of 16."""
-    tables = {"whole_forward": WHOLE, "whole_grad_queries": WHOLE_BACKWARD, "whole_grad_keys": WHOLE_BACKWARD}
-    for name, table in tables.items():
-        for tile, items in itertools.product(table.get(gpu, {}).values(), range(80, MOST_KEYS + 1, 16)):
+    for name, line in WHOLE_LINES.items():
+        for tile, items in itertools.product(WHOLE[line].get(gpu, {}).values(), range(80, MOST_KEYS + 1, 16)):
             options = whole_options(tile, items)
             warps, stages = options.pop("num_warps"), options.pop("num_stages")
             for cls, wide in itertools.product(CLS, (False, True)):

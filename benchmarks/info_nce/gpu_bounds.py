@@ -47,7 +47,8 @@ def _cases(gpu: str, precision: str, config: Config) -> Iterable[Case]:
             block = {"BLOCK_M": products.MERGE_ROWS, "BLOCK_N": products.MERGE_FEATURES}
             yield make("merge_product_kernel", None, SHARE=share, **block)
         if precision == "half":
-            block = dict(zip(("BLOCK_M", "BLOCK_N"), chunked.tile_of(gpu), strict=True))
+            tile = chunked.tile_of(gpu)
+            block = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
             for symmetric, groups, smoothed in itertools.product(both, both, both):
                 flags = {"SYMMETRIC": symmetric, "GROUPS": groups, **block}
                 yield make("strip_grad_kernel", None, SMOOTHED=smoothed, **flags)

@@ -3,7 +3,7 @@
 
 A file is JSON: the name of a GPU as torch has it, or of a family (sm_80, sm_90, sm_100, gfx942, interpreter), then an
 op, a kernel, a precision ("half": bf16 and fp16; "ieee" or "tf32x3": float32;
-"all" for beam_search), and what the tile has there.
+"all" for beam_search and info_nce's chunked), and what the tile has there.
 
     {"NVIDIA H200": {"retrieval": {"topk": {"half": {"BLOCK_N": 64, "num_warps": 4}}}}}
 
@@ -36,6 +36,7 @@ _OF_PRODUCTS = {
     "BLOCK_M": "block_m", "BLOCK_N": "block_n", "BLOCK_K": "block_k", "num_warps": "num_warps",
     "num_stages": "num_stages", "maxnreg": "max_registers",
 }  # fmt: skip
+_OF_STRIPS = {"BLOCK_M": "block_m", "BLOCK_N": "block_n", "num_warps": "num_warps"}
 _OF_STEPS = {"BLOCK": "block", "MAX_STEPS": "max_steps", "num_warps": "num_warps", "programs": "programs"}
 # The least and the most of each field; the blocks and the warps are powers of two.
 _RANGES = {
@@ -46,6 +47,8 @@ _POWERS = {"BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK", "num_warps"}
 
 _HEADS = (32, 64, 128, 256)
 _OF_ATTENTION = ("packed_forward", "packed_backward", "forward", "grad_queries", "grad_keys")
+_LONGEST_PIECE = 128  # halved three times, it adds up to every multiple of 16
+_WHOLE = ("whole_forward", "whole_backward")  # in half precision, without a mask, where the table has them
 
 
 def of_head(kernel: str, head: int, masked: bool) -> str:
@@ -58,14 +61,15 @@ def of_head(kernel: str, head: int, masked: bool) -> str:
 # retrieval's "topk" is for lists of at most 16.
 KERNELS: dict[str, tuple[str, ...]] = {
     "info_nce": (
-        "forward", "grad_logits", "product", "heavier_grad_logits", "grouped_forward", "symmetric_forward"
+        "forward", "grad_logits", "product", "heavier_grad_logits", "grouped_forward", "symmetric_forward", "chunked"
     ),
     "distillation": ("forward", "grad_logits"),
     "siglip": ("pairs",),
     "triplet": ("pairs",),
     "retrieval": ("pairs", "topk", "long_topk"),
-    "divided_attention": tuple(
-        of_head(kernel, head, masked) for kernel in _OF_ATTENTION for head in _HEADS for masked in (False, True)
+    "divided_attention": (
+        *(of_head(kernel, head, masked) for kernel in _OF_ATTENTION for head in _HEADS for masked in (False, True)),
+        *(of_head(kernel, head, False) for kernel in _WHOLE for head in _HEADS),
     ),
     "beam_search": ("step",),
 }  # fmt: skip
@@ -91,17 +95,21 @@ def parse(text: str) -> dict[str, Rows]:
         raise ValueError(f"no JSON: {error}") from None
     return {
         gpu: {
-            (op, kernel, precision): _row(row, op, (gpu, op, kernel, precision))
+            (op, kernel, precision): _row(row, (gpu, op, kernel, precision))
             for op, kernels in _pairs(ops, (gpu,), tuple(KERNELS), "op")
             for kernel, precisions in _pairs(kernels, (gpu, op), KERNELS[op], "kernel")
-            for precision, row in _pairs(precisions, (gpu, op, kernel), precisions_of(op), "precision")
+            for precision, row in _pairs(precisions, (gpu, op, kernel), precisions_of(op, kernel), "precision")
         }
         for gpu, ops in _pairs(found, (), None, "GPU")
         if gpu != ABOUT
     }
 
 
-def precisions_of(op: str) -> tuple[str, ...]:
+def precisions_of(op: str, kernel: str) -> tuple[str, ...]:
+    if kernel == "chunked":
+        return ("all",)
+    if kernel.startswith("whole"):
+        return ("half",)
     return _PRECISIONS.get(op, ("half", "tf32x3", "ieee"))
 
 
@@ -120,8 +128,14 @@ def _pairs(
         yield name, value
 
 
-def _row(row: object, op: str, where: tuple[str, ...]) -> Row:
-    fields = tuple(_OF_STEPS if op == "beam_search" else _OF_PRODUCTS)
+def _fields_of(op: str, kernel: str) -> dict[str, str]:
+    if op == "beam_search":
+        return _OF_STEPS
+    return _OF_STRIPS if kernel == "chunked" else _OF_PRODUCTS
+
+
+def _row(row: object, where: tuple[str, str, str, str]) -> Row:
+    fields = tuple(_fields_of(*where[1:3]))
     found: dict[str, int | None] = {}
     for name, value in _pairs(row, where, fields, "field"):
         low, high = _RANGES[name]
@@ -257,7 +271,7 @@ def tiles_in_use(tiles: T, op: str, precision: str, family: str, device: torch.d
 @functools.cache
 def _changed(tile: T, op: str, kernel: str, precision: str, family: str, device: torch.device) -> T:
     row = _rows_on(device, family)[op, kernel, precision]
-    fields = _OF_STEPS if op == "beam_search" else _OF_PRODUCTS
+    fields = _fields_of(op, kernel)
     changed = tile._replace(**{fields[name]: value for name, value in row.items()})
     if op == "divided_attention":
         _require_head(changed, tile, kernel)
@@ -274,6 +288,8 @@ def _require_head(changed: Any, tile: Any, kernel: str) -> None:
     """A program holds whole heads, and both passes pack alike."""
     if changed.block_k != tile.block_k:
         raise ValueError(f"tiles: divided_attention > {kernel}: BLOCK_K is the head's {tile.block_k}")
+    if kernel.startswith("whole") and changed.block_n > _LONGEST_PIECE:
+        raise ValueError(f"tiles: divided_attention > {kernel}: BLOCK_N is a piece of at most {_LONGEST_PIECE} keys")
     if kernel.startswith("packed") and (changed.block_m, changed.block_n) != (tile.block_m, tile.block_n):
         raise ValueError(
             f"tiles: divided_attention > {kernel}: BLOCK_M and BLOCK_N are {tile.block_m}, for both passes pack alike"
@@ -292,7 +308,7 @@ def shared_memory_of(device: torch.device, family: str) -> int | None:
 
 def least_shared(tile: Any, op: str, precision: str) -> int:
     """Bytes that the copies of the loop over the depth take at the least; the compiler may take more."""
-    if op == "beam_search":
+    if precision == "all":  # it has no such loop
         return 0
     element = 2 if precision == "half" else 4
     rows = min(tile.block_m, tile.block_n) if op == "divided_attention" else tile.block_m + tile.block_n

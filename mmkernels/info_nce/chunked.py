@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels._checks import require_targets
+from mmkernels._tiles import overrides
 from mmkernels._tiles.engine import clear_columns
 from mmkernels._tiles.launch import MAX_PARTIALS, launcher
 from mmkernels._tiles.triton import LOG2E, LOWEST, cdiv, family_of, on_device, round_up
@@ -39,9 +40,27 @@ _LEAST_ROWS = 64
 _ROW_GROUPS = 8  # programs below one another in a strip
 
 
-def tile_of(family: str) -> tuple[int, int]:
-    """Rows and columns of a tile of both passes on a family of GPUs."""
-    return (32, 32) if family == "interpreter" else (32, 128)
+class StripTile(NamedTuple):
+    """A tile of both passes."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.num_warps}
+
+
+def tile_of(family: str) -> StripTile:
+    """The tile on a family of GPUs."""
+    return StripTile(32, 32 if family == "interpreter" else 128, 4)
+
+
+def tile_on(device: torch.device) -> StripTile:
+    """The same on a device, or what replaces it."""
+    family = family_of(device)
+    return overrides.tile_in_use(tile_of(family), "info_nce", "chunked", "all", family, device)
 
 
 @triton.jit(do_not_specialize=["first_row", "num_rows", "N", "M", "num_grouped", "rows_per_group", "tiles_per_band"])
@@ -122,8 +141,8 @@ class _Strips(NamedTuple):
     width: int
 
     @classmethod
-    def of(cls, num_queries: int, num_keys: int, tile: tuple[int, int]) -> "_Strips":
-        rows, cols = tile
+    def of(cls, num_queries: int, num_keys: int, tile: StripTile) -> "_Strips":
+        rows, cols, _ = tile
         width = round_up(num_keys, cols)
         most = round_up(max(_STRIP_BYTES // (4 * width), _LEAST_ROWS) - rows + 1, rows)
         return cls(min(most, round_up(num_queries, rows)), width)
@@ -165,16 +184,16 @@ def info_nce_forward(
         groups = number_groups(query_groups, key_groups)
         require_groups(groups, query_groups, key_groups, targets, symmetric)
     N, M = len(queries), len(keys)
-    tile = tile_of(family_of(queries.device))
+    tile = tile_on(queries.device)
     strips = _Strips.of(N, M, tile)
     targets = _targets(targets, N, queries.device)
     row_ids, key_ids = (targets, targets) if groups is None else groups[:2]
     of = CrossEntropy(queries, keys, scale, None, targets, groups, symmetric, label_smoothing)
 
-    col_tiles = cdiv(M, tile[1])
+    col_tiles = cdiv(M, tile.block_n)
     tiles_per_band = cdiv(col_tiles, MAX_PARTIALS)
     bands = cdiv(col_tiles, tiles_per_band)
-    rows_per_group = round_up(cdiv(strips.height, _ROW_GROUPS), tile[0])
+    rows_per_group = round_up(cdiv(strips.height, _ROW_GROUPS), tile.block_m)
     row_groups = cdiv(strips.height, rows_per_group)
     planes = 2 if groups is None else 3
     positives = scale.new_empty(N)
@@ -182,12 +201,11 @@ def info_nce_forward(
     col_partials = scale.new_empty(planes, row_groups, M) if symmetric else row_partials
     logits = scale.new_empty(strips)
     flags = {"SYMMETRIC": symmetric, "GROUPS": groups is not None}
-    block = {"BLOCK_M": tile[0], "BLOCK_N": tile[1]}
     with on_device(queries.device):
         for first_row in range(0, N, strips.height):
             height = min(strips.height, N - first_row)
             _product(queries[first_row : first_row + height], keys.T, logits[:height, :M])
-            launcher(strip_statistics_kernel, **flags, **block)(
+            launcher(strip_statistics_kernel, **flags, **tile.options)(
                 (row_groups * bands,),
                 logits, scale, row_ids, key_ids, positives, row_partials, col_partials,
                 first_row, height, strips.width, N, M, len(key_ids), rows_per_group, tiles_per_band, row_groups, bands,
@@ -223,7 +241,7 @@ def info_nce_backward(
     grad_keys = keys.new_empty((num_grad_keys, D) if of_keys else 0)
     identity = targets is None
     targets = _targets(targets, N, queries.device)
-    tile = tile_of(family_of(queries.device))
+    tile = tile_on(queries.device)
     strips = _Strips.of(N, M, tile)
     weights = grad_losses.float() * (0.5 if symmetric else 1.0)  # [N]
     with on_device(queries.device):
@@ -236,13 +254,12 @@ def info_nce_backward(
         of_all = scale.new_zeros(num_grad_keys, D) if of_keys else scale
         shares = scale.new_empty(cdiv(N, strips.height) if of_scale else 0)
         flags = {"SYMMETRIC": symmetric, "SMOOTHED": label_smoothing > 0, "GROUPS": groups is not None}
-        block = {"BLOCK_M": tile[0], "BLOCK_N": tile[1]}
         for index, first_row in enumerate(range(0, N, strips.height)):
             height = min(strips.height, N - first_row)
             own = queries[first_row : first_row + height]
             _product(own, keys.T, logits[:height, :M])
-            launcher(strip_grad_kernel, **flags, **block)(
-                (cdiv(height, tile[0]) * (strips.width // tile[1]),),
+            launcher(strip_grad_kernel, **flags, **tile.options)(
+                (cdiv(height, tile.block_m) * (strips.width // tile.block_n),),
                 logits, grads, scale, row_ids, key_ids, row_lse, col_lse, weights, col_weights, row_shares, col_shares,
                 first_row, height, strips.width, N, M, len(key_ids), float(label_smoothing),
             )  # fmt: skip

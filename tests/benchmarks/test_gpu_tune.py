@@ -31,6 +31,7 @@ def log(tmp_path):
 def test_every_slot_is_a_line_of_a_file_of_tiles():
     for slot in gpu_tune.SLOTS:
         assert slot.kernel in overrides.KERNELS[slot.owner]
+        assert all(registry.gpu_bounds(slot.op).kernel(form) for form in slot.forms)
     named = [task.name for task in gpu_tune.tasks(OPS, quick=False)]
     assert len(named) == len(set(named))
     assert {task.of.op for task in gpu_tune.tasks(OPS, quick=True)} == set(OPS)
@@ -39,6 +40,9 @@ def test_every_slot_is_a_line_of_a_file_of_tiles():
 @pytest.mark.parametrize("task", gpu_tune.tasks(OPS, quick=False), ids=lambda task: task.name)
 def test_the_tables_own_tile_comes_first_and_every_tile_is_a_row(task):
     tried = gpu_tune.candidates(task, "sm_90", "sm_90")
+    if not tried:
+        assert task.of.kernel.startswith("whole")  # streamed under some releases of Triton
+        return
     own, *others = tried
     family = registry.gpu_bounds(task.of.op).cases(["sm_90"])
     assert any(gpu_tune.fields_of(case) == json.loads(own) for case in family)
@@ -46,8 +50,7 @@ def test_the_tables_own_tile_comes_first_and_every_tile_is_a_row(task):
     for tile in tried:
         op, kernel, precision = task.key
         overrides.parse(json.dumps({"sm_90": {op: {kernel: {precision: json.loads(tile)}}}}))
-    sizes = [size for size in registry.gpu_check(task.of.op).QUICK if task.of.sizes(size)]
-    assert sizes
+    assert gpu_tune.sizes_of(task)
 
 
 def test_the_best_predicted_is_timed_first_and_the_hopeless_never(log):

@@ -62,12 +62,7 @@ def test_forms_follow_the_launchers():
                 ]
                 assert any(asked.items() <= options.items() for options in listed), (name, asked)
     kernels = {form.kernel for form in forms}
-    tables = {
-        "whole_forward": configs.WHOLE,
-        "whole_grad_queries": configs.WHOLE_BACKWARD,
-        "whole_grad_keys": configs.WHOLE_BACKWARD,
-    }
-    tables = {name: table for name, table in tables.items() if "sm_90" in table}
+    tables = {name: configs.WHOLE[line] for name, line in OP.WHOLE_LINES.items() if "sm_90" in configs.WHOLE[line]}
     assert kernels == {*configs.Config._fields, *tables, "cls_sums", "merge"}
     for name, table in tables.items():
         listed = [

@@ -55,9 +55,10 @@ def test_cases_in_one_strip(regime, guards):
 
 
 def test_strips_are_bounded():
-    rows, cols = chunked.tile_of("sm_90")
+    tile = chunked.tile_of("sm_90")
+    rows, cols, _ = tile
     for N, M in ((32768, 32768), (131072, 131072), (100, 1_000_000), (1_000_000, 100), (1, 1)):
-        height, width = chunked._Strips.of(N, M, (rows, cols))
+        height, width = chunked._Strips.of(N, M, tile)
         assert M <= width < M + cols
         assert height * width * 4 <= max(chunked._STRIP_BYTES, 64 * 4 * width)
         assert height % rows == 0

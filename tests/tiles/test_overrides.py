@@ -15,6 +15,7 @@ from mmkernels._tiles import configs, overrides
 from mmkernels._tiles.triton import Tile
 from mmkernels.beam_search import triton_kernels as beam_search
 from mmkernels.divided_attention.triton_kernels import configs as attention
+from mmkernels.info_nce import chunked
 from mmkernels.retrieval import triton_kernels as retrieval
 
 CPU = torch.device("cpu")
@@ -52,6 +53,8 @@ def on(op: str, kernel: str, precision: str = "half", **fields) -> dict:
         (on("linear_cross_entropy", "forward"), "'linear_cross_entropy', which takes info_nce's tiles"),
         (on("info_nce", "foward"), "interpreter > info_nce: unknown kernel 'foward': expected one of forward"),
         (on("retrieval", "topk", "tf32x3"), "retrieval > topk: unknown precision 'tf32x3': expected one of half, ieee"),
+        (on("divided_attention", "whole_forward-head64", "ieee"), "unknown precision 'ieee': expected one of half"),
+        (on("info_nce", "chunked", "all", num_stages=2), "unknown field 'num_stages': expected one of BLOCK_M"),
         (on("siglip", "pairs", BLOCK=64), "siglip > pairs > half: unknown field 'BLOCK': expected one of BLOCK_M"),
         (on("siglip", "pairs", BLOCK_M=96), "BLOCK_M: expected a power of two from 16 to 512, got 96"),
         (on("siglip", "pairs", BLOCK_M=8), "BLOCK_M: expected a power of two from 16 to 512, got 8"),
@@ -80,8 +83,10 @@ def test_every_choice_of_tiles_asks_for_the_file(monkeypatch, tmp_path):
     for op, kernels in overrides.KERNELS.items():
         if op != "beam_search":
             fields = {"num_stages": 2} if op == "divided_attention" else other
-            precisions = overrides.precisions_of(op)
-            table["interpreter"][op] = {kernel: dict.fromkeys(precisions, fields) for kernel in kernels}
+            table["interpreter"][op] = {
+                kernel: dict.fromkeys(overrides.precisions_of(op, kernel), fields) for kernel in kernels
+            }
+    table["interpreter"]["info_nce"]["chunked"] = {"all": {"BLOCK_M": 64}}
     table["interpreter"]["beam_search"] = {"step": {"all": {"BLOCK": 128}}}
     named(monkeypatch, tmp_path, table)
     for features in (HALF, SINGLE):
@@ -93,6 +98,12 @@ def test_every_choice_of_tiles_asks_for_the_file(monkeypatch, tmp_path):
         for head in attention.HEADS:
             for masked in (False, True):
                 assert {tile.num_stages for tile in attention.choose(features, head, masked)} == {2}
+            for kernel in attention.WHOLE:
+                whole = attention.choose_whole(kernel, HALF, head, 197, 1.0)
+                assert whole is not None
+                assert whole["num_stages"] == 2
+
+    assert chunked.tile_on(CPU) == chunked.StripTile(64, 32, 4)
 
     launched = []
 
@@ -127,10 +138,11 @@ def test_fields_that_are_not_named_stay(monkeypatch, tmp_path):
 
 
 def test_the_tables_have_the_kernels_that_a_file_may_name():
-    assert overrides.KERNELS["info_nce"] == configs.Config._fields
+    assert overrides.KERNELS["info_nce"] == (*configs.Config._fields, "chunked")
     assert overrides.KERNELS["distillation"] == configs.DistillationConfig._fields
     assert {op for op, kernels in overrides.KERNELS.items() if "pairs" in kernels} == set(configs._OWN_TILES)
     assert set(overrides._OF_ATTENTION) == set(attention.Config._fields)
+    assert set(overrides._WHOLE) == set(attention.WHOLE)
     assert overrides._HEADS == attention.HEADS
     assert set(overrides.FAMILIES) == set(configs.CONFIGS)
     assert set(overrides._OF_PRODUCTS.values()) == set(Tile._fields)
@@ -143,6 +155,9 @@ def test_heads_stay_whole_and_both_passes_pack_alike(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="forward-head64: BLOCK_K is the head's 64"):
         attention.choose(HALF, 64, False)
     assert attention.choose(HALF, 64, True) == attention.CONFIGS["interpreter"]["half", True][64]
+    named(monkeypatch, tmp_path, on("divided_attention", "whole_backward-head64", BLOCK_N=256))
+    with pytest.raises(ValueError, match="whole_backward-head64: BLOCK_N is a piece of at most 128 keys"):
+        attention.choose_whole("whole_backward", HALF, 64, 197, 1.0)
     named(monkeypatch, tmp_path, on("divided_attention", "packed_forward-head64-masked", BLOCK_M=64, BLOCK_N=64))
     with pytest.raises(ValueError, match="BLOCK_M and BLOCK_N are 16, for both passes pack alike"):
         attention.choose(HALF, 64, True)

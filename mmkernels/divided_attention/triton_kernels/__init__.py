@@ -33,8 +33,6 @@ from mmkernels.divided_attention.triton_kernels.backward import (
     packed_backward_kernel,
 )
 from mmkernels.divided_attention.triton_kernels.configs import (
-    WHOLE,
-    WHOLE_BACKWARD,
     Config,
     choose,
     choose_whole,
@@ -96,7 +94,7 @@ def divided_attention_forward(
     parts = geometry.groups if cls else 0
     tile = config.packed_forward if packed else config.forward
     kernel = packed_forward_kernel if packed else forward_kernel
-    whole = None if packed or extras.masked else choose_whole(qkv, D, geometry.items, scale, WHOLE)
+    whole = None if packed or extras.masked else choose_whole("whole_forward", qkv, D, geometry.items, scale)
     qkv = _readable(qkv)
     out = qkv.new_empty(B, L, C)
     lse = qkv.new_empty(B, num_heads, layout.num_rows, dtype=torch.float32)
@@ -164,7 +162,7 @@ def divided_attention_backward(
             statistics = qkv.new_empty(3, B * num_heads * rows, dtype=torch.float32)
             # Without a class token the kernel of the queries would spill.
             fits = not extras.masked and cls != APART
-            whole = choose_whole(qkv, D, geometry.items, scale, WHOLE_BACKWARD) if fits else None
+            whole = choose_whole("whole_backward", qkv, D, geometry.items, scale) if fits else None
             if whole:
                 grid = geometry.programs(B, geometry.items)
                 form = {"CLS": cls, "WIDE": form["WIDE"]} | whole

@@ -131,33 +131,35 @@ if OLDER_TRITON:  # under which these would spill
     CONFIGS["gfx942"]["half", True][64] = _masked_64._replace(grad_queries=Tile(64, 32, 64, 4, 2))
 
 
-# Of sequences whose keys stay in shared memory: block_m queries meet them in pieces of at most block_n, the largest
-# for which no form spills on an H100. A form of a global class token would on an A100; on a B200 a program takes all of
-# the tensor memory; an MI300X has no room for the keys.
-WHOLE: dict[str, dict[int, Tile]] = {
-    "sm_90": {head: Tile(64, 64, head, 4, 1) for head in (32, 64)},
-    "interpreter": {head: Tile(32, 32, head, 4, 1) for head in HEADS},
-}
-# The same of both kernels of the backward pass.
-WHOLE_BACKWARD: dict[str, dict[int, Tile]] = {
-    "sm_90": {64: Tile(64, 64, 64, 4, 1)},
-    "interpreter": WHOLE["interpreter"],
+# Of sequences that stay in shared memory whole: block_m rows of one side meet the other in pieces of at most block_n,
+# the largest for which no form spills on an H100. A form of a global class token would on an A100; on a B200 a program
+# takes all of the tensor memory; an MI300X has no room for the keys. Both kernels of the backward pass have one tile.
+WHOLE: dict[str, dict[str, dict[int, Tile]]] = {
+    "whole_forward": {
+        "sm_90": {head: Tile(64, 64, head, 4, 1) for head in (32, 64)},
+        "interpreter": {head: Tile(32, 32, head, 4, 1) for head in HEADS},
+    },
+    "whole_backward": {
+        "sm_90": {64: Tile(64, 64, 64, 4, 1)},
+        "interpreter": {head: Tile(32, 32, head, 4, 1) for head in HEADS},
+    },
 }
 if OLDER_TRITON or NEWER_TRITON:  # under which the kernel of the queries would spill
-    del WHOLE_BACKWARD["sm_90"]
+    del WHOLE["whole_backward"]["sm_90"]
 MOST_KEYS = 208
 
 
-def choose_whole(
-    qkv: Tensor, head_size: int, items: int, scale: float, table: dict[str, dict[int, Tile]]
-) -> dict[str, int] | None:
-    """The launch options of the kernels that hold one side of a sequence whole; None where it is streamed. `table` is
-    WHOLE or WHOLE_BACKWARD."""
-    tiles = table.get(family_of(qkv.device), {})
+def choose_whole(kernel: str, qkv: Tensor, head_size: int, items: int, scale: float) -> dict[str, int] | None:
+    """The launch options of the kernels that hold one side of a sequence whole; None where it is streamed. `kernel` is
+    of WHOLE."""
+    family = family_of(qkv.device)
+    tiles = WHOLE[kernel].get(family, {})
     head = next(head for head in HEADS if head >= head_size)
     if qkv.dtype == torch.float32 or head not in tiles or items > MOST_KEYS or scale < 0:
         return None
-    return whole_options(tiles[head], items)
+    name = overrides.of_head(kernel, head, False)
+    tile = overrides.tile_in_use(tiles[head], "divided_attention", name, "half", family, qkv.device)
+    return whole_options(tile, items)
 
 
 def whole_options(tile: Tile, items: int) -> dict[str, int]:
