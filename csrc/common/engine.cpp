@@ -15,10 +15,11 @@ constexpr int64_t kPanelElements = kMaxRows * 512;
 // A call may hold this much beside inputs and gradients even where the inputs are smaller: 4,096 x 4,096 floats, as
 // FREE_BYTES in mmkernels/_autograd.py, which bounds the products that are kept.
 constexpr int64_t kFreeBytes = int64_t{64} << 20;
-// All panels share packed keys of at most this much: 4,096 keys of 512 floats, which an L3 of 16 MiB keeps beside the
-// queries. Where each panel packs for itself, more of them cost less: a panel is at least 64 queries, and 256 from
-// 2,048 on.
-constexpr int64_t kSharedBytes = int64_t{8} << 20;
+// All panels share packed keys of at most this much: 2,048 keys of 512 floats. Every panel reads them from the last
+// cache, and more of them take longer than to pack what each panel multiplies just before it does.
+constexpr int64_t kSharedBytes = int64_t{4} << 20;
+// The threads pack them in pieces of so many, so that a single chunk is work for four.
+constexpr int64_t kPiece = kMaxCols / 4;
 
 // Calls with the product that serves the dtype: pairs for bfloat16 where the machine multiplies them, else float32.
 template <class Call>
@@ -48,7 +49,7 @@ struct Buffers {
   float* tile;           // [cols][kTileStride]
   // A backward pass alone has the rest.
   float* query_rows;   // as key_rows; pairs of rows for bfloat16
-  float* key_pairs;    // bfloat16: [size / kPanel][cols / 2][kPanel]; float32: key_rows serves
+  float* key_panel;    // a panel of features: [cols][kPanel]; bfloat16: pairs of keys, [cols / 2][kPanel]
   float* grad_pairs;   // bfloat16: the tile as pairs of keys, [cols / 2][kTileStride] words
   float* grad_rows;    // bfloat16: the tile as pairs of queries, [cols][kTileStride / 2] words; float32: the tile
   float* grad_panel;   // [padded_size / kPanel][rows][kPanel]
@@ -69,7 +70,7 @@ struct Buffers {
     tile = take(cols * kTileStride);
     if (!backward) return;
     query_rows = take(rows * padded_size / Product::kPerWord);
-    key_pairs = kPairs ? take(cols * padded_size / 2) : key_rows;
+    key_panel = take(cols * kPanel / Product::kPerWord);
     grad_pairs = kPairs ? take(cols / 2 * kTileStride) : tile;
     grad_rows = kPairs ? take(cols * kTileStride / 2) : tile;
     grad_panel = take(rows * padded_size);
@@ -94,15 +95,16 @@ bool lie_as_words(const Features& keys, int64_t size) {
          row_bytes % 4096 != 0;
 }
 
-// Returns the words of a chunk of keys as the left operand: in place if they can be read there, else packed. They are
-// packed here unless that is done.
+// Returns the words of a chunk of keys as the left operand: in place if they can be read there, else packed, as float32
+// alone may be `already`; else they are packed to `buffer`.
 template <class Product>
-RowsLeft key_words(const Features& keys, int64_t col0, int64_t cols, int64_t size, int64_t capacity, float* packed,
-                   bool done = false) {
+RowsLeft key_words(const Features& keys, int64_t col0, int64_t cols, int64_t size, int64_t capacity, float* buffer,
+                   const float* already = nullptr) {
   if (lie_as_words<Product>(keys, size))
     return {static_cast<const float*>(keys.row(col0)), keys.row_stride / Product::kPerWord, 0};
-  if (!done) pack_rows<Product>(keys, col0, cols, size, capacity, packed);
-  return {packed, kPanel, (capacity - 1) * kPanel};
+  const bool is_packed = already != nullptr && Product::kPerWord == 1;
+  if (!is_packed) pack_rows<Product>(keys, col0, cols, size, capacity, buffer);
+  return {is_packed ? already : buffer, kPanel, (capacity - 1) * kPanel};
 }
 
 // ---- Keys that all panels share
@@ -115,15 +117,20 @@ int64_t shared_floats(const Logits& x, const Tiling& t, bool backward) {
   return reads_packed && t.panels > 1 && floats * 4 <= kSharedBytes ? floats : 0;
 }
 
-// Packs chunks until none is left.
+// Packs pieces of chunks until none is left.
 template <class Product>
 void share_keys(const Logits& x, const Tiling& t, Wavefront& wave) {
-  for (int64_t chunk; (chunk = wave.next_chunk.fetch_add(1)) < t.chunks;) {
-    const int64_t col0 = chunk * t.cols, cols = std::min(t.cols, x.keys.rows - col0);
-    pack_contracted_rows<Product>(x.keys, col0, cols, x.size, round_up(t.cols, 2),
-                                  wave.packed_keys + chunk * (t.packed_floats / t.chunks));
-    wave.packed[chunk].store(1, std::memory_order_release);
+  for (int64_t row; (row = wave.next_keys.fetch_add(kPiece)) < x.keys.rows;) {
+    const int64_t chunk = row / t.cols, count = std::min(kPiece, x.keys.rows - row);
+    float* out = wave.packed_keys + chunk * (t.packed_floats / t.chunks) + row % t.cols / Product::kPerWord * kPanel;
+    pack_contracted_rows<Product>(x.keys, row, count, x.size, round_up(t.cols, 2), out);
+    wave.packed[chunk].fetch_add(1, std::memory_order_release);
   }
+}
+
+// Waits until a chunk of so many keys is packed whole.
+inline void wait_for_keys(const Wavefront& wave, int64_t chunk, int64_t cols) {
+  wait_for(wave.packed[chunk], (cols + kPiece - 1) / kPiece);
 }
 
 // The keys that the next tile reads, packed or as they lie.
@@ -152,15 +159,26 @@ void product_of_features(const Buffers<Product>& b, const RowsLeft& keys, int64_
   }
 }
 
-// dQ += G^T K.
+// The same rows from their feature d on.
+inline Features from_feature(const Features& x, int64_t d) {
+  return {static_cast<const char*>(x.data) + d * bytes_of(x.dtype), x.dtype, x.rows, x.row_stride};
+}
+
+// dQ += G^T K. The keys are packed here, a panel of features just before it is multiplied, unless `packed` has them
+// all.
 template <class Product>
-void add_query_gradients(const Buffers<Product>& b, const float* keys, int64_t rows, int64_t row_capacity, int64_t cols,
-                         int64_t col_capacity, bool first, Ahead& ahead) {
+void add_query_gradients(const Buffers<Product>& b, const Logits& x, const float* packed, int64_t rows,
+                         int64_t row_capacity, int64_t col0, int64_t cols, int64_t col_capacity, bool first,
+                         Ahead& ahead) {
   constexpr int kPer = Product::kPerWord;
   const int64_t k_words = (cols + kPer - 1) / kPer;
-  for (int64_t j = 0; j < b.padded_size / kPanel; ++j) {
-    const float* right = keys + j * (col_capacity / kPer) * kPanel;
-    float* out = b.grad_panel + j * row_capacity * kPanel;
+  for (int64_t d = 0; d < x.size; d += kPanel) {
+    if (packed == nullptr) {
+      const int64_t width = std::min<int64_t>(kPanel, x.size - d);
+      pack_contracted_rows<Product>(from_feature(x.keys, d), col0, cols, width, col_capacity, b.key_panel);
+    }
+    const float* right = packed != nullptr ? packed + d * (col_capacity / kPer) : b.key_panel;
+    float* out = b.grad_panel + d * row_capacity;
     for_each_tile(rows, [&](int64_t r, auto height) {
       ahead.fetch();
       const FloatTile to{out + r * kPanel, kPanel, !first};
@@ -242,11 +260,11 @@ void forward_in(const Logits& x, const Tiling& t, Wavefront& wave, float* scratc
     epilogue.begin_panel(row0, rows);
     for (int64_t chunk = 0; chunk < t.chunks; ++chunk) {
       const int64_t col0 = chunk * t.cols, cols = std::min(t.cols, x.keys.rows - col0);
-      if (shares) wait_for(wave.packed[chunk], 1);
-      float* packed = shares ? wave.packed_keys + chunk * (t.packed_floats / t.chunks) : b.key_rows;
-      const RowsLeft keys = key_words<Product>(x.keys, col0, cols, x.size, col_capacity, packed, shares);
-      const int64_t next = (chunk + 1) % t.chunks;
-      Ahead ahead = next_keys(x, t, wave, next, shares, calls_in_tile(x, b.words, rows, cols, true, false));
+      if (shares) wait_for_keys(wave, chunk, cols);
+      const float* packed = shares ? wave.packed_keys + chunk * (t.packed_floats / t.chunks) : nullptr;
+      const RowsLeft keys = key_words<Product>(x.keys, col0, cols, x.size, col_capacity, b.key_rows, packed);
+      const int64_t calls = calls_in_tile(x, b.words, rows, cols, true, false);
+      Ahead ahead = next_keys(x, t, wave, (chunk + 1) % t.chunks, shares, calls);
       product_of_features(b, keys, rows, cols, ahead);
       epilogue.tile(b.tile, col0, cols);
       if (epilogue.has_columns()) {
@@ -274,21 +292,17 @@ void backward_in(const Logits& x, const Gradients& grads, const Tiling& t, Wavef
     epilogue.begin_panel(row0, rows);
     for (int64_t chunk = 0; chunk < t.chunks; ++chunk) {
       const int64_t col0 = chunk * t.cols, cols = std::min(t.cols, x.keys.rows - col0);
-      // What the gradients of the queries contract. As float32 it serves the product of features too.
-      float* contracted = shares ? wave.packed_keys + chunk * (t.packed_floats / t.chunks) : b.key_pairs;
-      bool is_packed = shares;
-      if (shares) wait_for(wave.packed[chunk], 1);
+      if (shares) wait_for_keys(wave, chunk, cols);
+      const float* contracted = shares ? wave.packed_keys + chunk * (t.packed_floats / t.chunks) : nullptr;
       const bool recalled = epilogue.recall(b.tile, col0, cols);
       Ahead ahead = next_keys(x, t, wave, (chunk + 1) % t.chunks, shares && recalled,
                               calls_in_tile(x, b.words, rows, cols, !recalled, grads.queries != nullptr));
       if (!recalled) {
         if (!queries_packed) pack_columns<Product>(x.queries, row0, rows, x.size, b.query_columns);
         queries_packed = true;
-        float* words = Buffers<Product>::kPairs ? b.key_rows : contracted;
-        const bool done = is_packed && !Buffers<Product>::kPairs;
-        const RowsLeft keys = key_words<Product>(x.keys, col0, cols, x.size, col_capacity, words, done);
-        is_packed = is_packed || keys.data == contracted;
+        RowsLeft keys = key_words<Product>(x.keys, col0, cols, x.size, col_capacity, b.key_rows, contracted);
         product_of_features(b, keys, rows, cols, ahead);
+        if (keys.data == b.key_rows && !Buffers<Product>::kPairs) contracted = keys.data;
       }
       epilogue.tile(b.tile, col0, cols);
       if constexpr (Buffers<Product>::kPairs) {
@@ -301,8 +315,7 @@ void backward_in(const Logits& x, const Gradients& grads, const Tiling& t, Wavef
         round_tile(b, padded_rows, padded_cols);
       }
       if (grads.queries != nullptr) {
-        if (!is_packed) pack_contracted_rows<Product>(x.keys, col0, cols, x.size, col_capacity, contracted);
-        add_query_gradients(b, contracted, rows, row_capacity, cols, col_capacity, chunk == 0, ahead);
+        add_query_gradients(b, x, contracted, rows, row_capacity, col0, cols, col_capacity, chunk == 0, ahead);
       }
       const int64_t wanted_cols = grads.keys == nullptr ? 0 : std::min(cols, x.keys.rows - grads.keys_left_out - col0);
       if (wanted_cols <= 0 && !epilogue.has_columns()) continue;
@@ -367,18 +380,21 @@ int64_t engine_floats(const Logits& x, const Tiling& t, bool backward) {
 
 void keep_tile(const Logits& x, const float* tile, int64_t row0, int64_t rows, int64_t col0, int64_t cols,
                float* kept) {
-  for (int64_t c = 0; c < cols && kept != nullptr; ++c)
-    std::memcpy(kept + (col0 + c) * x.queries.rows + row0, tile + c * kTileStride, rows * sizeof(float));
+  if (kept == nullptr) return;
+  float* to = kept + row0 * x.keys.rows + col0 * rows;
+  for (int64_t c = 0; c < cols; ++c) std::memcpy(to + c * rows, tile + c * kTileStride, rows * sizeof(float));
 }
 
 bool recall_tile(const Logits& x, const float* kept, int64_t row0, int64_t rows, int64_t col0, int64_t cols,
                  float* tile) {
-  for (int64_t c = 0; c < cols && kept != nullptr; ++c) {
+  if (kept == nullptr) return false;
+  const float* from = kept + row0 * x.keys.rows + col0 * rows;
+  for (int64_t c = 0; c < cols; ++c) {
     float* to = tile + c * kTileStride;
-    std::memcpy(to, kept + (col0 + c) * x.queries.rows + row0, rows * sizeof(float));
+    std::memcpy(to, from + c * rows, rows * sizeof(float));
     std::fill(to + rows, to + round_up(rows, Vec::kLanes), 0.f);
   }
-  return kept != nullptr;
+  return true;
 }
 
 void products_of_pairs(const Features& queries, int64_t row0, const ListedFeatures& keys, int64_t rows, int64_t size,
@@ -403,8 +419,10 @@ float* Companion::products(int64_t col0, int64_t cols, const float* kept) const 
     const Buffers<Product> b(logits, tiling, false, scratch);
     if (recall_tile(logits, kept, row0, rows, col0, cols, b.tile)) return b.tile;
     const RowsLeft keys = key_words<Product>(logits.keys, col0, cols, logits.size, tiling.cols, b.key_rows);
-    Ahead nothing;
-    product_of_features(b, keys, rows, cols, nothing);
+    const int64_t next = (col0 + cols) % logits.keys.rows, next_cols = std::min(tiling.cols, logits.keys.rows - next);
+    const int64_t calls = calls_in_tile(logits, b.words, rows, cols, true, false);
+    Ahead ahead = Ahead::of(logits.keys, next, next_cols, logits.size, calls);
+    product_of_features(b, keys, rows, cols, ahead);
     return b.tile;
   });
 }

@@ -62,8 +62,8 @@ Tiling tiling_of(const Logits& x, bool backward, int64_t threads);
 // How many floats of a thread's scratch the engine takes. What an epilogue needs lies behind them.
 int64_t engine_floats(const Logits& x, const Tiling& t, bool backward);
 
-// Copies a tile of products to `kept`, [keys, queries], which keeps all of them for the backward pass. A null `kept`
-// keeps none.
+// Copies a tile of products to `kept`, which keeps all of them for the backward pass: panel after panel, each
+// [keys][its rows], so that a thread fetches fresh pages of its own in order. A null `kept` keeps none.
 void keep_tile(const Logits& x, const float* tile, int64_t row0, int64_t rows, int64_t col0, int64_t cols, float* kept);
 
 // Copies it back, with zeros in the lanes past the last row, as the product itself leaves them. Returns false if `kept`

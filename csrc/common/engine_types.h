@@ -32,11 +32,11 @@ struct Wavefront {
   std::atomic<int64_t> next_panel{0};
   std::atomic<int32_t>* done;  // [chunks], zeros
 
-  // The chunks of keys that all panels share: each is packed once, before the first panel, by whichever thread takes
-  // it.
-  float* packed_keys = nullptr;  // [chunks][packed_floats / chunks], or null
-  std::atomic<int64_t> next_chunk{0};
-  std::atomic<int32_t>* packed = nullptr;  // [chunks], 1 once the chunk is packed
+  // The chunks of keys that all panels share are packed once, before the first panel, piece by piece by whichever
+  // thread takes the next.
+  float* packed_keys = nullptr;            // [chunks][packed_floats / chunks], or null
+  std::atomic<int64_t> next_keys{0};       // the first key that no thread has taken
+  std::atomic<int32_t>* packed = nullptr;  // [chunks], how many pieces are packed
 };
 
 // The outputs of a backward pass, in the dtype of the features or in float32. A null pointer asks for no such output.
