@@ -38,7 +38,7 @@ from models.common.options import (
     Without,
     options,
 )
-from models.common.training import TrainConfig
+from models.common.schedule import TrainConfig
 from models.data.audio import read_audio
 from models.data.pair_files import read_picture
 from models.data.pairs import Noise

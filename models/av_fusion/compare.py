@@ -21,7 +21,7 @@ from models.av_fusion.train import load_fusion, train_run
 from models.common.cli import announce
 from models.common.console import console, say
 from models.common.runs import announce_files
-from models.common.training import TrainConfig, pick_precision
+from models.common.schedule import TrainConfig, pick_precision
 from models.data.pairs import PairBatch
 from models.data.sets import BadDataLog
 

@@ -15,7 +15,8 @@ from models.av_fusion.model import MODALITIES, AVFusion, Fusion, FusionConfig, c
 from models.common.cli import announce
 from models.common.console import console
 from models.common.runs import load_run
-from models.common.training import Task, TrainConfig, Trainer
+from models.common.schedule import TrainConfig
+from models.common.training import Task, Trainer
 from models.data.pairs import PairBatch, PairPlan, PairSplits
 from models.data.sets import BadDataLog
 

@@ -35,7 +35,7 @@ from models.common.options import (
     Without,
     options,
 )
-from models.common.training import TrainConfig
+from models.common.schedule import TrainConfig
 from models.data.sets import found_from_anywhere, read_image
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Train and evaluate a captioner; caption images.")

@@ -29,7 +29,7 @@ from models.common.cli import announce, bad_log, run_app
 from models.common.console import console, say, warn
 from models.common.options import LOSS, MODEL_SIZE, Checkpoint, Compile, EvalOptions, Only, RunOptions, Top, options
 from models.common.plots import contact_sheet
-from models.common.training import TrainConfig
+from models.common.schedule import TrainConfig
 from models.data.config import DataConfig, load_data
 from models.data.sets import BadDataLog, read_image
 

@@ -29,7 +29,8 @@ from models.clip.train import ClipTask, LossName, clip_trainer, eager_info_nce, 
 from models.common.console import console, say
 from models.common.gallery import Encoder, save_report
 from models.common.plots import contact_sheet
-from models.common.training import TrainConfig, Trainer
+from models.common.schedule import TrainConfig
+from models.common.training import Trainer
 from models.data import ImageTextSet
 from models.data.config import DataConfig
 from models.data.emoji.styles import load_style

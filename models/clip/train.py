@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,11 +21,15 @@ from models.clip.text import FrozenText, TextEncoderName, text_reader
 from models.common.checkpoint import CheckpointError
 from models.common.cli import announce
 from models.common.console import console, say
+from models.common.engine import Engine
 from models.common.runs import load_run
-from models.common.training import Task, TrainConfig, Trainer, differences
+from models.common.schedule import TrainConfig
+from models.common.state import differences
+from models.common.training import Task, Trainer
 from models.data import Batch, BatchPlan, Splits, Tokenizer
 from models.data.config import DataConfig, batch_plan, load_data
 from models.data.sets import BadDataLog
+from models.data.share import ALL, Share
 
 
 def eager_info_nce(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
@@ -51,16 +58,32 @@ class ClipTask(Task):
     loss_name: LossName = "fused"
     image_weight: float = 0.0
     scale_lr: float = 1.0
+    accumulate: int = 1  # parts of each batch of the plan, which are encoded one after the other
+    share: Share = ALL
+    group: dist.ProcessGroup | None = None
+    joint = True
+
+    @property
+    def samples(self) -> int:  # type: ignore[override]
+        """Captions of a step."""
+        return self.plan.batch_size
 
     def batch(self, index: int) -> Batch:
-        """The batch of an index."""
-        return self.plan(index)
+        """The part of an index, or this rank's share of it."""
+        step, part = divmod(index, self.accumulate)
+        return self.plan(step, replace(self.share, part=part, parts=self.accumulate))
+
+    def divide(self, engine: Engine) -> None:
+        """Every rank reads its share of a batch, and the loss spans them all."""
+        if self.loss_name == "eager":
+            raise NotImplementedError("--loss eager knows the pairs of one process alone; leave it out")
+        self.share, self.group = engine.share, engine.group
 
     def contrast(self, queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
         """Symmetric InfoNCE by the fused kernel, or eagerly."""
         if self.loss_name == "eager":
             return eager_info_nce(queries, keys, scale)
-        return mmkernels.info_nce(queries, keys, scale)
+        return mmkernels.info_nce(queries, keys, scale, process_group=self.group)
 
     def losses(self, views: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
         """The loss of image features [V, B, E] and text features [B, E]."""
@@ -72,8 +95,8 @@ class ClipTask(Task):
             loss = loss + self.image_weight * torch.stack(between).mean()
         return loss
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The loss of a batch, with the scale to log."""
+    def encode(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The features of a batch's images, [B, V, E], and texts, [B, E], and the scale."""
         views, size = batch.images.shape[:2]
         tokens: Tensor | list[Tensor] = batch.tokens
         drawings = batch.images
@@ -83,10 +106,29 @@ class ClipTask(Task):
             tokens = [trim_padding(part) for part in batch.tokens[order].chunk(4)]
             drawings = drawings[:, order]
         images, texts, scale = model(drawings.flatten(0, 1), tokens)
+        return images.unflatten(0, (views, size)).transpose(0, 1), texts, scale
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """The loss of a batch, with the scale to log."""
+        images, texts, scale = self.encode(model, batch)
         # The loss runs in float32 under autocast too: the temperature multiplies rounding errors by up to 100.
         with torch.autocast(images.device.type, enabled=False):
-            loss = self.losses(images.unflatten(0, (views, size)), texts, scale)
+            loss = self.losses(images.transpose(0, 1), texts, scale)
         return loss, {"scale": scale.detach()}
+
+    def joint_gradients(
+        self, model: nn.Module, batches: list[Batch], scaled: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor | float]:
+        """The loss of all batches as one, and its gradients, with the activations of one batch at a time."""
+
+        def loss(images: Tensor, texts: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            with torch.autocast(images.device.type, enabled=False):
+                value = self.losses(images.transpose(0, 1).contiguous(), texts, scale)
+            return scaled(value), value.detach(), scale.detach()
+
+        encode = functools.partial(self.encode, model)
+        _, value, scale = mmkernels.contrastive_step(encode, batches, loss, modules=[model])
+        return {"loss": value, "scale": scale}
 
     def after_step(self, model: nn.Module) -> None:
         """Clamp the temperature."""
@@ -165,13 +207,14 @@ def clip_trainer(
         described["text"] = reader.identity
         data = replace(data, fixed_captions=data.fixed_captions or FIXED_CAPTIONS)
     model = CLIP(config).to(memory_format=torch.channels_last)
-    plan = batch_plan(splits, data, reader, config.vision.image_size)
+    whole = replace(data, batch_size=data.batch_size * train.accumulate)
+    plan = batch_plan(splits, whole, reader, config.vision.image_size)
     if isinstance(reader, FrozenText):
         found = (splits.train.concepts[concept] for concept in plan.rows)
         names = [concept.name for concept in found if not concept.variant]
         reader.learn(names)
         model.spread_texts(reader(names))
-    task = ClipTask(plan, loss, image_weight, scale_lr)
+    task = ClipTask(plan, loss, image_weight, scale_lr, train.accumulate)
     trainer = Trainer(
         model,
         task,

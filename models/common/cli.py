@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 import typer
 
 from models.common.checkpoint import CheckpointError
-from models.common.console import console, say, warn
-from models.common.training import StoppedError
+from models.common.console import complain, say, warn
+from models.common.engine import LostRankError, leave
+from models.common.signals import StoppedError
 from models.data.sets import BadDataError, BadDataLog, BadDataPolicy
 
 
@@ -38,12 +39,13 @@ def run_app(app: typer.Typer, arguments: Iterable[str] | None = None) -> int:
         BadDataError,
         CheckpointError,
         FloatingPointError,
+        LostRankError,
         ModuleNotFoundError,
         NotImplementedError,
         OSError,
         ValueError,
     ) as error:
-        console.print("[red]error:[/] ", end="")
-        say(str(error))
+        complain(str(error))
         return 1
+    leave()
     return 0

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.data.share import Draws
+
 # CLIP's own constants, so that weights from open_clip see the colours that they know.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -40,14 +42,12 @@ class Augment:
     size: int
     strength: float = 1.0
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Augment a batch; every random number comes from ``generator``."""
+    def __call__(self, images: Tensor, draws: torch.Generator | Draws) -> Tensor:
+        """Augment a batch; every random number comes from ``draws``."""
         if self.strength == 0:
             return prepare(images, self.size)
         n, k = len(images), self.strength
-
-        def uniform(low: float, high: float, *shape: int) -> Tensor:
-            return torch.rand((n, *shape), generator=generator) * (high - low) + low
+        uniform = (draws if isinstance(draws, Draws) else Draws(draws, n)).uniform
 
         x = images.float() / 255
         x = torch.cat([x[:, :3] * x[:, 3:], x[:, 3:]], 1)  # premultiplied: interpolation must not see hidden colours

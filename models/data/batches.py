@@ -14,6 +14,7 @@ from torch import Tensor
 from models.data.augment import Augment
 from models.data.captions import sample_caption
 from models.data.sets import Concept, ImageTextSet
+from models.data.share import ALL, Draws, Share
 
 
 def generator_of(seed: int, *key: int) -> torch.Generator:
@@ -164,8 +165,8 @@ class BatchPlan:
         numbers = itertools.product(range(self.fixed_captions), self.rows)
         return list(dict.fromkeys(self._fixed(concept, number) for number, concept in numbers))
 
-    def __call__(self, step: int) -> Batch:
-        """The batch of one step."""
+    def __call__(self, step: int, share: Share = ALL) -> Batch:
+        """The batch of one step, or a rank's share of its concepts."""
         epoch, index = divmod(step, self.steps_per_epoch)
         concepts = self._batches(epoch)[index]
         generator = generator_of(self.seed, 2, step)
@@ -176,7 +177,9 @@ class BatchPlan:
             order = torch.randperm(len(own), generator=generator).tolist()
             rows.append([own[order[view % len(own)]] for view in range(self.views)])
             captions.append([self._draw(concept, generator) for _ in range(self.texts)])
-        flat = torch.tensor(rows).T.reshape(-1)  # view after view
-        images = self.augment(self.data.images[flat], generator)
-        tokens = self.tokenizer([own[text] for text in range(self.texts) for own in captions])
-        return Batch(images.unflatten(0, (self.views, len(concepts))), tokens, torch.tensor(concepts))
+        part = share.rows(len(concepts))
+        flat = torch.tensor(rows)[part].T.reshape(-1)  # view after view
+        places = torch.arange(self.views * len(concepts)).view(self.views, -1)[:, part].reshape(-1)
+        images = self.augment(self.data.images[flat], Draws(generator, self.views * len(concepts), places))
+        tokens = self.tokenizer([own[text] for text in range(self.texts) for own in captions[part]])
+        return Batch(images.unflatten(0, (self.views, -1)), tokens, torch.tensor(concepts[part]))

@@ -51,7 +51,7 @@ class MovingDigits:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def clips(self, rows: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def clips(self, rows: Sequence[int], generator: torch.Generator, own: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Draw the clips of ``rows``, uint8 [b, T, 1, S, S]."""
         index = torch.as_tensor(rows)
         labels, b, T = index % len(CLASSES), len(index), self.num_frames
@@ -70,7 +70,7 @@ class MovingDigits:
             still, noise = still * (uniform(0, 1, 1, 1, 1) < 0.5), noise * uniform(0, 1, 1, 1, 1)
         x = torch.maximum(moving, still)  # [b, T, S, S]
         x = x * uniform(0.6, 1.0, 1, 1, 1) + noise * torch.randn(x.shape, generator=generator)
-        return (255 * x.clamp(0, 1)).to(torch.uint8).unsqueeze(2), labels
+        return (255 * x[own].clamp(0, 1)).to(torch.uint8).unsqueeze(2), labels[own]
 
     def views(self, row: int, clips: int) -> Tensor:
         """One clip, the same each time."""

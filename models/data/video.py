@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.data.batches import generator_of
+from models.data.share import ALL, Draws, Share
 
 # TimeSformer's own constants, so that its weights see the colours that they know.
 MEAN, STD = 0.45, 0.225
@@ -25,8 +26,11 @@ class VideoSet(Protocol):
 
     def __len__(self) -> int: ...
 
-    def clips(self, rows: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Clips for training, uint8 [b, T, C, S, S], and their labels; what is random comes from ``generator``."""
+    def clips(self, rows: Sequence[int], generator: torch.Generator, own: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Clips for training, uint8 [b, T, C, S, S], and their labels; what is random comes from ``generator``.
+
+        Of ``rows`` only those of ``own`` are wanted, and what is random is drawn for all.
+        """
 
     def views(self, row: int, clips: int) -> Tensor:
         """Clips for evaluation, uint8 [k, T, C, H, W]: at most ``clips``, spread over the video."""
@@ -43,9 +47,9 @@ class TensorVideos:
     def __len__(self) -> int:
         return len(self.videos)
 
-    def clips(self, rows: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def clips(self, rows: Sequence[int], generator: torch.Generator, own: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """The clips of ``rows``."""
-        index = torch.as_tensor(rows)
+        index = torch.as_tensor(rows)[own]
         return self.videos[index], self.labels[index]
 
     def views(self, row: int, clips: int) -> Tensor:
@@ -112,14 +116,12 @@ class ClipAugment:
     size: int
     strength: float = 1.0
 
-    def __call__(self, videos: Tensor, generator: torch.Generator) -> Tensor:
-        """uint8 [b, T, C, S, S] -> float [b, T, 3, size, size]; every random number comes from ``generator``."""
+    def __call__(self, videos: Tensor, draws: torch.Generator | Draws) -> Tensor:
+        """uint8 [b, T, C, S, S] -> float [b, T, 3, size, size]; every random number comes from ``draws``."""
         if self.strength == 0:
             return prepare(videos, self.size)
         n, k = len(videos), self.strength
-
-        def uniform(low: float, high: float, *shape: int) -> Tensor:
-            return torch.rand((n, *shape), generator=generator) * (high - low) + low
+        uniform = (draws if isinstance(draws, Draws) else Draws(draws, n)).uniform
 
         angle = uniform(-1, 1) * math.radians(8) * k
         zoom, aspect = torch.exp(uniform(-0.2, 0.15) * k), torch.exp(uniform(-0.12, 0.12) * k)
@@ -150,10 +152,14 @@ class ClipBatch:
 
 
 class ClipPlan:
-    """Training batches as a function of (seed, step); an epoch is one pass over the videos in a fresh order."""
+    """Training batches as a function of (seed, step); an epoch is one pass over the videos in a fresh order.
+
+    ``share`` says which rows of each batch are wanted here.
+    """
 
     def __init__(self, data: VideoSet, augment: ClipAugment, *, batch_size: int, seed: int = 0) -> None:
         self.data, self.augment, self.batch_size, self.seed = data, augment, batch_size, seed
+        self.share: Share = ALL
         self.steps_per_epoch = len(data) // batch_size
         if self.steps_per_epoch == 0:
             raise ValueError(f"batch size {batch_size} exceeds the {len(data)} videos of an epoch: choose a smaller")
@@ -166,5 +172,6 @@ class ClipPlan:
             self._epoch = epoch, torch.randperm(len(self.data), generator=generator_of(self.seed, 1, epoch))
         rows = self._epoch[1][index * self.batch_size : (index + 1) * self.batch_size]
         generator = generator_of(self.seed, 2, step)
-        videos, labels = self.data.clips(rows.tolist(), generator)
-        return ClipBatch(self.augment(videos, generator), labels)
+        own = self.share.rows(len(rows))
+        videos, labels = self.data.clips(rows.tolist(), generator, own)
+        return ClipBatch(self.augment(videos, Draws(generator, len(rows), own)), labels)

@@ -180,9 +180,10 @@ class VideoFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def clips(self, rows: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def clips(self, rows: Sequence[int], generator: torch.Generator, own: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """A random square of each clip, uint8 [b, T, 3, size, size], from half of the frame's short side up."""
-        seeds = torch.randint(2**62, (len(rows),), generator=generator).tolist()
+        seeds = torch.randint(2**62, (len(rows),), generator=generator)[own].tolist()
+        rows = rows[own]
         with ThreadPoolExecutor(self.threads) as pool:
             read = list(pool.map(self._try, rows, seeds))
         clips, labels = [], []

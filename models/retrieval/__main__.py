@@ -33,7 +33,7 @@ from models.common.options import (
     split_commas,
 )
 from models.common.plots import contact_sheet
-from models.common.training import TrainConfig
+from models.common.schedule import TrainConfig
 from models.retrieval.compare import compare_losses
 from models.retrieval.data import RetrievalData, pick_languages
 from models.retrieval.evaluate import best_images, evaluate_run, retriever_encoder

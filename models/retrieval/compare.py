@@ -19,7 +19,7 @@ from models.common.console import console, say
 from models.common.gallery import WAYS, recalls
 from models.common.plots import save_figure
 from models.common.runs import read_history
-from models.common.training import TrainConfig
+from models.common.schedule import TrainConfig
 from models.retrieval.data import RetrievalData
 from models.retrieval.evaluate import retriever_encoder, spoken_retrieval
 from models.retrieval.model import RetrieverConfig

@@ -17,7 +17,9 @@ import mmkernels
 from models.common.cli import announce
 from models.common.console import console
 from models.common.runs import load_run
-from models.common.training import EarlyStopping, Task, TrainConfig, Trainer
+from models.common.schedule import TrainConfig
+from models.common.stopping import EarlyStopping
+from models.common.training import Task, Trainer
 from models.data import Batch, BatchPlan, ImageTextSet, Splits, Subwords
 from models.data.config import batch_plan
 from models.data.sets import BadDataLog

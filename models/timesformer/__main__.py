@@ -34,7 +34,7 @@ from models.common.options import (
     Without,
     options,
 )
-from models.common.training import TrainConfig
+from models.common.schedule import TrainConfig
 from models.data.sets import found_from_anywhere
 from models.data.video_files import clips_of_file
 from models.timesformer.ablation import compare_attention

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from models.common.console import console
-from models.common.training import TrainConfig
+from models.common.schedule import TrainConfig
 from models.timesformer.cost import cost, step_cost
 from models.timesformer.data import VideoDataConfig
 from models.timesformer.evaluate import Scores, predict_set

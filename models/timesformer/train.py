@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from models.common.cli import announce
 from models.common.console import console, warn
+from models.common.engine import Engine
 from models.common.runs import load_run
-from models.common.training import Task, TrainConfig, Trainer
+from models.common.schedule import TrainConfig
+from models.common.training import Task, Trainer
 from models.data.sets import BadDataLog
 from models.data.video import ClipAugment, ClipBatch, ClipPlan, VideoSplits
 from models.timesformer.data import VideoDataConfig, load_data
@@ -27,15 +29,26 @@ class VideoTask(Task):
     plan: ClipPlan
     smoothing: float = 0.0
 
+    @property
+    def samples(self) -> int:  # type: ignore[override]
+        """Clips of a batch."""
+        return self.plan.batch_size
+
     def batch(self, index: int) -> ClipBatch:
-        """The batch of an index."""
+        """The batch of an index, or this rank's share of it."""
         return self.plan(index)
+
+    def divide(self, engine: Engine) -> None:
+        """Every rank reads its share of a batch."""
+        self.plan.share = engine.share
 
     def loss(self, model: nn.Module, batch: ClipBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Cross-entropy, with the accuracy on the batch to log."""
         logits = model(batch.videos).float()
         right = (logits.argmax(-1) == batch.labels).float().mean()
-        return F.cross_entropy(logits, batch.labels, label_smoothing=self.smoothing), {"accuracy": right.detach()}
+        loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.smoothing)
+        weight = self.plan.share.weight(self.plan.batch_size)
+        return loss * weight, {"accuracy": right.detach() * weight}
 
 
 def train_run(

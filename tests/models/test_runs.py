@@ -32,7 +32,10 @@ from models.common.checkpoint import (
 from models.common.cli import run_app
 from models.common.plots import save_figure
 from models.common.runs import clear_run, only_run, read_history, write_history
-from models.common.training import StoppedError, Task, TrainConfig, Trainer, differences
+from models.common.schedule import TrainConfig
+from models.common.signals import StoppedError
+from models.common.state import differences
+from models.common.training import Task, Trainer
 from models.data.config import DataConfig
 
 ROOT = Path(__file__).resolve().parents[2]

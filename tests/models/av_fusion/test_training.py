@@ -22,7 +22,7 @@ from models.av_fusion.model import FUSIONS, PRESETS
 from models.av_fusion.train import RATES, FusionTask, load_fusion, train_run
 from models.common.checkpoint import CheckpointError, load_newest
 from models.common.runs import read_history
-from models.common.training import TrainConfig
+from models.common.schedule import TrainConfig
 from models.data.audio import RATE
 from models.data.pairs import Noise
 from models.data.spoken_digits import load_synthetic_pairs

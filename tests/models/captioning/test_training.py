@@ -19,7 +19,9 @@ from models.captioning.train import load_captioner, train_run
 from models.captioning.write import references, write_captions
 from models.common.checkpoint import checkpoints, load_checkpoint
 from models.common.runs import BEST, read_history
-from models.common.training import EarlyStopping, TrainConfig, Trainer
+from models.common.schedule import TrainConfig
+from models.common.stopping import EarlyStopping
+from models.common.training import Trainer
 from models.data.sets import BadDataLog
 from models.data.synthetic import load_synthetic
 from tests.models.stopping import stop_before

@@ -17,7 +17,7 @@ from models.clip.__main__ import main
 from models.clip.demo import Clock, Threads, compare_losses, conclusions, demo_configs, draw_styles
 from models.clip.evaluate import clip_encoder, evaluate
 from models.clip.model import CLIP, PRESETS, TextConfig
-from models.common.training import TrainConfig
+from models.common.schedule import TrainConfig
 from models.data import Splits
 from models.data.sets import BadDataLog
 from tests.models.clip.conftest import WIDTH, WordSums

@@ -31,7 +31,7 @@ from models.clip.train import ClipTask, clip_trainer, load_clip, read_ahead, tra
 from models.common.checkpoint import CheckpointError, checkpoints, load_checkpoint
 from models.common.gallery import Encoder
 from models.common.runs import read_history
-from models.common.training import TrainConfig
+from models.common.schedule import TrainConfig
 from models.data import Batch, BatchPlan, Splits
 from models.data.augment import Augment
 from models.data.config import DataConfig

@@ -18,11 +18,12 @@ import pytest
 import torch
 
 import models.common.checkpoint
-import models.common.training
+import models.common.log
 from models.clip.train import load_clip, train_run
 from models.common.checkpoint import CheckpointError, checkpoints, load_checkpoint, load_newest, save_checkpoint
 from models.common.runs import read_history
-from models.common.training import TrainConfig, WeightAverage, learning_rate
+from models.common.schedule import TrainConfig, learning_rate
+from models.common.state import WeightAverage
 from models.data.config import DataConfig
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -102,7 +103,7 @@ def test_log_file_gets_a_line_in_time(
 ) -> None:
     train_run("nano", nano_data, replace(CONFIG, steps=3), tmp_path / "fast")
     assert "step 2/3" not in capsys.readouterr().out
-    monkeypatch.setattr(models.common.training, "LINE_SECONDS", 0)
+    monkeypatch.setattr(models.common.log, "LINE_SECONDS", 0)
     train_run("nano", nano_data, replace(CONFIG, steps=3), tmp_path / "slow")
     assert "step 2/3" in capsys.readouterr().out
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 from models.common.checkpoint import checkpoints, load_newest
 from models.common.runs import read_history
-from models.common.training import TrainConfig, Trainer
+from models.common.schedule import TrainConfig
+from models.common.training import Trainer
 from models.data import Splits
 from models.data.synthetic import load_synthetic
 from models.retrieval.__main__ import main

@@ -17,7 +17,7 @@ from mmkernels.divided_attention.layout import layout_of
 from models.common.checkpoint import CheckpointError, load_newest
 from models.common.plots import drawable
 from models.common.runs import read_history
-from models.common.training import TrainConfig, learning_rate
+from models.common.schedule import TrainConfig, learning_rate
 from models.data.batches import generator_of
 from models.data.digits import load_digits
 from models.data.video import TensorVideos, prepare
