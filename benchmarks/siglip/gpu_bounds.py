@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.harness.gpu_forms import GPUS, Argument, Case, Problem
 from benchmarks.info_nce.gpu_bounds import argument as argument_of_info_nce
 from benchmarks.info_nce.gpu_bounds import case, steps_of
-from mmkernels._tiles.configs import CONFIGS, tile_of
+from mmkernels._tiles.configs import CONFIGS, strip_flags, tile_of
 from mmkernels.siglip import triton_kernels
 
 GROWING: set[str] = set()  # a form that does less may well take more registers
@@ -24,14 +24,14 @@ _FORMS = {
 
 def cases(gpus: Iterable[str] = GPUS) -> list[Case]:
     """Every form that a launcher can ask for on these GPUs."""
-    pairs = [
-        case("siglip", gpu, precision, dtype, "pairs_kernel", tile, **dict(zip(_FLAGS, flags, strict=True)))
-        for gpu in gpus
-        for precision in CONFIGS[gpu]
-        for tile in [tile_of("siglip", gpu, precision)]
-        for dtype in (("bf16", "fp16") if precision == "half" else ("fp32",))
-        for flags in _FORMS.values()
-    ]
+    pairs = []
+    for gpu in gpus:
+        for precision in CONFIGS[gpu]:
+            for dtype in ("bf16", "fp16") if precision == "half" else ("fp32",):
+                tile = triton_kernels.pairs_tile(tile_of("siglip", gpu, precision), dtype == "fp16")
+                for flags in _FORMS.values():
+                    constants = dict(zip(_FLAGS, flags, strict=True)) | strip_flags(gpu)
+                    pairs.append(case("siglip", gpu, precision, dtype, "pairs_kernel", tile, **constants))
     block = {"BLOCK": triton_kernels.SUM_ROWS, "STEP": triton_kernels.SUM_STEP}
     finish = [
         case("siglip", gpu, "ieee", "fp32", "finish_pairs_kernel", None, LOSSES=losses, SUMS=sums, **block)

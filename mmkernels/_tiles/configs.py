@@ -98,23 +98,23 @@ class DistillationConfig(NamedTuple):
 
 DISTILLATION_CONFIGS: dict[str, dict[str, DistillationConfig]] = {
     "sm_80": {
-        "half": DistillationConfig(Tile(128, 64, 32, 8, 4), Tile(128, 64, 32, 8, 4)),
-        "tf32x3": DistillationConfig(Tile(64, 64, 16, 8, 3), Tile(64, 64, 32, 8, 3)),
-        "ieee": DistillationConfig(Tile(64, 64, 16, 4, 2), Tile(64, 64, 16, 8, 2)),
+        "half": DistillationConfig(Tile(64, 32, 32, 4, 4), Tile(128, 64, 32, 8, 4)),
+        "tf32x3": DistillationConfig(Tile(64, 32, 16, 8, 3), Tile(64, 32, 32, 8, 3)),
+        "ieee": DistillationConfig(Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2)),
     },
     "sm_90": {
-        "half": DistillationConfig(Tile(128, 64, 32, 8, 4), Tile(128, 64, 64, 8, 4)),
+        "half": DistillationConfig(Tile(128, 64, 32, 8, 4), Tile(128, 128, 32, 8, 3)),
         "tf32x3": DistillationConfig(Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
         "ieee": DistillationConfig(Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2)),
     },
     "sm_100": {
-        "half": DistillationConfig(Tile(128, 64, 64, 8, 4), Tile(128, 64, 64, 8, 4)),
+        "half": DistillationConfig(Tile(64, 64, 64, 8, 4), Tile(128, 64, 64, 8, 4)),
         "tf32x3": DistillationConfig(Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
         "ieee": DistillationConfig(Tile(32, 32, 16, 4, 2), Tile(64, 64, 16, 4, 2)),
     },
     "gfx942": {
-        "half": DistillationConfig(Tile(128, 64, 64, 8, 2), Tile(128, 64, 64, 8, 2)),
-        "ieee": DistillationConfig(Tile(128, 64, 32, 8, 2), Tile(128, 64, 32, 8, 2)),
+        "half": DistillationConfig(Tile(64, 32, 64, 8, 2), Tile(128, 64, 64, 8, 2)),
+        "ieee": DistillationConfig(Tile(64, 32, 32, 4, 2), Tile(128, 64, 32, 8, 2)),
     },
     "interpreter": {
         "half": DistillationConfig(Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1)),
@@ -127,6 +127,7 @@ DISTILLATION_CONFIGS: dict[str, dict[str, DistillationConfig]] = {
 _OWN_TILES: dict[str, dict[tuple[str, str], Tile]] = {
     "siglip": {
         ("sm_80", "half"): Tile(128, 64, 32, 8, 4),
+        ("sm_90", "half"): Tile(128, 64, 64, 4, 4),
         ("sm_100", "half"): Tile(128, 64, 64, 8, 4),
         ("sm_80", "ieee"): Tile(64, 64, 16, 8, 2),
         ("sm_100", "ieee"): Tile(64, 64, 16, 8, 2),
@@ -150,17 +151,17 @@ _OWN_TILES: dict[str, dict[tuple[str, str], Tile]] = {
     },
 }
 
-if NEWER_TRITON:  # under which three of the tiles above would spill
+if NEWER_TRITON:  # under which five of the tiles above would spill
     for _gpu, _tiles in (
         ("sm_80", {"symmetric_forward": Tile(64, 64, 32, 8, 4)}),
         ("sm_90", {"grad_logits": Tile(128, 128, 64, 8, 3)}),
     ):
         CONFIGS[_gpu]["half"] = CONFIGS[_gpu]["half"]._replace(**_tiles)
     _OWN_TILES["triplet"]["sm_90", "half"] = Tile(128, 64, 64, 8, 4)
+    DISTILLATION_CONFIGS["sm_90"]["half"] = DistillationConfig(Tile(64, 64, 32, 8, 4), Tile(128, 64, 64, 8, 3))
 
 if OLDER_TRITON:  # under which the tiles above would spill
     _sm_80, _sm_90, _gfx942 = CONFIGS["sm_80"], CONFIGS["sm_90"], CONFIGS["gfx942"]
-    _distillation = DISTILLATION_CONFIGS["sm_80"]
     _sm_80["half"] = _sm_80["half"]._replace(
         grouped_forward=Tile(64, 64, 32, 8, 4), heavier_grad_logits=Tile(64, 64, 32, 8, 4)
     )
@@ -168,13 +169,13 @@ if OLDER_TRITON:  # under which the tiles above would spill
     _sm_90["half"] = _sm_90["half"]._replace(forward=Tile(128, 64, 64, 8, 4), grad_logits=Tile(128, 128, 64, 8, 3))
     _gfx942["half"] = _gfx942["half"]._replace(grad_logits=Tile(128, 64, 64, 8, 2))
     _gfx942["ieee"] = _gfx942["ieee"]._replace(grad_logits=Tile(128, 64, 32, 8, 2))
-    _distillation["half"] = _distillation["half"]._replace(forward=Tile(64, 64, 32, 8, 4))
-    _distillation["tf32x3"] = _distillation["tf32x3"]._replace(forward=Tile(64, 64, 16, 8, 2))
+    _distillation = DISTILLATION_CONFIGS["sm_90"]
+    _distillation["tf32x3"] = _distillation["tf32x3"]._replace(forward=Tile(64, 32, 32, 8, 3))
     for _op in ("siglip", "retrieval"):
         _OWN_TILES[_op]["sm_90", "half"] = Tile(128, 128, 64, 8, 4)
     _OWN_TILES["triplet"]["sm_90", "half"] = Tile(128, 64, 64, 8, 4)
     _OWN_TILES["retrieval"]["sm_80", "half"] = Tile(128, 64, 32, 8, 4)
-    _OWN_TILES["siglip"]["sm_80", "half"] = Tile(64, 128, 32, 8, 4)
+    _OWN_TILES["siglip"]["sm_80", "half"] = Tile(64, 64, 32, 8, 4)
     _OWN_TILES["siglip"]["sm_80", "tf32x3"] = Tile(128, 64, 32, 8, 3)
 
 
@@ -206,6 +207,12 @@ def choose_distillation(features: Tensor) -> DistillationConfig:
     (row, _), family = _precision_of(features), family_of(features.device)
     tiles = DISTILLATION_CONFIGS[family][row]
     return overrides.tiles_in_use(tiles, "distillation", row, family, features.device)
+
+
+def strip_flags(family: str) -> dict[str, int]:
+    """FLAT of the kernels that fill strips: not on gfx942, where one loop over tiles and features takes 96 KB of shared
+    memory."""
+    return {"FLAT": int(family != "gfx942")}
 
 
 def _precision_of(features: Tensor) -> tuple[str, str]:

@@ -11,10 +11,6 @@ import triton.language as tl
 
 from mmkernels._tiles.triton import LOG2E, LOWEST, dot
 
-# If every row and column of a tile sums to over 2^-32 of its largest exponential, one exponential per entry serves
-# both: s - peak then rounds away no more than the logits were already rounded by. The log-sum-exps are then off by the
-# rounding of 2^x, 2^-22 of PTX's, where those from the maxima of rows and columns are exact for a sum of 1.
-LEAST_SUM = tl.constexpr(2.0**-32)
 # If the log-sum-exps of a tile lie within 32 of each other, one exponential per entry serves the backward pass, for the
 # same reason.
 BACKWARD_SPREAD = tl.constexpr(32.0)
@@ -121,6 +117,14 @@ def first_bits(number):
 
 
 @triton.jit
+def bits_of_overlap(start, length, first, size):
+    """Bit i, i < 32: the numbers from start on, `length` of them, meet the `size` ones from first + i size on."""
+    low = tl.maximum(start - first, 0) // size
+    high = tl.maximum(start + length - 1 - first + size, 0) // size
+    return first_bits(tl.minimum(high, 32)) & ~first_bits(tl.minimum(low, 32))
+
+
+@triton.jit
 def count_bits(bits):
     """How many bits of an int32 are set."""
     return tl.sum((bits >> tl.arange(0, 32)) & 1, 0)
@@ -148,50 +152,18 @@ def halves(tile):
 
 
 @triton.jit
+def in_eights(x):
+    """The sums of every eighth column, [BM, 8], which a thread has in its registers: a row's sum is left for later."""
+    M: tl.constexpr = x.shape[0]
+    WIDTH: tl.constexpr = x.shape[1]
+    return tl.sum(tl.reshape(x, (M, WIDTH // 8, 8)), 1)
+
+
+@triton.jit
 def merge(m, z, m_other, z_other):
     """The statistics (maximum m, sum z of 2^(s - m)) of a row from those of its two parts."""
     top = tl.maximum(m, m_other)
     return top, z * tl.exp2(m - top) + z_other * tl.exp2(m_other - top)
-
-
-@triton.jit
-def _scaled(peak, total):
-    """(peak, total) with the power of two of the total moved into the peak: a logit near the true maximum."""
-    exponent = total.to(tl.int32, bitcast=True) >> 23
-    # The bits of 2^-power. A NaN total stays NaN in the product.
-    factor = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    return peak + (exponent - 127).to(tl.float32), total * factor
-
-
-@triton.jit
-def tile_statistics(s, row_ok, col_ok, exact, COLUMNS: tl.constexpr):
-    """(m, z), z = sum of 2^(s - m), of every row and column of a tile; masked entries of s are -inf.
-
-    `exact` > 0 takes m as the maximum of each row and column: the loss m - s + log2 z of an entry s that outweighs all
-    others is then as small as they are, and not the rounding of 2^(s - m).
-    """
-    if COLUMNS:
-        peak = tl.maximum(tl.max(tl.max(s, 1), 0), LOWEST)
-        e = tl.exp2(s - peak)
-        row_z = tl.sum(e, 1)  # [BM]
-        col_z = tl.sum(e, 0)  # [BN]
-        least = tl.minimum(tl.min(tl.where(row_ok, row_z, 1.0), 0), tl.min(tl.where(col_ok, col_z, 1.0), 0))
-        # One exponential serves rows and columns if all of them come near the maximum of the tile. A NaN makes the
-        # comparison false, or stays in its own row and column.
-        if (least > LEAST_SUM) & (exact == 0):
-            row_m, row_z = _scaled(peak, row_z)
-            col_m, col_z = _scaled(peak, col_z)
-        else:
-            row_m = tl.maximum(tl.max(s, 1), LOWEST)
-            row_z = tl.sum(tl.exp2(s - row_m[:, None]), 1)
-            col_m = tl.maximum(tl.max(s, 0), LOWEST)
-            col_z = tl.sum(tl.exp2(s - col_m[None, :]), 0)
-    else:
-        row_m = tl.maximum(tl.max(s, 1), LOWEST)
-        row_z = tl.sum(tl.exp2(s - row_m[:, None]), 1)
-        col_m = row_m
-        col_z = row_z
-    return row_m, row_z, col_m, col_z
 
 
 @triton.jit

@@ -16,11 +16,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels._tiles.configs import choose, choose_tile
-from mmkernels._tiles.engine import halves, program_tile, similarities
+from mmkernels._tiles.configs import choose, choose_tile, strip_flags
+from mmkernels._tiles.engine import (
+    add_products,
+    bits_of_overlap,
+    count_bits,
+    first_bits,
+    halves,
+    in_eights,
+    lowest_bit,
+    offsets_in_tile,
+    program_tile,
+    similarities,
+)
 from mmkernels._tiles.launch import aligned, launcher
 from mmkernels._tiles.products import fp16_unit, gradients_of_both
-from mmkernels._tiles.triton import LN2, LOG2E, cdiv, on_device, round_up
+from mmkernels._tiles.triton import LN2, LOG2E, Tile, cdiv, family_of, on_device, round_up
 
 _PROGRAMS = 1024  # of a launch, if it has as many tiles
 _TILES = 4  # of a program at most: longer sums in float32 would lose digits
@@ -31,6 +42,7 @@ SUM_ROWS, SUM_STEP = 32, 32  # rows of a program of finish_pairs_kernel, and spl
 _LOSS = tl.constexpr(0)
 _GRAD = tl.constexpr(1)
 _GRAD_BY_PRODUCT = tl.constexpr(2)
+_WIDTH = tl.constexpr(32)
 
 
 @triton.jit
@@ -52,7 +64,8 @@ def _add_pairs(
     product, scale, bias, row_weights, loss, grad_sum, product_sum, rows, matches, cols, N, M, strip,
     LOSSES: tl.constexpr, SUMS: tl.constexpr, STORE: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """The sums of the rows, in base 2, with those of a tile of products; its dS into the strip, whose row `strip` is.
+    """The sums of the rows in base 2, in_eights, with those of a tile of products; its dS into the strip, whose rows
+    are `strip`.
 
     Without EDGE the tile has pairs alone, and no match among them.
     """
@@ -66,15 +79,15 @@ def _add_pairs(
         cost = tl.fma(e, _log2_1p_over(e), tl.maximum(y, 0.0))
         if EDGE:
             cost = tl.where(inside, cost, 0.0)
-        loss += tl.sum(cost, 1)
+        loss += in_eights(cost)
     if SUMS or STORE:
         grad = tl.where(y < 0, e, 1.0) / (1.0 + e)
         if EDGE:
             # The strip is zero past the ends of the logits, for the products read it whole.
             grad = tl.where(inside, tl.where(match, -grad, grad), 0.0)
         if SUMS:
-            grad_sum += tl.sum(grad, 1)
-            product_sum += tl.sum(grad * product, 1)
+            grad_sum += in_eights(grad)
+            product_sum += in_eights(grad * product)
         if STORE:
             grad *= row_weights[:, None]
             tl.store(strip[:, None] + cols[None, :], grad.to(strip.dtype.element_ty))
@@ -82,21 +95,28 @@ def _add_pairs(
 
 
 @triton.jit
-def _add_tile(
-    tile, scale, bias, row_weights, loss, grad_sum, product_sum, rows, matches, col_start, N, M, strip,
-    LOSSES: tl.constexpr, SUMS: tl.constexpr, STORE: tl.constexpr, EDGE: tl.constexpr, QUARTER: tl.constexpr,
+def _add_plain(
+    tile, scale, bias, row_weights, loss, grad_sum, product_sum, rows, col_start, N, M, strip,
+    LOSSES: tl.constexpr, SUMS: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
-    """_add_pairs for the quarters of a tile, one after the other, so that they need not share the registers."""
-    left, right = halves(tile)
-    for quarter in tl.static_range(4):
-        if quarter % 2 == 0:
-            now, later = halves(left if quarter == 0 else right)
-        else:
-            now = later
-        cols = col_start + quarter * QUARTER + tl.arange(0, QUARTER)
+    """_add_pairs for a tile of pairs that do not match, _WIDTH columns at a time, so that they need not share the
+    registers."""
+    WIDTH: tl.constexpr = tile.shape[1]
+    if WIDTH > _WIDTH:
+        left, right = halves(tile)
+        loss, grad_sum, product_sum = _add_plain(
+            left, scale, bias, row_weights, loss, grad_sum, product_sum, rows, col_start, N, M, strip,
+            LOSSES, SUMS, STORE,
+        )  # fmt: skip
+        loss, grad_sum, product_sum = _add_plain(
+            right, scale, bias, row_weights, loss, grad_sum, product_sum, rows, col_start + WIDTH // 2, N, M, strip,
+            LOSSES, SUMS, STORE,
+        )  # fmt: skip
+    else:
+        cols = col_start + tl.arange(0, WIDTH)
         loss, grad_sum, product_sum = _add_pairs(
-            now, scale, bias, row_weights, loss, grad_sum, product_sum, rows, matches, cols, N, M, strip,
-            LOSSES, SUMS, STORE, EDGE,
+            tile, scale, bias, row_weights, loss, grad_sum, product_sum, rows, rows, cols, N, M, strip,
+            LOSSES, SUMS, STORE, False,
         )  # fmt: skip
     return loss, grad_sum, product_sum
 
@@ -107,6 +127,7 @@ def pairs_kernel(
     first, height, width, N, M, match_offset, D, stride_q, stride_k, tiles_per_split, num_splits,
     LOSSES: tl.constexpr, SUMS: tl.constexpr, STORE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    FLAT: tl.constexpr,
 ):  # fmt: skip
     """Queries first .. first + height - 1 against a split of the keys; height and width are whole tiles. Key
     i + match_offset matches query i.
@@ -114,6 +135,8 @@ def pairs_kernel(
     sums [3, num_splits, height] takes of each query the losses (LOSSES), the gradients and the gradients times the
     products (SUMS); strip [height, width] takes dS (STORE), 0 where there is no pair. dS_ij = -label_ij w_i
     sigmoid(-label_ij s_ij), w: weights.
+
+    A plain tile, inside the logits and without a match, needs no mask. The others follow.
     """
     row_tile, split = program_tile(tl.program_id(0), height // BLOCK_M, num_splits)
     in_rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -123,36 +146,68 @@ def pairs_kernel(
     bias = tl.load(bias) * LOG2E
     row_weights = tl.load(weights + rows, mask=rows < N, other=0.0)
     strip_rows = strip + in_rows.to(tl.int64) * width
-    loss = tl.zeros((BLOCK_M,), tl.float32)
-    grad_sum = tl.zeros((BLOCK_M,), tl.float32)
-    product_sum = tl.zeros((BLOCK_M,), tl.float32)
-    QUARTER: tl.constexpr = BLOCK_N // 4
+    loss = tl.zeros((BLOCK_M, 8), tl.float32)  # in_eights
+    grad_sum = loss
+    product_sum = loss
+    PART: tl.constexpr = BLOCK_N // 4 if BLOCK_N > 32 else BLOCK_N // 2
     first_col = split * tiles_per_split * BLOCK_N
     end_col = tl.minimum(first_col + tiles_per_split * BLOCK_N, width)
-    for col_start in tl.range(first_col, end_col, BLOCK_N, disable_licm=True):
-        tile = similarities(
-            queries, keys, rows, col_start + tl.arange(0, BLOCK_N),
-            N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
-        )  # fmt: skip
-        beyond = (first + (row_tile + 1) * BLOCK_M > N) | (col_start + BLOCK_N > M)
-        first_match = first + row_tile * BLOCK_M + match_offset
-        if beyond | ((first_match < col_start + BLOCK_N) & (col_start < first_match + BLOCK_M)):
-            loss, grad_sum, product_sum = _add_tile(
-                tile, scale, bias, row_weights, loss, grad_sum, product_sum, rows, matches, col_start, N, M, strip_rows,
-                LOSSES, SUMS, STORE, True, QUARTER,
+    first_row = first + row_tile * BLOCK_M
+    first_match = first_row + match_offset
+    plain = 0  # bit i: tile i of the split
+    if first_row + BLOCK_M <= N:
+        plain = first_bits(tl.maximum(tl.minimum(end_col, M) - first_col, 0) // BLOCK_N)
+        plain &= ~bits_of_overlap(first_match, BLOCK_M, first_col, BLOCK_N)
+    # FLAT: one loop over tiles and features. The first copies of a tile are on their way during the epilogue of the
+    # last.
+    next_ones = plain
+    ones = plain
+    col = first_col
+    x_offsets = offsets_in_tile(stride_q, BLOCK_M, BLOCK_K)
+    y_offsets = offsets_in_tile(stride_k, BLOCK_N, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    start = D
+    for _ in tl.range(0, count_bits(plain) * (tl.cdiv(D, BLOCK_K) if FLAT else 1), disable_licm=True):
+        if FLAT:
+            start = tl.where(start + BLOCK_K < D, start + BLOCK_K, 0)
+            if start == 0:
+                col = first_col + lowest_bit(next_ones) * BLOCK_N
+                next_ones &= next_ones - 1
+            acc = add_products(
+                acc, queries, keys, first_row, col, stride_q, stride_k, x_offsets, y_offsets, start, D,
+                BLOCK_K, PRECISION,
             )  # fmt: skip
         else:
-            loss, grad_sum, product_sum = _add_tile(
-                tile, scale, bias, row_weights, loss, grad_sum, product_sum, rows, matches, col_start, N, M, strip_rows,
-                LOSSES, SUMS, STORE, False, QUARTER,
+            cols = first_col + lowest_bit(ones) * BLOCK_N + tl.arange(0, BLOCK_N)
+            acc = similarities(
+                queries, keys, rows, cols, N, M, D, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
             )  # fmt: skip
+        if start + BLOCK_K >= D:
+            loss, grad_sum, product_sum = _add_plain(
+                acc, scale, bias, row_weights, loss, grad_sum, product_sum, rows,
+                first_col + lowest_bit(ones) * BLOCK_N, N, M, strip_rows, LOSSES, SUMS, STORE,
+            )  # fmt: skip
+            ones &= ones - 1
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for col_start in tl.range(first_col, end_col, BLOCK_N, disable_licm=True):
+        if (plain >> ((col_start - first_col) // BLOCK_N)) & 1 == 0:
+            # Such tiles are few: parts of their own, though more work, leave the registers to the others.
+            for part in tl.range(col_start, col_start + BLOCK_N, PART, disable_licm=True):
+                cols = part + tl.arange(0, PART)
+                tile = similarities(
+                    queries, keys, rows, cols, N, M, D, stride_q, stride_k, BLOCK_M, PART, BLOCK_K, PRECISION,
+                )  # fmt: skip
+                loss, grad_sum, product_sum = _add_pairs(
+                    tile, scale, bias, row_weights, loss, grad_sum, product_sum, rows, matches, cols, N, M,
+                    strip_rows, LOSSES, SUMS, STORE, True,
+                )  # fmt: skip
     out = sums + split.to(tl.int64) * height + in_rows
     plane = tl.cast(num_splits, tl.int64) * height
     if LOSSES:
-        tl.store(out + _LOSS * plane, loss * LN2)
+        tl.store(out + _LOSS * plane, tl.sum(loss, 1) * LN2)
     if SUMS:
-        tl.store(out + _GRAD * plane, grad_sum * row_weights)
-        tl.store(out + _GRAD_BY_PRODUCT * plane, product_sum * row_weights)
+        tl.store(out + _GRAD * plane, tl.sum(grad_sum, 1) * row_weights)
+        tl.store(out + _GRAD_BY_PRODUCT * plane, tl.sum(product_sum, 1) * row_weights)
 
 
 @triton.jit
@@ -187,6 +242,13 @@ def finish_pairs_kernel(
         tl.store(totals + block, tl.sum(grads, 0), mask=block < blocks)
         grads = _sum_of_splits(sums + _GRAD_BY_PRODUCT * plane, height, num_splits, in_rows, ok, BLOCK, STEP)
         tl.store(totals + blocks + block, tl.sum(grads, 0), mask=block < blocks)
+
+
+def pairs_tile(tile: Tile, is_float16: bool) -> Tile:
+    """The tile of pairs_kernel: of 128 x 64 in four warps, on sm_90, it spills in float16."""
+    if is_float16 and (tile.block_m, tile.block_n, tile.num_warps) == (128, 64, 4):
+        return tile._replace(block_m=64, block_n=128)
+    return tile
 
 
 def siglip_losses(queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, match_offset: int) -> Tensor:
@@ -258,7 +320,8 @@ class _Pairs:
         self.queries, self.keys = aligned(queries), aligned(keys)
         self.scale, self.bias, self.match_offset, self.weights = scale, bias, match_offset, weights
         self.product = choose(queries)[0].product
-        self.tile, self.precision = choose_tile("siglip", queries)
+        tile, self.precision = choose_tile("siglip", queries)
+        self.tile = pairs_tile(tile, queries.dtype == torch.float16)
         self.with_losses, self.sums = with_losses, sums
         self.losses = scale.new_empty(len(queries) if with_losses else 0)
         blocks = cdiv(len(queries), SUM_ROWS) if sums else 0
@@ -286,7 +349,8 @@ class _Pairs:
         summing = self.with_losses or self.sums
         partials = self.scale.new_empty(3, splits, height) if summing else self.scale
         flags = {"LOSSES": self.with_losses, "SUMS": self.sums}
-        launcher(pairs_kernel, tile, STORE=strip is not None, PRECISION=self.precision, **flags)(
+        of_family = strip_flags(family_of(queries.device))
+        launcher(pairs_kernel, tile, STORE=strip is not None, PRECISION=self.precision, **flags, **of_family)(
             (row_tiles * splits,),
             queries, keys, self.scale, self.bias, self.weights, partials, queries if strip is None else strip,
             first, height, width, len(queries), len(keys), self.match_offset, queries.shape[1], queries.stride(0),

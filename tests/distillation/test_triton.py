@@ -81,6 +81,19 @@ def test_several_groups_strips_and_splits(dtype, monkeypatch):
     check(Case(4 * TILE + 9, 4 * TILE + 9, 40, 32), dtype)
 
 
+@pytest.mark.parametrize(("high", "flat"), [(0, False), (2, True)])
+def test_other_slots_of_rows(high, flat, monkeypatch):
+    """A slot of one row, and of four, and a loop over tiles around one over features: as some GPUs take them."""
+    monkeypatch.setattr(launch, "MAX_PARTIALS", 2)
+    monkeypatch.setattr(distillation, "forward_flags", lambda tile, family: {"SLOT_HIGH": high, "FLAT": flat})
+    monkeypatch.setattr(distillation, "strip_flags", lambda family: {"FLAT": flat})
+    check(Case(4 * TILE, 4 * TILE, 16, 40))
+    strength = torch.ones(4 * TILE, 1)
+    strength[::3] = 40  # rows that lie far below others of their slot are made again
+    check(Case(4 * TILE, 4 * TILE, 16, 40, scale=1.0, teacher_scale=1.0), factors=(strength, 1.0, 1.0, 1.0))
+    check(Case(4 * TILE, 4 * TILE, 16, 40, scale=1.0, teacher_scale=1.0), factors=(1.0, 1.0, strength, 1.0))
+
+
 @pytest.mark.parametrize("near", [-0.2, 0.98])
 def test_temperature_of_a_hundredth(near):
     """The last tile is square: there all rows come near its maximum, as in the large tiles of a GPU."""

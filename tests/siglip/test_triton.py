@@ -67,8 +67,11 @@ def test_exponentials_as_inexact_as_a_gpu_may_take_them(scale, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", FAST_IN_FP16)
-def test_several_strips_and_splits(dtype, monkeypatch):
-    """More tiles than one program takes: every loop runs more than once, the last time over less."""
+@pytest.mark.parametrize("flat", [True, False])
+def test_several_strips_and_splits(dtype, flat, monkeypatch):
+    """More tiles than one program takes: every loop runs more than once, the last time over less. Not flat: a loop over
+    tiles around one over features, as some GPUs take it."""
+    monkeypatch.setattr(triton_kernels, "strip_flags", lambda family: {"FLAT": flat})
     monkeypatch.setattr(triton_kernels, "_PROGRAMS", 1)
     monkeypatch.setattr(triton_kernels, "_TILES", 4)
     monkeypatch.setattr(triton_kernels, "_PARTIAL_BYTES", 1)

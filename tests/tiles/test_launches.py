@@ -113,7 +113,7 @@ def linear_cross_entropy(N, **options):
         (siglip, 256, 4),
         (siglip, 2048, 6),
         (siglip, 32768, 80),
-        (distillation, 2048, 7),
+        (distillation, 2048, 8),
         (triplet, 2048, 9),  # one of them adds up the hinges in place of several of torch
         (linear_cross_entropy, 2048, 27),
     ],

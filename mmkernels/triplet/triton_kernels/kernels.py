@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from mmkernels._tiles.engine import all_have_read, block_of_tiles, halves, program_tile, similarities
+from mmkernels._tiles.engine import all_have_read, block_of_tiles, halves, in_eights, program_tile, similarities
 
 _INFINITY = tl.constexpr(float("inf"))
 _LAST = tl.constexpr(2**31 - 1)
@@ -73,14 +73,6 @@ def _all_finite(peaks, M, D, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _in_eights(x):
-    """The sums of every eighth column, [BM, 8], which a thread has in its registers: a row's sum is left for later."""
-    M: tl.constexpr = x.shape[0]
-    WIDTH: tl.constexpr = x.shape[1]
-    return tl.sum(tl.reshape(x, (M, WIDTH // 8, 8)), 1)
-
-
-@triton.jit
 def _in_slots(x, SLOTS: tl.constexpr):
     """The sums of rows 8 apart, which a thread has in its registers, if there are half as many slots as rows."""
     M: tl.constexpr = x.shape[0]
@@ -98,10 +90,10 @@ def _add_hinges(
     """Add the hinges of a part of a tile, and how many are above 0, to the sums of rows, and slot by slot to those of
     columns; the columns' count in units of ONE. The gradient goes into the strip, whose rows `strip` are."""
     above = (s - row_positive[:, None]) + margin
-    row_cost += _in_eights(tl.maximum(above, 0.0))
+    row_cost += in_eights(tl.maximum(above, 0.0))
     if GRADIENT:
         count = tl.where(above > 0.0, 1.0, 0.0)
-        row_count += _in_eights(count)
+        row_count += in_eights(count)
         grad = count * row_weight[:, None] if WEIGHTED else count
     if SYMMETRIC:
         # A column without a positive has infinity for one, and no hinge above 0.
