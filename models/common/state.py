@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.common.engine import Engine
 
@@ -36,19 +35,6 @@ class WeightAverage:
                 a.copy_(b)
 
 
-def whole(x: Tensor) -> Tensor:
-    """All of a tensor that may lie in shards; all ranks must ask at once."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def placed(x: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor as ``like`` lies: on its device, and of its shards this rank's."""
-    x = x.to(like.device)
-    if isinstance(like, DTensor):
-        return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
-    return x
-
-
 @dataclass
 class TrainState:
     """What changes as a run goes on."""
@@ -59,11 +45,9 @@ class TrainState:
     optimizer: torch.optim.Optimizer
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors of a checkpoint, whole, on rank 0; the others help, and get none."""
+        """All tensors of a checkpoint, on rank 0; the others hand in their random states, and get none."""
         found: dict[str, Tensor] = {}
         for name, x in self._named():
-            if isinstance(x, DTensor) or self.engine.is_first:
-                x = whole(x)
             if self.engine.is_first:
                 found[name] = x.detach().cpu()
         for name, state in _random_states().items():
@@ -99,18 +83,18 @@ class TrainState:
         weights: dict[str, Tensor] = {}
         random_states: dict[str, Tensor] = {}
         averaged = False
-        present, parameters = self.model.state_dict(), dict(self.model.named_parameters())
+        parameters = dict(self.model.named_parameters())
         for key, x in self.engine.hand_out(tensors):
             head, _, rest = key.partition("/")
             if head == "model":
-                weights[rest] = placed(x, present[rest]) if rest in present else x
+                weights[rest] = x
             elif head == "average" and self.average is not None:
-                self.average.state[rest].copy_(placed(x, self.average.state[rest]))
+                self.average.state[rest].copy_(x)
                 averaged = True
             elif head == "optimizer":
                 field, _, name = rest.partition("/")
                 # AdamW keeps its step counter on the CPU and the moments beside the parameter.
-                self.optimizer.state[parameters[name]][field] = x if field == "step" else placed(x, parameters[name])
+                self.optimizer.state[parameters[name]][field] = x if field == "step" else x.to(parameters[name].device)
             elif head == "rng":
                 random_states[rest] = x
         self.model.load_state_dict(weights)

@@ -40,7 +40,7 @@ from models.common.log import RunLog
 from models.common.runs import clear_run, only_run, read_history, write_history
 from models.common.schedule import TrainConfig, learning_rate, pick_precision
 from models.common.signals import StoppedError, signals_noted
-from models.common.state import TrainState, WeightAverage, differences, whole
+from models.common.state import TrainState, WeightAverage, differences
 
 
 def keep_freed_memory() -> None:
@@ -357,6 +357,6 @@ class Trainer:
         self.accelerator.end_training()
 
     def weights(self) -> dict[str, Tensor]:
-        """The state dict to evaluate and export: the averaged weights where there are any; all ranks must ask."""
+        """The state dict to evaluate and export: the averaged weights where there are any."""
         state = self.average.state if self.average is not None else self.raw_model.state_dict()
-        return {name: whole(value).detach().clone() for name, value in state.items()}
+        return {name: value.detach().clone() for name, value in state.items()}
