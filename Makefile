@@ -89,7 +89,7 @@ train-retrieval: env ## Train the retrieval model on emoji in four languages, ev
 train-av-fusion: env ## Train and compare audio-visual fusions and both modalities alone, five seeds each (resumable)
 	$(PY) -m models.av_fusion compare --out runs/av-fusion --seeds 5
 
-bench: env ## Compare the kernels with what users run today; numbers and figures into docs/figures, tables into the pages
+bench: env ## Compare the kernels with what users run today, resumable by the cell; numbers into docs/figures, tables into the pages
 	$(PY) -m benchmarks.report
 	$(PY) -m benchmarks.report --draw --tables
 

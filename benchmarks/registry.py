@@ -48,7 +48,7 @@ class Report(Protocol):
 
     CELLS: Sequence[tuple[Any, ...]]  # the arguments of `measure`, one tuple per cell of the table
     QUICK: Sequence[tuple[Any, ...]]  # a few small ones
-    measure: Callable[..., list[Row]]  # (*cell, seconds): one row per call, ours and the peers'
+    measure: Callable[..., list[Row]]  # (*cell, seconds, skip): one row per call, ours and the peers' but those to skip
     COMPARISON: Comparison  # which rows are of one cell, and who ran
     HEADLINES: Sequence[Headline]  # the op's rows in the README's table and picture
 

@@ -1,15 +1,17 @@
 """The comparison with what users run today: tables on the screen, numbers and a figure on disk.
 
-python -m benchmarks.report [OP ...] [--quick | --draw] [--out docs/figures]
+python -m benchmarks.report [OP ...] [--quick | --draw] [--minutes 9] [--out docs/figures]
 python -m benchmarks.report --tables    # the marked tables of README.md and docs/ anew from the numbers
 """
 
 import contextlib
 import datetime
+import functools
 import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -21,10 +23,12 @@ import matplotlib as mpl
 import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
 from benchmarks import registry
 from benchmarks.harness import figures, tables
+from benchmarks.harness.cpu_cells import Cells
+from benchmarks.harness.row_log import checksum
+from benchmarks.harness.tables import Row
 from benchmarks.registry import FOLDERS
 from mmkernels import _backends
 
@@ -32,6 +36,7 @@ mpl.use("Agg")
 
 ROOT = Path(__file__).parents[1]
 NUMBERS = Path("docs/figures")
+CELLS = Path("runs/report")
 
 
 def processor() -> str:
@@ -112,10 +117,17 @@ def fill_pages(numbers: Path) -> None:
         page.write_text(tables.filled(page.read_text(), made))
 
 
+def measure_cell(console: Console, op: str, seconds: float, cell: tuple[Any, ...], skip: set[str]) -> list[Row]:
+    console.print(f"{op} {' '.join(map(str, cell))}", highlight=False)
+    torch.compiler.reset()  # every size is compiled for itself, as in training
+    return registry.report(op).measure(*cell, seconds=seconds, skip=skip)
+
+
 def main(
     ops: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join(FOLDERS)}; default: all")] = None,
     quick: Annotated[bool, typer.Option(help="a few small cells, a minute")] = False,
-    seconds: Annotated[float, typer.Option(help="time spent on each cell, beyond the least number of rounds")] = 10.0,
+    seconds: Annotated[float, typer.Option(help="the most for a cell, beyond the least number of rounds")] = 10.0,
+    minutes: Annotated[float, typer.Option(help="begin no cell after them; the same command goes on")] = float("inf"),
     draw: Annotated[bool, typer.Option(help="draw the figures again from the numbers in the folder")] = False,
     fill: Annotated[bool, typer.Option("--tables", help="make the tables of README.md and docs/ from them")] = False,
     out: Annotated[Path, typer.Option(help="folder of the numbers and the figures")] = NUMBERS,
@@ -136,14 +148,19 @@ def main(
         console.print(f"The CPU kernels cannot run here: {reason}")
         raise typer.Exit(1)
     out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * minutes
+    logs = []
     for op in ops or FOLDERS:
-        report = registry.report(op)
-        cells = report.QUICK if quick else report.CELLS
-        results: list[dict[str, Any]] = []
-        with Progress(console=console) as progress:
-            for cell in progress.track(cells, description=op):
-                torch.compiler.reset()  # every size is compiled for itself, as in training
-                results += report.measure(*cell, seconds=seconds)
+        report, machine = registry.report(op), machine_of(op)
+        under = machine | {"sources": checksum(), "seconds": seconds, "date": None}
+        cells = Cells(CELLS / f"{op}{'-quick' * quick}.jsonl", under)
+        logs.append(cells)
+        measure = functools.partial(measure_cell, console, op, seconds)
+        results = cells.measure(report.QUICK if quick else report.CELLS, report.COMPARISON.who, measure, deadline)
+        if results is None:
+            console.print(f"The time is over in the midst of {op}: run the same command again to go on.")
+            return
+        console.print(f"{op}: all cells took {cells.seconds() / 60:.1f} minutes")
         report.finish(results)
         for name, table in report.tables(results).items():
             if not table.rows:
@@ -151,10 +168,11 @@ def main(
             console.print(table.for_screen(f"{name}, CPU, {torch.get_num_threads()} threads"))
         if quick:
             continue
-        machine = machine_of(op)
         (out / f"{op}.json").write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
         report.draw(results, machine, out / f"{op}.png")
         console.print(f"Numbers: {out / f'{op}.json'}; figure: {out / f'{op}.png'}")
+    for cells in logs:
+        cells.close()
 
 
 if __name__ == "__main__":

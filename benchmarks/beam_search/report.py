@@ -2,7 +2,7 @@
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,9 @@ def inputs(dtype: torch.dtype, B: int, K: int, V: int) -> tuple[torch.Tensor, to
     return logits, -torch.rand(B, K, generator=generator)
 
 
-def measure(what: str, dtype: torch.dtype, B: int, K: int, V: int, T: int, *, seconds: float) -> list[dict[str, Any]]:
+def measure(
+    what: str, dtype: torch.dtype, B: int, K: int, V: int, T: int, *, seconds: float, skip: Container[str] = ()
+) -> list[dict[str, Any]]:
     """Every candidate at one size: median seconds; for the step also its memory, and one read at the bandwidth."""
     cell: dict[str, Any] = {"what": what, "dtype": name_of(dtype), "B": B, "K": K, "V": V, "T": T}
     if what == "step":
@@ -73,7 +75,7 @@ def measure(what: str, dtype: torch.dtype, B: int, K: int, V: int, T: int, *, se
     if "the model, in Hugging Face's" in calls:
         forward = calls.pop("the model, in Hugging Face's")
         cell["forward"] = median([forward() for _ in range(9)])
-    rows = [cell | row for row in timed(calls, "name", seconds=seconds, least=5, most=200)]
+    rows = [cell | row for row in timed(calls, "name", seconds=seconds, skip=skip, least=5, most=200)]
     if what == "step":
         for row in rows:
             row["bytes"] = peak_allocated(calls[row["name"]])

@@ -1,7 +1,7 @@
 """The report of divided_attention: TimeSformer's two steps, forward alone and with backward, against their peers."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def forward(attention: Attention, qkv: torch.Tensor) -> torch.Tensor:
 
 
 def measure(
-    axis: str, dtype: torch.dtype, clips: int, frames: int, positions: int, *, seconds: float
+    axis: str, dtype: torch.dtype, clips: int, frames: int, positions: int, *, seconds: float, skip: Container[str] = ()
 ) -> list[dict[str, Any]]:
     """Every implementation at one size: median seconds, bytes beyond inputs and outputs, and the floor.
 
@@ -78,7 +78,7 @@ def measure(
     for what, functions in steps.items():
         products, parts, given = (2, 4, part) if what == "forward" else (7, 12, 3 * part)
         before = bandwidth()
-        of_pass = measured(functions, "attention", dtype, seconds=seconds, least=3, given=given)
+        of_pass = measured(functions, "attention", dtype, seconds=seconds, skip=skip, least=3, given=given)
         cell = {
             "axis": axis,
             "dtype": name_of(dtype),

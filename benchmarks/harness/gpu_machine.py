@@ -1,14 +1,12 @@
 """What the GPU of this machine is, and what it can do at best."""
 
 import platform
-from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import torch
 
-import mmkernels
 from benchmarks.harness.gpu_runs import DTYPES, clock_and_power, seconds_of
+from benchmarks.harness.row_log import checksum
 from benchmarks.harness.tables import Row, name_of
 
 SIDE = 8192  # of the square product
@@ -20,8 +18,6 @@ def description(device: torch.device) -> dict[str, Any]:
     import triton
 
     properties = torch.cuda.get_device_properties(device)
-    package = Path(mmkernels.__file__).parent
-    sources = [path for kind in ("*.py", "*.so") for path in sorted(package.rglob(kind))]
     return {
         "GPU": properties.name,
         "multiprocessors": properties.multi_processor_count,
@@ -29,7 +25,7 @@ def description(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "kernels": f"{crc32(b''.join(path.read_bytes() for path in sources)):08x}",
+        "kernels": checksum(),
     }
 
 

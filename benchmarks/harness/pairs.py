@@ -1,6 +1,6 @@
 """The reports of losses over all pairs of N queries and N keys: forward and backward against peers, time and memory."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +39,9 @@ class PairsReport(NamedTuple):
         rows = [features(n, SIZE, dtype, seed=seed).requires_grad_() for seed in (1, 2)]
         return rows + [torch.tensor(number, requires_grad=True) for number in self.numbers]
 
-    def measure(self, dtype: torch.dtype, n: int, with_peers: bool, *, seconds: float) -> list[dict[str, Any]]:
+    def measure(
+        self, dtype: torch.dtype, n: int, with_peers: bool, *, seconds: float, skip: Container[str] = ()
+    ) -> list[dict[str, Any]]:
         """Forward and backward of every loss at one size: median seconds, and bytes beyond inputs and gradients."""
         losses = self.losses("cpu")
         if not with_peers:
@@ -48,7 +50,7 @@ class PairsReport(NamedTuple):
         gradients = sum(leaf.nbytes for leaf in leaves)
         steps = {name: both_passes(loss, leaves, *given) for name, loss in losses.items()}
         cell = {"dtype": name_of(dtype), "n": n, "products": self.products(*leaves[:2])}
-        rows = measured(steps, "loss", dtype, seconds=seconds, least=least_rounds(n), given=gradients)
+        rows = measured(steps, "loss", dtype, seconds=seconds, skip=skip, least=least_rounds(n), given=gradients)
         return [cell | row for row in rows]
 
     def bench_cases(self, sizes: Sequence[int] = (512, 2048, 8192)) -> list[BenchCase]:

@@ -11,6 +11,10 @@ import torch
 SLOW = 20
 # No compiler takes so many seconds: a first call beyond them is a slow call, and counts.
 LONGEST_COMPILATION = 30.0
+# Times are settled where the middle half of a candidate's calls, seven or more of them in a second or more of rounds,
+# lies within so much of their median: that is then known within 1 %.
+SETTLED = 0.02
+LEAST_CALLS, LEAST_SECONDS = 7, 1.0
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
@@ -19,13 +23,21 @@ def seconds_of(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def is_settled(times: list[float]) -> bool:
+    """Whether more calls would hardly move the median."""
+    if len(times) < LEAST_CALLS:
+        return False
+    first, middle, third = statistics.quantiles(times, n=4)
+    return third - first <= SETTLED * middle
+
+
 def interleaved(
     candidates: Mapping[str, Callable[[], Any]], *, seconds: float = 10.0, least: int = 3, most: int = 50
 ) -> dict[str, list[float]]:
     """Seconds of each call of each candidate, after one call of each that does not count.
 
-    Rounds go on until `seconds` have passed, but there are at least `least` and at most `most`. A candidate that takes
-    more than SLOW times as long as the first one has one time alone.
+    Rounds go on until `seconds` have passed or all times are settled; there are at least `least` and at most `most`.
+    A candidate that takes more than SLOW times as long as the first one has one time alone.
     """
     first = next(iter(candidates))
     warm = {name: seconds_of(call) for name, call in candidates.items()}
@@ -36,7 +48,9 @@ def interleaved(
 
     start = time.perf_counter()
     for turn in range(most):
-        if turn >= least and time.perf_counter() - start > seconds:
+        passed = time.perf_counter() - start
+        repeated = [of_one for of_one in times.values() if len(of_one) == turn]
+        if turn >= least and (passed > seconds or (passed > LEAST_SECONDS and all(map(is_settled, repeated)))):
             break
         for name, call in candidates.items():
             if times[name] and is_slow(name, times[name][0]):

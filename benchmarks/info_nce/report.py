@@ -1,5 +1,6 @@
 """The report of info_nce, with matches on the diagonal and with groups: forward and backward against its peers."""
 
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,10 @@ SHOWN = {**DIAGONAL, "dtype": "float32", "n": 8192}
 HEADLINES = [Headline("info_nce", "8192 pairs", DIAGONAL, SHOWN, "open_clip ClipLoss", "info_nce.md")]
 
 
-def measure(targets: str, dtype: torch.dtype, n: int, with_peers: bool, *, seconds: float) -> list[dict[str, Any]]:
-    rows = REPORTS[targets].measure(dtype, n, with_peers, seconds=seconds)
+def measure(
+    targets: str, dtype: torch.dtype, n: int, with_peers: bool, *, seconds: float, skip: Container[str] = ()
+) -> list[dict[str, Any]]:
+    rows = REPORTS[targets].measure(dtype, n, with_peers, seconds=seconds, skip=skip)
     return [{"targets": targets} | row for row in rows]
 
 

@@ -1,7 +1,7 @@
 """The report of linear_cross_entropy: forward and backward against its peers, time and memory."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def inputs(dtype: torch.dtype, n: int, v: int) -> tuple[torch.Tensor, torch.Tens
     return hidden, weight, torch.randint(v, (n,), generator=generator)
 
 
-def measure(dtype: torch.dtype, n: int, v: int, *, seconds: float) -> list[dict[str, Any]]:
+def measure(dtype: torch.dtype, n: int, v: int, *, seconds: float, skip: Container[str] = ()) -> list[dict[str, Any]]:
     """Forward and backward of every loss at one size: median seconds, and bytes beyond inputs and gradients."""
     hidden, weight, targets = inputs(dtype, n, v)
     gradients = hidden.nbytes + weight.nbytes
@@ -45,7 +45,7 @@ def measure(dtype: torch.dtype, n: int, v: int, *, seconds: float) -> list[dict[
         for name, loss in classification_losses("cpu").items()
     }
     cell = {"dtype": name_of(dtype), "n": n, "v": v, "products": 3 if _keeps_products(hidden, weight, None) else 4}
-    rows = measured(steps, "loss", dtype, seconds=seconds, least=2 if n * v > 10**8 else 5, given=gradients)
+    rows = measured(steps, "loss", dtype, seconds=seconds, skip=skip, least=2 if n * v > 10**8 else 5, given=gradients)
     return [cell | row for row in rows]
 
 

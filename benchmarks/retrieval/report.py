@@ -1,7 +1,7 @@
 """The report of retrieval_ranks and retrieval_topk against their peers, time and memory."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,9 @@ def inputs(dtype: torch.dtype, n: int, m: int) -> tuple[torch.Tensor, torch.Tens
     return features(n, SIZE, dtype, seed=1, like=keys, mean_cosine=0.15), keys, torch.arange(n)
 
 
-def measure(dtype: torch.dtype, n: int, m: int, k: int, *, seconds: float) -> list[dict[str, Any]]:
+def measure(
+    dtype: torch.dtype, n: int, m: int, k: int, *, seconds: float, skip: Container[str] = ()
+) -> list[dict[str, Any]]:
     """Every candidate at one size: median seconds, and bytes beyond inputs."""
     queries, keys, targets = inputs(dtype, n, m)
     calls: dict[str, Any]
@@ -64,7 +66,10 @@ def measure(dtype: torch.dtype, n: int, m: int, k: int, *, seconds: float) -> li
     if n >= ALONE:
         calls = {"mmkernels": calls["mmkernels"]}
     cell: dict[str, Any] = {"dtype": name_of(dtype), "n": n, "m": m, "k": k}
-    rows = [cell | row for row in measured(calls, "name", dtype, seconds=seconds, least=2 if n * m > 10**8 else 5)]
+    rows = [
+        cell | row
+        for row in measured(calls, "name", dtype, seconds=seconds, skip=skip, least=2 if n * m > 10**8 else 5)
+    ]
     for row in rows:
         if row["name"].startswith("faiss"):
             row["bytes"] = None  # torch sees only what it allocates itself

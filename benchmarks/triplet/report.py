@@ -1,6 +1,7 @@
 """The report of triplet: forward and backward against its peers, time and memory, for each mining."""
 
 import functools
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,10 @@ CELLS = [(dtype, n, mining, peers) for mining in REPORTS for dtype, n, peers in 
 QUICK = [(dtype, 2048, mining, True) for mining in REPORTS for dtype in (torch.float32, torch.bfloat16)]
 
 
-def measure(dtype: torch.dtype, n: int, mining: str, with_peers: bool, *, seconds: float) -> list[dict[str, Any]]:
-    rows = report_of(mining, n).measure(dtype, n, with_peers, seconds=seconds)
+def measure(
+    dtype: torch.dtype, n: int, mining: str, with_peers: bool, *, seconds: float, skip: Container[str] = ()
+) -> list[dict[str, Any]]:
+    rows = report_of(mining, n).measure(dtype, n, with_peers, seconds=seconds, skip=skip)
     return [{"mining": mining} | row for row in rows]
 
 
