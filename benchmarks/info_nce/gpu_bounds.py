@@ -18,10 +18,11 @@ _MULTIPLES_OF_16 = {
     "D", "stride_q", "stride_k", "stride_x", "stride_y", "stride_strip", "height", "width", "num_features"
 }  # fmt: skip
 GROWING = {"SYMMETRIC", "SMOOTHED", "SHARE"}
-_FEATURES = {"queries", "keys", "x", "y", "strip", "grad"}
+_FEATURES = {"queries", "keys", "x", "y", "strip", "grad", "other_grad"}
 _INTEGERS = {"N", "M", "num_x", "num_y", "tiles_per_group", "tiles_per_split", "num_groups", "num_splits"} | {
     "first", "first_x", "first_y", "first_row", "first_col", "depth", "place", "num_grouped", "num_rows",
-    "rows_per_group", "tiles_per_band", "num_bands", "match_offset",
+    "rows_per_group", "tiles_per_band", "num_bands", "match_offset", "splits", "num_other", "len_x", "other_depth",
+    "other_splits",
 }  # fmt: skip
 _INDICES = {"targets", "key_groups", "of_query", "of_key"}
 
@@ -39,13 +40,15 @@ def _cases(gpu: str, precision: str, config: Config) -> Iterable[Case]:
         make = functools.partial(case, "info_nce", gpu, precision, dtype)
         for symmetric, groups in itertools.product(both, both):
             yield from tiles_of_logits(make, config, SYMMETRIC=symmetric, BIAS=False, GROUPS=groups)
-        for transposed in both:
-            yield make("product_kernel", config.product, TRANSPOSED=transposed, SPLIT=True, SHARE=False)
+        for transposed, of_both in ((False, False), (True, False), (False, True)):
+            sides = {"TRANSPOSED": transposed, "BOTH": of_both}
+            if not of_both:
+                yield make("product_kernel", config.product, **sides, SPLIT=True, SHARE=False)
             for share in both:
-                yield make("product_kernel", config.product, TRANSPOSED=transposed, SPLIT=False, SHARE=share)
-        for share in both:
+                yield make("product_kernel", config.product, **sides, SPLIT=False, SHARE=share)
+        for of_both, share in itertools.product(both, both):
             block = {"BLOCK_M": products.MERGE_ROWS, "BLOCK_N": products.MERGE_FEATURES}
-            yield make("merge_product_kernel", None, SHARE=share, **block)
+            yield make("merge_product_kernel", None, BOTH=of_both, SHARE=share, **block)
         if precision == "half":
             tile = chunked.tile_of(gpu)
             block = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
@@ -153,6 +156,7 @@ def is_main(case: Case) -> bool:
         case.dtype != "fp16"
         and not constants.get("SMOOTHED")
         and not constants.get("GROUPS")
+        and not constants.get("BOTH")
         and constants.get("SYMMETRIC", True)
         and (constants.get("SHARE", True) or constants.get("SPLIT", False))
     )

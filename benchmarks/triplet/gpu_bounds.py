@@ -18,6 +18,7 @@ _INDICES = {"row_index", "col_index", "worst", "starts", "columns", "peaks"}
 _INTEGERS = {
     "N", "M", "first", "height", "width", "num_x", "num_y", "tiles_per_group", "tiles_per_split",
     "num_groups", "num_splits", "all_groups", "first_x", "first_y", "depth", "place",
+    "splits", "num_other", "len_x", "other_depth", "other_splits",
 }  # fmt: skip
 
 
@@ -42,10 +43,11 @@ def _cases(gpu: str, precision: str) -> Iterable[Case]:
                     yield make("finish_hinges_kernel", None, BLOCK=launch.MERGE_BLOCK, **flags)
             for flag in (False, True):
                 yield make("worst_kernel", tile, SYMMETRIC=symmetric, SEMI_HARD=flag)
-        for transposed in (False, True):  # into float32
+        for transposed, of_both in ((False, False), (True, False), (False, True)):  # into float32
             product = CONFIGS[gpu][precision].product
-            yield make("product_kernel", product, TRANSPOSED=transposed, SPLIT=False, SHARE=False)
-        yield make("merge_product_kernel", None, SHARE=False, **merge)
+            yield make("product_kernel", product, TRANSPOSED=transposed, BOTH=of_both, SPLIT=False, SHARE=False)
+        for of_both in (False, True):
+            yield make("merge_product_kernel", None, BOTH=of_both, SHARE=False, **merge)
         yield make("finish_gradients_kernel", None, **merge)
         sparse = {"BLOCK": products.MERGE_FEATURES, "STEP": launch.MERGE_STEP}
         yield make("sparse_product_kernel", None, **sparse)
@@ -93,4 +95,5 @@ def problems(case: Case, rows: int = 32768, features: int = 512) -> list[Problem
 def is_main(case: Case) -> bool:
     """The loss that users run most: symmetric, and its mean."""
     constants = dict(case.constants)
-    return case.dtype != "fp16" and constants.get("SYMMETRIC", True) and not constants.get("WEIGHTED")
+    left_out = constants.get("WEIGHTED") or constants.get("BOTH")
+    return case.dtype != "fp16" and constants.get("SYMMETRIC", True) and not left_out

@@ -1,9 +1,13 @@
 """How the kernels over pairs are launched: the features as they read them, their options, and the blocks they walk."""
 
+import contextlib
 import functools
+import threading
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
@@ -15,6 +19,9 @@ NO_FUSION = {"enable_fp_fusion": False}
 MERGE_STEP = 16  # depth of a step of the kernels without a dot product
 MERGE_BLOCK = 128  # entries that one of their programs takes
 MAX_PARTIALS = 32  # partial results of a row or a column
+# Whether a compiled form can be launched apart from its kernel. The interpreter has none, and on AMD a form depends on
+# the sizes of tensors, too.
+HAS_FORMS = not triton.knobs.runtime.interpret and torch.version.hip is None
 
 
 def compiler_options(tile: Tile | None) -> dict[str, int]:
@@ -38,6 +45,31 @@ def launch_options(tile: Tile) -> dict[str, int]:
     }
 
 
+class Launch(NamedTuple):
+    """A launch that was made: of which compiled form, on which grid, with which arguments and constants."""
+
+    form: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+
+
+class _Notes(threading.local):
+    launches: list[Launch | None] | None = None  # of this thread, while noted_launches has them noted
+
+
+_notes = _Notes()
+
+
+@contextlib.contextmanager
+def noted_launches() -> Iterator[list[Launch | None]]:
+    """The launches that this thread makes meanwhile; None for one without a form."""
+    before, _notes.launches = _notes.launches, []
+    try:
+        yield _notes.launches
+    finally:
+        _notes.launches = before
+
+
 class Launcher:
     """A kernel with its constants: launcher(grid, *arguments) is kernel[grid](*arguments, **constants).
 
@@ -50,8 +82,7 @@ class Launcher:
         self.kernel, self.constants = kernel, constants
         self.values = tuple(constants[name] for name in kernel.arg_names if name in constants)
         self.forms: dict[tuple[Any, ...], Any] = {}
-        # The interpreter has no forms. On AMD a form depends on the sizes of tensors, too.
-        self.has_forms = isinstance(kernel, JITFunction) and torch.version.hip is None
+        self.has_forms = HAS_FORMS and isinstance(kernel, JITFunction)
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
         addresses = largest = 0
@@ -63,17 +94,16 @@ class Launcher:
             elif isinstance(argument, int):
                 key.append(2 if argument == 1 else argument & 15 == 0)
                 largest |= argument
+        form = None
         if not self.has_forms or addresses & 15 or largest >> 31:
             self.kernel[grid](*arguments, **self.constants)
-            return
-        forms, kinds = self.forms, tuple(key)
-        form = forms.get(kinds)
-        if form is not None:
+        elif (form := self.forms.get(kinds := tuple(key))) is not None:
             form[(*grid, 1, 1)[:3]](*arguments, *self.values)
-        else:
-            form = self.kernel[grid](*arguments, **self.constants)
-            if form is not None:
-                forms[kinds] = form
+        elif (form := self.kernel[grid](*arguments, **self.constants)) is not None:
+            self.forms[kinds] = form
+        if _notes.launches is not None:
+            made = None if form is None else Launch(form, (*grid, 1, 1)[:3], (*arguments, *self.values))
+            _notes.launches.append(made)
 
 
 @functools.cache

@@ -46,11 +46,11 @@ class Problem:
         grad_queries = self.queries.new_empty(N, D, dtype=dtype) if of_queries else None
         grad_keys = None if num_grad_keys is None else self.keys.new_empty(num_grad_keys, D, dtype=dtype)
         key_sums = self.keys.new_empty(M, dtype=FP32) if sums else None
-        of_scale = products.gradients_of_both(
+        shares = products.gradients_of_both(
             self.fill, padded(self.queries), padded(self.keys), TILE, TILE, "ieee", torch.tensor(0.5),
             grad_queries, grad_keys, of_scale, key_sums, of_rows,
         )  # fmt: skip
-        return grad_queries, grad_keys, of_scale, key_sums
+        return grad_queries, grad_keys, shares.sum(), key_sums
 
     def check(self, of_queries=True, num_grad_keys=None, of_scale=False, sums=False, **options):
         results = self.run(of_queries, num_grad_keys, of_scale, sums, **options)

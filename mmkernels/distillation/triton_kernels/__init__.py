@@ -176,8 +176,9 @@ def distillation_backward(
             *statistics, weights, teacher_weights, match_weights.contiguous(),
             _factors(statistics, weights, teacher_weights, symmetric, tile), symmetric, tile, precision,
         )  # fmt: skip
-        grad_scale = gradients_of_both(
+        shares = gradients_of_both(
             logits.fill, logits.queries, logits.keys, logits.tile, config.product, precision, factor,
             grad_queries if output_mask[0] else None, grad_keys if output_mask[1] else None, output_mask[2],
         )  # fmt: skip
+    grad_scale = shares.sum() if output_mask[2] else shares
     return grad_queries, grad_keys, grad_scale if unit is None or not output_mask[2] else grad_scale * unit

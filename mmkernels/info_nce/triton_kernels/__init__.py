@@ -19,6 +19,7 @@ Memory beyond inputs and outputs, in bytes, e = bytes of an element:
 No atomics: results are the same bits from run to run. Logits are in base 2 inside the kernels: 2^x is one instruction.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from mmkernels._checks import require_targets
 from mmkernels._tiles.configs import choose
 from mmkernels._tiles.launch import MERGE_BLOCK, MERGE_STEP, aligned, launcher, walk_down_columns
 from mmkernels._tiles.products import fp16_unit, gradients_of_both
+from mmkernels._tiles.replay import replayed
 from mmkernels._tiles.slots import slot_flags
 from mmkernels._tiles.triton import Tile, cdiv, chip_of, family_of, on_device
 from mmkernels.info_nce.groups import Groups, number_groups, require_groups
@@ -84,12 +86,19 @@ def cross_entropy_forward(of: CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
 
     The log-sum-exps are in base 2, each as a rounded value and its rounding error.
     """
+    config, precision = choose(of.queries)
+    tile = config.of_forward(of.groups is not None, of.symmetric)
+    targets = _targets(of.targets, len(of.queries), of.queries.device)
+    of = of._replace(queries=aligned(of.queries), keys=aligned(of.keys), targets=targets)
+    with on_device(of.queries.device):
+        return replayed(_forward, of, tile, precision)
+
+
+def _forward(of: CrossEntropy, tile: Tile, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+    """cross_entropy_forward, of aligned features and given targets."""
     queries, keys, scale, bias, targets, groups, symmetric, _ = of
+    assert targets is not None
     N, M = queries.shape[0], keys.shape[0]
-    config, precision = choose(queries)
-    tile = config.of_forward(groups is not None, symmetric)
-    queries, keys = aligned(queries), aligned(keys)
-    targets = _targets(targets, N, queries.device)
     row_ids, key_ids = (targets, targets) if groups is None else groups[:2]
 
     walk = walk_down_columns(N, M, tile, queries.device)
@@ -99,17 +108,15 @@ def cross_entropy_forward(of: CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
     col_partials = scale.new_empty(planes, walk.groups, M) if symmetric else row_partials
     parts = scale.new_empty(walk.groups * walk.splits * tile.block_m // 16 * tile.block_n if symmetric else 0)
 
-    with on_device(queries.device):
-        flags = {"SYMMETRIC": symmetric, "BIAS": bias is not None, "GROUPS": groups is not None}
-        flags_of_device = slot_flags(tile, family_of(queries.device))
-        launcher(forward_kernel, tile, PRECISION=precision, **flags, **flags_of_device)(
-            (walk.groups * walk.splits,),
-            queries, keys, scale, scale if bias is None else bias,
-            row_ids, key_ids, positives, row_partials, col_partials, parts,
-            N, M, len(key_ids), queries.shape[1], queries.stride(0), keys.stride(0), *walk,
-        )  # fmt: skip
-        padded = of._replace(queries=queries, keys=keys)
-        return finish_forward(padded, targets, row_partials, col_partials, positives, walk.groups, walk.splits)
+    flags = {"SYMMETRIC": symmetric, "BIAS": bias is not None, "GROUPS": groups is not None}
+    flags_of_device = slot_flags(tile, family_of(queries.device))
+    launcher(forward_kernel, tile, PRECISION=precision, **flags, **flags_of_device)(
+        (walk.groups * walk.splits,),
+        queries, keys, scale, scale if bias is None else bias,
+        row_ids, key_ids, positives, row_partials, col_partials, parts,
+        N, M, len(key_ids), queries.shape[1], queries.stride(0), keys.stride(0), *walk,
+    )  # fmt: skip
+    return finish_forward(of, targets, row_partials, col_partials, positives, walk.groups, walk.splits)
 
 
 def finish_forward(
@@ -236,22 +243,32 @@ def _differentiate(
     grad_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Fill the gradients; returns those of the scale and the bias."""
-    queries, keys, scale, _, _, groups, *_ = of
-    config, precision = choose(queries)
-    of = of._replace(queries=aligned(queries), keys=aligned(keys))
-    weights, col_weights, row_shares, col_shares, factor, unit = weights_of_logits(of, weights, col_weights)
-    row_ids, key_ids = (targets, targets) if groups is None else groups[:2]
-    tile = config.of_grad_logits(groups is not None, spread)
-    logits = _Logits(
-        of, row_ids, key_ids, row_lse, col_lse, weights, col_weights, row_shares, col_shares,
-        _factors(of, row_ids, row_lse, col_lse, weights, col_weights, tile), spread, tile, precision,
-    )  # fmt: skip
-    grad_scale = gradients_of_both(
-        logits.fill, of.queries, of.keys, tile, config.product, precision, factor,
-        grad_queries, grad_keys, of_scale, grad_bias,
-    )  # fmt: skip
-    grad_bias = scale.new_empty(0) if grad_bias is None else grad_bias
+    config, precision = choose(of.queries)
+    tile = config.of_grad_logits(of.groups is not None, spread)
+    of = of._replace(queries=aligned(of.queries), keys=aligned(of.keys), targets=targets)
+    logits = _Logits(of, row_lse, col_lse, weights_of_logits(of, weights, col_weights), spread, tile, precision)
+    shares = replayed(_gradients, logits, config.product, grad_queries, grad_keys, of_scale, grad_bias)[0]
+    grad_scale = shares.sum() if of_scale else shares
+    grad_bias = of.scale.new_empty(0) if grad_bias is None else grad_bias
+    unit = logits.weights.unit
     return (grad_scale, grad_bias) if unit is None else (grad_scale * unit, grad_bias * unit)
+
+
+def _gradients(
+    logits: "_Logits",
+    product: Tile,
+    grad_queries: Tensor | None,
+    grad_keys: Tensor | None,
+    of_scale: bool,
+    grad_bias: Tensor | None,
+) -> tuple[Tensor]:
+    """Fill the gradients; returns the parts of the scale's."""
+    factors = _factors(logits)
+    shares = gradients_of_both(
+        functools.partial(_fill, logits, factors), logits.of.queries, logits.of.keys, logits.tile, product,
+        logits.precision, logits.weights.factor, grad_queries, grad_keys, of_scale, grad_bias,
+    )  # fmt: skip
+    return (shares,)
 
 
 class WeightsOfLogits(NamedTuple):
@@ -287,41 +304,34 @@ def weights_of_logits(of: CrossEntropy, of_rows: Tensor, of_cols: Tensor) -> Wei
 class _Logits(NamedTuple):
     """All that the gradient of the logits depends on."""
 
-    of: CrossEntropy  # its features padded
-    row_ids: Tensor  # [N], the targets, or the groups by numbers
-    key_ids: Tensor  # [M] or fewer, the groups by numbers
+    of: CrossEntropy  # its features padded, its targets given
     row_lse: Tensor  # [2, N]
     col_lse: Tensor  # [2, M]
-    row_weights: Tensor  # [N], the gradient of the cross-entropy of each row
-    col_weights: Tensor  # [M], of each column
-    row_shares: Tensor  # [N], with groups: what each positive of a row subtracts
-    col_shares: Tensor  # [M], what each positive of a column subtracts
-    factors: tuple[Tensor, ...]  # of rows [N] and columns [M], the bounds of their blocks, and where positives are
+    weights: WeightsOfLogits
     spread: bool  # take off what label smoothing spreads evenly
     tile: Tile
     precision: str
 
-    def fill(self, strip: Tensor, first_row: int, first_col: int) -> None:
-        """The part of dS that begins at first_row, first_col into the strip; see gradients_of_both."""
-        queries, keys, scale, bias, _, groups, symmetric, label_smoothing = self.of
-        height, width = strip.shape
-        flags = {"SYMMETRIC": symmetric, "BIAS": bias is not None, "GROUPS": groups is not None}
-        flags["SMOOTHED"] = self.spread
-        of_family = grad_logits_flags(family_of(strip.device))
-        launcher(grad_logits_kernel, self.tile, PRECISION=self.precision, **flags, **of_family)(
-            (self.programs(height // self.tile.block_m * (width // self.tile.block_n)),),
-            queries, keys, scale, scale if bias is None else bias,
-            self.row_ids, self.key_ids, self.row_lse, self.col_lse, self.row_weights, self.col_weights,
-            self.row_shares, self.col_shares, *self.factors, strip,
-            first_row, first_col, height, width, len(queries), len(keys), len(self.key_ids),
-            queries.shape[1], queries.stride(0), keys.stride(0), float(label_smoothing),
-        )  # fmt: skip
 
-    def programs(self, tiles: int) -> int:
-        """A program without groups takes several tiles, one after the other: two programs fill a multiprocessor."""
-        if self.of.groups is not None:
-            return tiles
-        return min(tiles, 2 * chip_of(self.of.queries.device).multiprocessors)
+def _fill(logits: _Logits, factors: tuple[Tensor, ...], strip: Tensor, first_row: int, first_col: int) -> None:
+    """The part of dS that begins at first_row, first_col into the strip; see gradients_of_both."""
+    queries, keys, scale, bias, targets, groups, symmetric, label_smoothing = logits.of
+    assert targets is not None
+    row_ids, key_ids = (targets, targets) if groups is None else groups[:2]
+    tile, (height, width) = logits.tile, strip.shape
+    flags = {"SYMMETRIC": symmetric, "BIAS": bias is not None, "GROUPS": groups is not None}
+    flags["SMOOTHED"] = logits.spread
+    of_family = grad_logits_flags(family_of(strip.device))
+    tiles = height // tile.block_m * (width // tile.block_n)
+    # Without groups a program takes several tiles, one after the other: two programs fill a multiprocessor.
+    programs = tiles if groups is not None else min(tiles, 2 * chip_of(strip.device).multiprocessors)
+    launcher(grad_logits_kernel, tile, PRECISION=logits.precision, **flags, **of_family)(
+        (programs,),
+        queries, keys, scale, scale if bias is None else bias,
+        row_ids, key_ids, logits.row_lse, logits.col_lse, *logits.weights[:4], *factors, strip,
+        first_row, first_col, height, width, len(queries), len(keys), len(key_ids),
+        queries.shape[1], queries.stride(0), keys.stride(0), float(label_smoothing),
+    )  # fmt: skip
 
 
 def grad_logits_flags(family: str) -> dict[str, int]:
@@ -329,17 +339,10 @@ def grad_logits_flags(family: str) -> dict[str, int]:
     return {"FLAT": int(family != "gfx942")}
 
 
-def _factors(
-    of: CrossEntropy,
-    targets: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
-    weights: Tensor,
-    col_weights: Tensor,
-    tile: Tile,
-) -> tuple[Tensor, ...]:
-    """What softmax_factors_kernel stores: the factors of rows and columns, the bounds of their blocks, and the tiles
-    with a positive."""
+def _factors(logits: _Logits) -> tuple[Tensor, ...]:
+    """What softmax_factors_kernel stores: the factors of rows [N] and columns [M], the bounds of their blocks, and the
+    tiles with a positive."""
+    of, row_lse, col_lse, (weights, col_weights, *_), _, tile, _ = logits
     if of.groups is not None:
         return (weights,) * 5  # no tile is plain
     N, M = len(of.queries), len(of.keys)
@@ -351,7 +354,7 @@ def _factors(
     block = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     launcher(softmax_factors_kernel, SYMMETRIC=of.symmetric, **block)(
         (row_blocks + col_blocks,),
-        targets, row_lse, col_lse, weights, col_weights, row_factors, col_factors, row_bounds, col_bounds,
+        of.targets, row_lse, col_lse, weights, col_weights, row_factors, col_factors, row_bounds, col_bounds,
         positives_in, N, M,
     )  # fmt: skip
     return row_factors, col_factors, row_bounds, col_bounds, positives_in
