@@ -31,7 +31,7 @@ from models.common.gallery import Encoder, save_report
 from models.common.plots import contact_sheet
 from models.common.schedule import TrainConfig
 from models.common.training import Trainer
-from models.data import ImageTextSet
+from models.data import ImageTextSet, Splits
 from models.data.config import DataConfig
 from models.data.emoji.styles import load_style
 from models.data.sets import BadDataLog
@@ -250,6 +250,7 @@ def run_demo(out: Path, budget: float, data: str) -> None:
             source = draw_styles(source, until)
     with clock.phase("text features", clock.box("text")) as until:
         trainer, splits = clip_trainer(preset, source, config, out, text_encoder=text_encoder, resume=False)
+        assert isinstance(splits, Splits)
         read_ahead(trainer, until)
     model, task = trainer.raw_model, trainer.task
     assert isinstance(model, CLIP)

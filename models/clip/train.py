@@ -20,15 +20,16 @@ from models.clip.model import CLIP, PRESETS, ClipConfig, PresetName, TextConfig,
 from models.clip.text import FrozenText, TextEncoderName, text_reader
 from models.common.checkpoint import CheckpointError
 from models.common.cli import announce
-from models.common.console import console, say
+from models.common.console import console, say, warn
 from models.common.engine import Engine
 from models.common.runs import load_run
 from models.common.schedule import TrainConfig
 from models.common.state import differences
 from models.common.training import Task, Trainer
 from models.data import Batch, BatchPlan, Splits, Tokenizer
-from models.data.config import DataConfig, batch_plan, load_data
+from models.data.config import DataConfig, batch_plan, open_data, shard_plan
 from models.data.sets import BadDataLog
+from models.data.shards.image_text import ShardData, ShardPlan
 from models.data.share import ALL, Share
 
 
@@ -54,7 +55,7 @@ class ClipTask(Task):
     drawings.
     """
 
-    plan: BatchPlan
+    plan: BatchPlan | ShardPlan
     loss_name: LossName = "fused"
     image_weight: float = 0.0
     scale_lr: float = 1.0
@@ -194,10 +195,10 @@ def clip_trainer(
     resume: bool = True,
     compile_model: bool = False,
     cpu: bool = False,
-) -> tuple[Trainer, Splits]:
+) -> tuple[Trainer, Splits | ShardData]:
     """Read the data, and make everything ready to train in ``out``, or to go on there."""
     bad = bad if bad is not None else BadDataLog()
-    splits = load_data(data, bad)
+    splits = open_data(data, bad)
     announce(splits.notes, bad)
     torch.manual_seed(train.seed)
     random.seed(train.seed)
@@ -208,8 +209,8 @@ def clip_trainer(
         data = replace(data, fixed_captions=data.fixed_captions or FIXED_CAPTIONS)
     model = CLIP(config).to(memory_format=torch.channels_last)
     whole = replace(data, batch_size=data.batch_size * train.accumulate)
-    plan = batch_plan(splits, whole, reader, config.vision.image_size)
-    if isinstance(reader, FrozenText):
+    plan = _plan(splits, whole, reader, config.vision.image_size, bad)
+    if isinstance(reader, FrozenText) and isinstance(splits, Splits) and isinstance(plan, BatchPlan):
         found = (splits.train.concepts[concept] for concept in plan.rows)
         names = [concept.name for concept in found if not concept.variant]
         reader.learn(names)
@@ -227,18 +228,31 @@ def clip_trainer(
     trainer.begin(resume)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     console.print(
-        f"{preset}: {parameters:.1f} M parameters, text encoder {text_encoder}, {len(splits.train)} images of "
-        f"{len(plan.rows)} captions, {plan.steps_per_epoch} steps an epoch, {trainer.device}, precision "
+        f"{preset}: {parameters:.1f} M parameters, text encoder {text_encoder}, {len(splits.train)} images, "
+        f"{plan.steps_per_epoch} steps an epoch, {trainer.device}, precision "
         f"{trainer.config.precision}, loss {loss}"
     )
     return trainer, splits
+
+
+def _plan(
+    data: Splits | ShardData, config: DataConfig, reader: Tokenizer | FrozenText, image_size: int, bad: BadDataLog
+) -> BatchPlan | ShardPlan:
+    if isinstance(data, Splits):
+        return batch_plan(data, config, reader, image_size)
+    if isinstance(reader, FrozenText):
+        raise ValueError(
+            f"--text-encoder {reader.name} reads all captions before training, and those of shards are read as it "
+            "goes: take --text-encoder trained"
+        )
+    return shard_plan(data, config, reader, image_size, bad)
 
 
 def read_ahead(trainer: Trainer, until: float | None = None) -> None:
     """Let a frozen text encoder read all captions before training, until a time at most; see ``FrozenText.learn``."""
     assert isinstance(trainer.task, ClipTask)
     plan = trainer.task.plan
-    if not isinstance(plan.tokenizer, FrozenText):
+    if not isinstance(plan, BatchPlan) or not isinstance(plan.tokenizer, FrozenText):
         return
     captions = plan.captions()
     began = time.monotonic()
@@ -250,9 +264,12 @@ def read_ahead(trainer: Trainer, until: float | None = None) -> None:
 
 def train_run(
     preset: PresetName, data: DataConfig, train: TrainConfig, out: Path, **options: Any
-) -> tuple[Trainer, Splits]:
+) -> tuple[Trainer, Splits | ShardData]:
     """Read the data, train, and leave checkpoints and logs in ``out``; the options are :func:`clip_trainer`'s."""
+    bad = options.setdefault("bad", BadDataLog())
     trainer, splits = clip_trainer(preset, data, train, out, **options)
     read_ahead(trainer)
     trainer.fit()
+    if isinstance(splits, ShardData) and len(bad):
+        warn(bad.summary())
     return trainer, splits

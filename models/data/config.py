@@ -15,6 +15,8 @@ from models.data.emoji.splits import EmojiConfig, load_emoji
 from models.data.emoji.styles import NPM_STYLES, all_train_styles
 from models.data.folder import load_folder
 from models.data.sets import BadDataLog, Splits, found_from_anywhere
+from models.data.shards.image_text import ShardData, ShardPlan, load_shards, open_shard_data
+from models.data.shards.names import are_shards
 from models.data.synthetic import load_synthetic
 
 Config = TypeVar("Config", bound="DataConfig")
@@ -26,7 +28,7 @@ class DataConfig:
 
     source: str = field(
         default="emoji",
-        metadata={"help": "'emoji', 'synthetic', or a folder with a captions file.", "name": "--data"},
+        metadata={"help": "'emoji', 'synthetic', a folder with a captions file, or shards.", "name": "--data"},
     )
     styles: tuple[str, ...] = field(
         default=("openmoji", "openmoji-flat", "openmoji-line", "noto"),
@@ -92,12 +94,39 @@ def load_data(
         )
     if config.source == "synthetic":
         return load_synthetic(config.stored_size, languages=languages)
+    if are_shards(config.source):
+        return load_shards(config.source, config.stored_size, bad)
     path = Path(config.source)
     if not path.exists():
         raise FileNotFoundError(
-            f"--data {config.source}: not 'emoji', 'synthetic' or an existing folder or captions file"
+            f"--data {config.source}: not 'emoji', 'synthetic' or an existing folder, captions file or shard"
         )
     return load_folder(path, config.stored_size, bad, images=images)
+
+
+def open_data(config: DataConfig, bad: BadDataLog) -> Splits | ShardData:
+    """What a model trains on that reads shards as training goes: they stay where they are, other data are read."""
+    return open_shard_data(config.source, bad) if are_shards(config.source) else load_data(config, bad)
+
+
+def shard_plan(
+    data: ShardData,
+    config: DataConfig,
+    tokenizer: Callable[[Sequence[str]], Tensor],
+    image_size: int,
+    bad: BadDataLog,
+) -> ShardPlan:
+    """The training batches of shards."""
+    return ShardPlan(
+        data.train,
+        tokenizer,
+        Augment(image_size, config.augment),
+        bad,
+        size=config.stored_size,
+        batch_size=config.batch_size,
+        views=config.views,
+        seed=config.seed,
+    )
 
 
 def batch_plan(

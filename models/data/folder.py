@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ IMAGE_COLUMNS = ("image", "file", "file_name", "filename", "filepath", "path")
 CAPTION_COLUMNS = ("caption", "text", "title")
 LANGUAGE_COLUMNS = ("language", "lang")
 CAPTION_FILES = ("captions.csv", "captions.jsonl", "captions.json", "metadata.csv", "metadata.jsonl")
+
+T = TypeVar("T")  # how an image is kept: its pixels, or a file
 
 
 def images_folder(source: Path, images: Path | None) -> Path:
@@ -63,47 +66,64 @@ def load_folder(
     """
     bad = bad if bad is not None else BadDataLog()
     source = captions_file(path)
+    listed = list_captions(source, bad, images)
+    found = gather(source, listed, lambda name: read_image(Path(name), size), bad)
+    return splits_of_images(source, found, test_share)
+
+
+def list_captions(source: Path, bad: BadDataLog, images: Path | None = None) -> Iterator[tuple[str, str, Row]]:
+    """The rows of a captions file: where each stands, its image, and the row; those that lack one are reported."""
     folder = images_folder(source, images)
-    found: dict[str, _Image] = {}
-    broken: set[str] = set()
     for number, row in read_rows(source, bad, (IMAGE_COLUMNS, CAPTION_COLUMNS), lists=CAPTION_COLUMNS):
         where = f"{source}, line {number}"
         file, caption = column(row, IMAGE_COLUMNS), column(row, CAPTION_COLUMNS)
         if not file:
             bad.report(where, f"names no image (looked for the columns {', '.join(IMAGE_COLUMNS)})")
-            continue
-        if not caption:
+        elif not caption:
             bad.report(where, f"has no caption (looked for the columns {', '.join(CAPTION_COLUMNS)})")
-            continue
-        name = str(folder / os.path.normpath(file))
+        else:
+            yield where, str(folder / os.path.normpath(file)), row
+
+
+def gather(
+    source: Path | str, rows: Iterable[tuple[str, str, Row]], read: Callable[[str], T], bad: BadDataLog
+) -> dict[str, Captioned[T]]:
+    """What the rows say of each image, by its name; one that ``read`` refuses is reported, and left out."""
+    found: dict[str, Captioned[T]] = {}
+    broken: set[str] = set()
+    for where, name, row in rows:
         if name in broken:
             continue
         if name not in found:
             try:
-                pixels = read_image(Path(name), size)
+                found[name] = Captioned(read(name))
             except BadDataError as error:
                 broken.add(name)
                 bad.report(name, str(error).removeprefix(f"{name}: "))
                 continue
-            found[name] = _Image(pixels)
-        if fault := found[name].add(caption, row):
+        if fault := found[name].add(column(row, CAPTION_COLUMNS), row):
             bad.report(where, fault)
     if not found:
         raise BadDataError(f"{source}: no usable image and caption in it" + (f" ({bad.summary()})" if len(bad) else ""))
+    return found
+
+
+def split_of_image(source: Path | str, image: Captioned[Any], test_share: float = 0.1) -> str:
+    """The split that the rows of an image name, or the one of its group by hash."""
+    named = image.fields.get("split", "").lower()
+    if named:
+        return known_split(source, named)
+    return "test" if hash_share(image.group) < test_share else "train"
+
+
+def splits_of_images(source: Path | str, found: Mapping[str, Captioned[Tensor]], test_share: float = 0.1) -> Splits:
+    """Images in memory, each a concept of its own."""
     own = list(found.values())
     shared = Counter(caption for image in own for caption in image.captions)
-    groups = [image.fields.get("group") or image.captions[0] for image in own]
     label_names = sorted({image.fields["label"] for image in own if "label" in image.fields})
     labelled = bool(label_names) and all("label" in image.fields for image in own)
-    concepts = [image.concept(group, labelled, shared) for image, group in zip(own, groups, strict=True)]
-
-    def split_of(row: int) -> str:
-        named = own[row].fields.get("split", "").lower()
-        if named:
-            return known_split(source, named)
-        return "test" if hash_share(groups[row]) < test_share else "train"
-
-    splits = [split_of(row) for row in range(len(own))]
+    concepts = [image.concept(labelled, shared) for image in own]
+    splits = [split_of_image(source, image, test_share) for image in own]
 
     def collect(split: str) -> ImageTextSet | None:
         rows = [row for row, of in enumerate(splits) if of == split]
@@ -111,7 +131,7 @@ def load_folder(
             return None
         ids = torch.tensor(rows)
         return ImageTextSet(
-            torch.stack([own[i].pixels for i in rows]), ids, torch.zeros_like(ids), concepts, ["folder"]
+            torch.stack([own[i].content for i in rows]), ids, torch.zeros_like(ids), concepts, ["folder"]
         )
 
     train, test = collect("train"), collect("test")
@@ -128,10 +148,10 @@ def load_folder(
 
 
 @dataclass
-class _Image:
-    """An image and what the rows say of it."""
+class Captioned(Generic[T]):
+    """An image, as it is kept, and what the rows say of it."""
 
-    pixels: Tensor
+    content: T
     captions: list[str] = field(default_factory=list)
     names: dict[str, str] = field(default_factory=dict)  # by language
     fields: dict[str, str] = field(default_factory=dict)  # label, group, split
@@ -149,9 +169,14 @@ class _Image:
             self.names.setdefault(language, caption)
         return None
 
-    def concept(self, group: str, labelled: bool, shared: Mapping[str, int]) -> Concept:
+    @property
+    def group(self) -> str:
+        """What the image must not be parted from: the rows' group, or the images with the same first caption."""
+        return self.fields.get("group") or self.captions[0]
+
+    def concept(self, labelled: bool, shared: Mapping[str, int]) -> Concept:
         """The concept that the image alone shows; its name is the first caption that no other image shares."""
         name = next((caption for caption in self.captions if shared[caption] == 1), self.captions[0])
         others = tuple(caption for caption in self.captions if caption != name)
         labels = {"label": self.fields["label"]} if labelled else {}
-        return Concept(name, group, captions=others, labels=labels, names=self.names)
+        return Concept(name, self.group, captions=others, labels=labels, names=self.names)

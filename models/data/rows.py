@@ -25,7 +25,7 @@ def column(row: Row, names: Sequence[str]) -> str:
     return next((row[name].strip() for name in names if row.get(name, "").strip()), "")
 
 
-def known_split(source: Path, name: str) -> str:
+def known_split(source: Path | str, name: str) -> str:
     """The split that a list or a folder means by a name; a name that means none is refused."""
     if name not in SPLIT_NAMES:
         raise BadDataError(f"{source}: unknown split {name!r}; use train, validation or test")
@@ -155,7 +155,7 @@ def _json_lines(path: Path, text: str, lists: Sequence[str]) -> Iterator[tuple[i
         except (ValueError, RecursionError) as error:  # a ValueError of its own for numbers of thousands of digits
             reason = "too deep" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
             raise BadDataError(f"{path}, line {number}: not JSON ({reason})") from error
-        yield from _object_rows(f"{path}, line {number}", number, row, lists)
+        yield from object_rows(f"{path}, line {number}", number, row, lists)
 
 
 def _whole_json(text: str) -> dict[str, Any] | list[Any] | None:
@@ -175,10 +175,10 @@ def _whole_rows(path: Path, whole: dict[str, Any] | list[Any], lists: Sequence[s
         yield from _karpathy_rows(path, whole["images"])
         return
     for number, row in enumerate(whole if isinstance(whole, list) else [whole], 1):
-        yield from _object_rows(f"{path}, object {number}", number, row, lists)
+        yield from object_rows(f"{path}, object {number}", number, row, lists)
 
 
-def _object_rows(where: str, number: int, row: Any, lists: Sequence[str]) -> Iterator[tuple[int, Row]]:
+def object_rows(where: str, number: int, row: Any, lists: Sequence[str]) -> Iterator[tuple[int, Row]]:
     """The rows of one JSON object: one for each text of a list of texts, as BLIP's annotations have."""
     if not isinstance(row, dict):
         raise BadDataError(f"{where}: expected an object, got {type(row).__name__}")

@@ -153,8 +153,9 @@ class Splits:
 
 
 def found_from_anywhere(source: str, *named: str) -> str:
-    """Data as a run keeps it: a path that exists as an absolute one, the name of a built-in source as it is."""
-    return str(Path(source).resolve()) if source not in named and Path(source).exists() else source
+    """Data as a run keeps it: a path or a pattern of shards as an absolute one, a built-in source by its name."""
+    is_path = source not in named and (Path(source).exists() or source.endswith(".tar"))
+    return str(Path(source).resolve()) if is_path else source
 
 
 def hash_share(name: str) -> float:
@@ -190,6 +191,7 @@ class BadDataLog:
         self.policy = policy
         self.warn = warn
         self.files: list[str] = []
+        self._known: set[str] = set()
         self.reasons: Counter[str] = Counter()
 
     def __len__(self) -> int:
@@ -200,8 +202,9 @@ class BadDataLog:
         message = f"{file}: {reason}"
         if self.policy == "raise":
             raise BadDataError(f"{message} (leave the default --on-bad-data skip to go on without such files)")
-        if file in self.files:
+        if file in self._known:
             return  # met again: an evaluation reads its videos more than once
+        self._known.add(file)
         self.files.append(file)
         self.reasons[reason] += 1
         if self.warn is not None:

@@ -11,8 +11,10 @@ Frames are decoded by PyAV, whose wheel brings FFmpeg with it. A file is opened 
 
 from __future__ import annotations
 
+import functools
+import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +37,7 @@ from models.data.rows import (
     read_text,
 )
 from models.data.sets import BadDataError, BadDataLog, hash_share
+from models.data.shards.part import FilePart
 from models.data.video import VideoSet, VideoSplits
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv")
@@ -44,9 +47,15 @@ KINETICS_COLUMNS = ("youtube_id", "time_start", "time_end")
 _LONGEST_PATH = 4096  # signs, on Linux: no comma behind them ends the path of a line
 
 Sampling = Literal["uniform", "dense"]
+VideoFile = Path | FilePart  # a part is a video in a shard
 
 
-def frame_times(path: Path) -> list[float]:
+def _opened(path: VideoFile) -> str | io.BytesIO:
+    """What PyAV opens for a file."""
+    return io.BytesIO(path.read()) if isinstance(path, FilePart) else str(path)
+
+
+def frame_times(path: VideoFile) -> list[float]:
     """When each frame of a file is shown, in seconds, and last when the last one ends.
 
     Packet by packet, without decoding: a header may count frames that a cut left out, or not count at all. Where a file
@@ -55,7 +64,7 @@ def frame_times(path: Path) -> list[float]:
     import av
 
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
+        with av.open(_opened(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise BadDataError(f"{path}: holds no video stream")
             stream = container.streams.video[0]
@@ -90,13 +99,13 @@ def at_even_times(times: Sequence[float], slots: Sequence[int]) -> list[int]:
     return frames.clamp(0, count - 1).tolist()
 
 
-def read_frames(path: Path, indices: Sequence[int], short_side: int | None = None) -> Tensor:
+def read_frames(path: VideoFile, indices: Sequence[int], short_side: int | None = None) -> Tensor:
     """The frames of ``indices`` in their order, turned as players do, uint8 [n, 3, H, W], scaled to ``short_side``."""
     import av
 
     wanted, found, seen = set(indices), {}, 0
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
+        with av.open(_opened(path), metadata_errors="replace") as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             for seen, frame in enumerate(container.decode(stream), 1):
@@ -164,7 +173,7 @@ class VideoFiles:
     batch.
     """
 
-    paths: list[Path]
+    paths: Sequence[VideoFile]
     labels: Tensor
     classes: Sequence[str]
     size: int
@@ -214,7 +223,7 @@ class VideoFiles:
         except BadDataError as error:
             return error
 
-    def _clip(self, path: Path, generator: torch.Generator) -> Tensor:
+    def _clip(self, path: VideoFile, generator: torch.Generator) -> Tensor:
         times = frame_times(path)
         slots = frame_indices(len(times) - 1, self.num_frames, self.sampling, stride=self.stride, generator=generator)
         share, x, y = torch.rand(3, generator=generator).tolist()
@@ -230,7 +239,7 @@ class VideoFiles:
 
 
 def clips_of_file(
-    path: Path, num_frames: int, short_side: int, clips: int, *, sampling: Sampling = "uniform", stride: int = 8
+    path: VideoFile, num_frames: int, short_side: int, clips: int, *, sampling: Sampling = "uniform", stride: int = 8
 ) -> Tensor:
     """``clips`` clips spread over a video file, uint8 [clips, T, 3, H, W], in one pass over it."""
     times = frame_times(path)
@@ -316,8 +325,14 @@ def load_video_files(
 ) -> VideoSplits:
     """The videos of a folder or a list; files that are not there are reported to ``bad`` at once."""
     bad = bad if bad is not None else BadDataLog()
+    read = functools.partial(VideoFiles, size=size, num_frames=num_frames, sampling=sampling, stride=stride, bad=bad)
+    return splits_of_videos(source, list_videos(source, bad), read)
+
+
+def list_videos(source: Path, bad: BadDataLog) -> list[tuple[VideoFile, str, str]]:
+    """File, label and split of every video of a folder or a list; what is not there is reported to ``bad``."""
     listed = list_folder(source) if source.is_dir() else list_file(source, bad)
-    entries = []
+    entries: list[tuple[VideoFile, str, str]] = []
     for path, label, split in listed:
         place = known_split(source, split) if split else split_by_hash(name_below(path, source))
         if os.path.isfile(path):  # Path.is_file raises for names that no file can have
@@ -329,6 +344,15 @@ def load_video_files(
             f"{source}: no video in it (looked for folders of classes with files {', '.join(VIDEO_SUFFIXES)}, or for "
             f"lines with a path and a label){'; ' + bad.summary() if len(bad) else ''}"
         )
+    return entries
+
+
+def splits_of_videos(
+    source: Path | str,
+    entries: Sequence[tuple[VideoFile, str, str]],
+    read: Callable[[Sequence[VideoFile], Tensor, Sequence[str]], VideoFiles],
+) -> VideoSplits:
+    """The sets of videos whose file, label and split are known; ``read`` takes files, labels and classes."""
     classes = sorted({label for _, label, _ in entries})
 
     def collect(split: str) -> VideoFiles | None:
@@ -336,7 +360,7 @@ def load_video_files(
         if not own:
             return None
         paths, labels = [path for path, _ in own], torch.tensor([label for _, label in own])
-        return VideoFiles(paths, labels, classes, size, num_frames, sampling, stride, bad)
+        return read(paths, labels, classes)
 
     train, validation, test = (collect(split) for split in ("train", "validation", "test"))
     if train is None:
