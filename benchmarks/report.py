@@ -29,6 +29,7 @@ from benchmarks.harness import figures, tables
 from benchmarks.harness.cpu_cells import Cells
 from benchmarks.harness.row_log import checksum
 from benchmarks.harness.tables import Row
+from benchmarks.over_ranks import report as over_ranks
 from benchmarks.registry import FOLDERS
 from mmkernels import _backends
 
@@ -102,6 +103,8 @@ def blocks(numbers: Path) -> dict[str, str]:
         found[f"{folder} machine"] = tables.provenance(stored["machine"]) + "\n"
         made = registry.report(folder).tables(stored["results"])
         found.update({name: table.markdown() for name, table in made.items()})
+    stored = read("over_ranks", numbers)
+    found |= over_ranks.blocks(stored["results"], stored["machine"])
     found["headline machine"] = tables.provenances(machines) + "\n"
     return found
 
