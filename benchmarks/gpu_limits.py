@@ -23,6 +23,11 @@ _ROOM = 1.03  # for the order of instructions, which small changes of a kernel s
 _TRITON = "3.8."  # another compiler has limits of its own, which nobody took
 
 
+def taken() -> bool:
+    """Whether the limits are those of the Triton that is installed."""
+    return triton.__version__.startswith(_TRITON)
+
+
 def key(case: Case) -> str:
     return f"{case.op} {case.name}"
 
@@ -44,7 +49,7 @@ def read() -> dict[str, float]:
 def excess(case: Case) -> str:
     """By how much a form is over its limit; empty if it is not, or has none under this Triton."""
     limit = read().get(key(case))
-    if limit is None or not applies(case) or not triton.__version__.startswith(_TRITON):
+    if limit is None or not applies(case) or not taken():
         return ""
     problem = registry.gpu_bounds(case.op).problems(case)[0]
     (tile,) = predict_case(case, [problem.steps])

@@ -36,6 +36,7 @@ int cuCtxGetLimit(size_t* value, int name) { return *value = 1 << 20, 0; }
 int cuCtxSetLimit(int name, size_t value) { return 0; }
 int cuCtxSynchronize(void) { return 0; }
 int cuStreamSynchronize(void* stream) { return 0; }
+int cuStreamIsCapturing(void* stream, int* status) { return *status = 0, 0; }
 int cuModuleLoadData(void** module, const void* image) { return *module = &context, 0; }
 int cuModuleUnload(void* module) { return 0; }
 int cuModuleGetFunction(void** function, void* module, const char* name) { return *function = &context, 0; }

@@ -12,6 +12,7 @@ from mmkernels._tiles.engine import (
     clear_columns,
     count_bits,
     entries,
+    exp2_of_scores,
     first_bits,
     halves,
     join_columns,
@@ -229,14 +230,14 @@ def forward_kernel(
                     index = lowest_bit(ones)
                     ones &= ones - 1
                     rows = first_row + index * BLOCK_M + tl.arange(0, BLOCK_M)
-                    old = (rows < N) & (col_start > first_col)
+                    old = tl.where(col_start > first_col, rows < N, False)
                     old_m = tl.load(row_out + rows, mask=old, other=LOWEST)
                     old_z = tl.load(row_out + row_plane + rows, mask=old, other=0.0)
                     if SYMMETRIC:
                         peak = scale2 * tl.max(acc, 1)
                         new_m = tl.maximum(m, of_slots(peak, SLOT_HIGH))
                         row_m = of_rows(new_m, SLOT_HIGH)
-                        e = tl.exp2(tl.fma(acc, tl.zeros_like(acc) + scale2, tl.zeros_like(acc) - row_m[:, None]))
+                        e = exp2_of_scores(acc, scale2, row_m[:, None], queries.dtype.element_ty == tl.float32)
                         row_z = tl.sum(e, 1)
                         shrink = tl.exp2(m - new_m)
                         added = sum_of_slots(e, SLOT_HIGH)
@@ -272,8 +273,8 @@ def forward_kernel(
                     rows = first_row + index * BLOCK_M + tl.arange(0, BLOCK_M)
                     written = rows < N
                     if RUNNING:
-                        written &= ((plain >> index) & 1 == 0) | ((left_out >> index) & 1 > 0)
-                    old = written & (col_start > first_col)
+                        written = tl.where(((plain >> index) & 1 == 0) | ((left_out >> index) & 1 > 0), written, False)
+                    old = tl.where(col_start > first_col, written, False)
                     old_m = tl.load(row_out + rows, mask=old, other=LOWEST)
                     old_z = tl.load(row_out + row_plane + rows, mask=old, other=0.0)
                     row_m = tl.full((BLOCK_M,), LOWEST, tl.float32)
@@ -641,7 +642,7 @@ def _store_near(
     if BIAS:
         e = tl.exp2(with_bias(scale2 * s, bias, cols, M, BIAS) - c)
     else:
-        e = tl.exp2(tl.fma(s, tl.zeros_like(s) + scale2, tl.zeros_like(s) - c))
+        e = exp2_of_scores(s, scale2, c, strip.dtype.element_ty == tl.float32)
     if SYMMETRIC:
         grad = e * (factor[:, None] + tl.load(col_factors + cols)[None, :])
     else:
