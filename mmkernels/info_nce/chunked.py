@@ -28,12 +28,12 @@ from mmkernels._tiles.triton import LOG2E, LOWEST, cdiv, family_of, on_device, r
 from mmkernels.info_nce.groups import number_groups, require_groups
 from mmkernels.info_nce.triton_kernels import (
     CrossEntropy,
-    _column_weights,
-    _targets,
+    column_weights,
     finish_forward,
+    target_indices,
     weights_of_logits,
 )
-from mmkernels.info_nce.triton_kernels.cross_entropy import _exact_part, _store_grad
+from mmkernels.info_nce.triton_kernels.cross_entropy import exact_part, store_grad
 
 _STRIP_BYTES = 256 << 20  # of float32 logits; in lower ones the sums of dK would take longer than their products
 _LEAST_ROWS = 64
@@ -101,7 +101,7 @@ def strip_statistics_kernel(
             inside = (rows < N)[:, None] & (cols < M)[None, :]
             at = strip + in_rows.to(tl.int64)[:, None] * width + cols[None, :]
             s = scale2 * tl.load(at, mask=inside, other=0.0)
-            m, z, p = _exact_part(
+            m, z, p = exact_part(
                 s, scale, m, z, p, rows, targets, key_groups, positives, col_out, col_plane, col_start,
                 N, M, num_grouped, SYMMETRIC, False, GROUPS, BLOCK_N,
             )  # fmt: skip
@@ -127,7 +127,7 @@ def strip_grad_kernel(
     inside = (in_rows < num_rows)[:, None] & (cols < M)[None, :]
     at = logits + in_rows.to(tl.int64)[:, None] * width + cols[None, :]
     s = tl.load(scale) * LOG2E * tl.load(at, mask=inside, other=0.0)
-    _store_grad(
+    store_grad(
         s, scale, targets, key_groups, row_lse, col_lse, row_weights, col_weights, row_shares, col_shares, strip,
         first_row, 0, row_in_strip, col_in_strip, width, N, M, num_grouped, label_smoothing,
         SYMMETRIC, SMOOTHED, False, GROUPS, BLOCK_M, BLOCK_N,
@@ -186,7 +186,7 @@ def info_nce_forward(
     N, M = len(queries), len(keys)
     tile = tile_on(queries.device)
     strips = _Strips.of(N, M, tile)
-    targets = _targets(targets, N, queries.device)
+    targets = target_indices(targets, N, queries.device)
     row_ids, key_ids = (targets, targets) if groups is None else groups[:2]
     of = CrossEntropy(queries, keys, scale, None, targets, groups, symmetric, label_smoothing)
 
@@ -240,12 +240,12 @@ def info_nce_backward(
     grad_queries = queries.new_empty(queries.shape if of_queries else 0)
     grad_keys = keys.new_empty((num_grad_keys, D) if of_keys else 0)
     identity = targets is None
-    targets = _targets(targets, N, queries.device)
+    targets = target_indices(targets, N, queries.device)
     tile = tile_on(queries.device)
     strips = _Strips.of(N, M, tile)
     weights = grad_losses.float() * (0.5 if symmetric else 1.0)  # [N]
     with on_device(queries.device):
-        col_weights = _column_weights(weights, targets, M, identity) if symmetric else weights
+        col_weights = column_weights(weights, targets, M, identity) if symmetric else weights
         of = CrossEntropy(queries, keys, scale, None, targets, groups, symmetric, label_smoothing)
         weights, col_weights, row_shares, col_shares, factor, unit = weights_of_logits(of, weights, col_weights)
         row_ids, key_ids = (targets, targets) if groups is None else groups[:2]

@@ -88,7 +88,7 @@ def cross_entropy_forward(of: CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
     """
     config, precision = choose(of.queries)
     tile = config.of_forward(of.groups is not None, of.symmetric)
-    targets = _targets(of.targets, len(of.queries), of.queries.device)
+    targets = target_indices(of.targets, len(of.queries), of.queries.device)
     of = of._replace(queries=aligned(of.queries), keys=aligned(of.keys), targets=targets)
     with on_device(of.queries.device):
         return replayed(_forward, of, tile, precision)
@@ -190,10 +190,10 @@ def cross_entropy_backward(
     grad_keys = keys.new_empty((num_grad_keys, keys.shape[1]) if output_mask[1] else 0)
     grad_bias = scale.new_empty(M if output_mask[3] else 0)
     identity = targets is None
-    targets = _targets(targets, N, queries.device)
+    targets = target_indices(targets, N, queries.device)
     weights = grad_losses.float() * (0.5 if symmetric else 1.0)  # [N]: a g_i
     with on_device(queries.device):
-        col_weights = _column_weights(weights, targets, M, identity) if symmetric else weights
+        col_weights = column_weights(weights, targets, M, identity) if symmetric else weights
         grad_scale, grad_bias = _differentiate(
             of, targets, weights, col_weights, row_lse, col_lse, label_smoothing > 0,
             grad_queries if output_mask[0] else None, grad_keys if output_mask[1] else None, output_mask[2],
@@ -360,7 +360,7 @@ def _factors(logits: _Logits) -> tuple[Tensor, ...]:
     return row_factors, col_factors, row_bounds, col_bounds, positives_in
 
 
-def _column_weights(weights: Tensor, targets: Tensor, num_keys: int, identity: bool) -> Tensor:
+def column_weights(weights: Tensor, targets: Tensor, num_keys: int, identity: bool) -> Tensor:
     """[M]: the sum of the weights of the queries whose target is the key."""
     if identity and num_keys == weights.shape[0]:
         return weights
@@ -374,5 +374,5 @@ def _column_weights(weights: Tensor, targets: Tensor, num_keys: int, identity: b
     return col_weights
 
 
-def _targets(targets: Tensor | None, num_queries: int, device: torch.device) -> Tensor:
+def target_indices(targets: Tensor | None, num_queries: int, device: torch.device) -> Tensor:
     return torch.arange(num_queries, device=device) if targets is None else targets.contiguous()

@@ -35,7 +35,7 @@ from mmkernels._tiles.triton import LN2, LOG2E, LOWEST
 
 
 @triton.jit
-def _exact_part(
+def exact_part(
     s, bias, m, z, p, rows, targets, key_groups, positives, col_out, col_plane, col_start, N, M, num_grouped,
     COLUMNS: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +81,7 @@ def _exact_tile(
     s, bias, m, z, p, rows, targets, key_groups, positives, col_out, col_plane, col_start, N, M, num_grouped,
     COLUMNS: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """_exact_part for parts of the tile, one after the other, so that they need not share the registers: halves, and
+    """exact_part for parts of the tile, one after the other, so that they need not share the registers: halves, and
     quarters with GROUPS, whose sums take more."""
     HALF: tl.constexpr = BLOCK_N // 2
     left, right = halves(s)
@@ -90,16 +90,16 @@ def _exact_tile(
         start = col_start + half * HALF
         if GROUPS:
             first, second = halves(part)
-            m, z, p = _exact_part(
+            m, z, p = exact_part(
                 first, bias, m, z, p, rows, targets, key_groups, positives, col_out, col_plane, start,
                 N, M, num_grouped, COLUMNS, BIAS, GROUPS, HALF // 2,
             )  # fmt: skip
-            m, z, p = _exact_part(
+            m, z, p = exact_part(
                 second, bias, m, z, p, rows, targets, key_groups, positives, col_out, col_plane, start + HALF // 2,
                 N, M, num_grouped, COLUMNS, BIAS, GROUPS, HALF // 2,
             )  # fmt: skip
         else:
-            m, z, p = _exact_part(
+            m, z, p = exact_part(
                 part, bias, m, z, p, rows, targets, key_groups, positives, col_out, col_plane, start,
                 N, M, num_grouped, COLUMNS, BIAS, GROUPS, HALF,
             )  # fmt: skip
@@ -297,7 +297,7 @@ def forward_kernel(
                                 queries, keys, rows, part + tl.arange(0, PART), N, M, D, stride_q, stride_k,
                                 BLOCK_M, PART, BLOCK_K, PRECISION,
                             )  # fmt: skip
-                            row_m, row_z, p = _exact_part(
+                            row_m, row_z, p = exact_part(
                                 scale2 * tile, bias, row_m, row_z, p, rows, targets, key_groups, positives, col_out,
                                 col_plane, part, N, M, num_grouped, SYMMETRIC, BIAS, GROUPS, PART,
                             )  # fmt: skip
@@ -440,7 +440,7 @@ def softmax_factors_kernel(
 
 
 @triton.jit
-def _store_grad(
+def store_grad(
     s, bias, targets, key_groups, row_lse, col_lse, row_weights, col_weights, row_shares, col_shares, strip,
     first_row, first_col, row_in_strip, col_in_strip, width, N, M, num_grouped, label_smoothing,
     SYMMETRIC: tl.constexpr, SMOOTHED: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr,
@@ -515,7 +515,7 @@ def grad_logits_kernel(
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = halves(scale2 * tile)
         for half in tl.static_range(2):
-            _store_grad(
+            store_grad(
                 left if half == 0 else right, bias, targets, key_groups, row_lse, col_lse, row_weights, col_weights,
                 row_shares, col_shares, strip, first_row, first_col, row_in_strip, col_in_strip + half * HALF, width,
                 N, M, num_grouped, label_smoothing, SYMMETRIC, SMOOTHED, BIAS, GROUPS, BLOCK_M, HALF,
@@ -622,7 +622,7 @@ def grad_logits_kernel(
                         tile = similarities(
                             queries, keys, rows, cols, N, M, D, stride_q, stride_k, BLOCK_M, PART, BLOCK_K, PRECISION,
                         )  # fmt: skip
-                        _store_grad(
+                        store_grad(
                             scale2 * tile, bias, targets, key_groups, row_lse, col_lse, row_weights, col_weights,
                             row_shares, col_shares, strip, first_row, first_col, row, col + start,
                             width, N, M, num_grouped, label_smoothing, SYMMETRIC, SMOOTHED, BIAS, GROUPS, BLOCK_M, PART,
