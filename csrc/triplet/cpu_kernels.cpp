@@ -54,6 +54,8 @@ struct Hinges final : Epilogue {
 
   void begin_panel(int64_t first_row, int64_t count) override {
     panel.begin(problem.positives, first_row, count);
+    // Without a negative there is no hinge, whatever the positive; at -inf every one would be infinite.
+    if (problem.logits.keys.rows == 1) std::fill(panel.positive, panel.positive + panel.padded_rows, -kExcluded);
     std::fill(row_sum, row_sum + panel.padded_rows, 0.);
     std::fill(short_sum, short_sum + panel.padded_rows, 0.f);
     std::fill(row_count, row_count + panel.padded_rows, 0.f);
@@ -74,7 +76,8 @@ struct Hinges final : Epilogue {
     for (int64_t c = 0; c < cols; ++c) {
       float* row = s + c * kTileStride;
       const bool has_positive = kColumns && col0 + c < problem.logits.queries.rows;
-      const Vec positive = Vec::set1(has_positive ? problem.positives[col0 + c] : -kExcluded);
+      const Vec positive =
+          Vec::set1(has_positive && problem.logits.queries.rows > 1 ? problem.positives[col0 + c] : -kExcluded);
       const Vec weight = Vec::set1(kGradient && has_positive ? problem.weights[col0 + c] : 0.f);
       Vec sum = zero, count = zero;
       for (int64_t r = 0; r < padded_rows; r += Vec::kLanes) {

@@ -150,11 +150,13 @@ def check_minus_infinity(place: str, impl: str, symmetric: bool, mining: str) ->
     torch.testing.assert_close(actual[~lost].double(), exact[~lost], rtol=1e-6, atol=1e-6)
 
 
-def check_no_negative_at_minus_infinity(impl: str, symmetric: bool, mining: str) -> None:
-    """Beside a positive at minus infinity every hinge would be infinite: where there is no negative there is none."""
-    queries, keys = torch.tensor([[-torch.inf, 1.0]]), torch.tensor([[1.0, 0.0]])
-    losses = mmkernels.triplet(queries, keys, mining=mining, symmetric=symmetric, reduction="none", impl=impl)
-    assert losses.tolist() == [0.0]
+def check_no_negative(impl: str, symmetric: bool, mining: str) -> None:
+    """Where there is no negative there is no hinge, and the loss is 0 whatever the positive."""
+    keys = torch.tensor([[1.0, 0.0]])
+    for positive in (-torch.inf, torch.inf, torch.nan):
+        queries = torch.tensor([[positive, 1.0]])
+        losses = mmkernels.triplet(queries, keys, mining=mining, symmetric=symmetric, reduction="none", impl=impl)
+        assert losses.tolist() == [0.0], positive
 
 
 def by_hand(queries: Tensor, keys: Tensor, margin: float, mining: str, symmetric: bool) -> tuple[Tensor, Tensor]:

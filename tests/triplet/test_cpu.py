@@ -17,7 +17,7 @@ from tests.triplet.cases import (
     by_hand,
     check_case,
     check_minus_infinity,
-    check_no_negative_at_minus_infinity,
+    check_no_negative,
     run,
 )
 
@@ -229,8 +229,10 @@ def test_worst_negatives_at_minus_infinity(mining, place, symmetric):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("mining", MININGS)
-def test_no_negative_at_minus_infinity(mining, symmetric):
-    check_no_negative_at_minus_infinity("reference", symmetric, mining)
+@needs_library
+def test_no_negative_and_a_positive_not_finite(mining, symmetric):
+    for impl in ("reference", "cpu"):
+        check_no_negative(impl, symmetric, mining)
 
 
 @pytest.mark.parametrize("mining", MININGS)
