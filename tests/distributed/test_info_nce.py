@@ -398,3 +398,26 @@ def compiled(group: Any, rank: int) -> tuple[bool, bool]:
 @needs_library
 def test_one_graph_of_torch_compile():
     assert results((2,), compiled) == [(True, True)] * 2
+
+
+def sent(group: Any, rank: int, rows: int) -> tuple[int, int]:
+    """Bytes that this rank sends forward, and backward."""
+    leaves = leaves_of(features(rows, 64, seed=rank), features(rows, 64, seed=rank + 9), 10.0)
+    send, counts = torch.distributed.batch_isend_irecv, [0]
+
+    def counted(operations: list[Any]) -> Any:
+        counts[-1] += sum(one.tensor.nbytes for one in operations if one.op is torch.distributed.isend)
+        return send(operations)
+
+    torch.distributed.batch_isend_irecv = counted
+    loss = mmkernels.info_nce(*leaves, process_group=group, impl="cpu")
+    counts.append(0)
+    loss.backward()
+    return tuple(counts)
+
+
+@needs_library
+def test_bytes_sent_are_those_of_the_page():
+    """Keys and 8 bytes for each forward; keys, their gradients and 12 bytes for each backward (docs/distributed.md)."""
+    rows, keys = 100, 100 * 64 * 4
+    assert set(results((3,), sent, rows)) == {(2 * (keys + 8 * rows), 2 * (2 * keys + 12 * rows))}
