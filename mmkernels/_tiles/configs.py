@@ -151,7 +151,7 @@ _OWN_TILES: dict[str, dict[tuple[str, str], Tile]] = {
     },
 }
 
-if NEWER_TRITON:  # under which six of the tiles above would spill
+if NEWER_TRITON:  # under which seven of the tiles above would spill
     for _gpu, _tiles in (
         ("sm_80", {"symmetric_forward": Tile(64, 64, 32, 8, 4)}),
         ("sm_90", {"grad_logits": Tile(128, 128, 64, 8, 3)}),
@@ -159,6 +159,7 @@ if NEWER_TRITON:  # under which six of the tiles above would spill
         CONFIGS[_gpu]["half"] = CONFIGS[_gpu]["half"]._replace(**_tiles)
     _OWN_TILES["triplet"]["sm_90", "half"] = Tile(128, 64, 64, 8, 4)
     _OWN_TILES["triplet"]["sm_100", "half"] = Tile(64, 64, 64, 8, 3)
+    _OWN_TILES["siglip"]["sm_90", "half"] = Tile(64, 128, 64, 4, 4)
     DISTILLATION_CONFIGS["sm_90"]["half"] = DistillationConfig(Tile(64, 64, 32, 8, 4), Tile(128, 64, 64, 8, 3))
 
 if OLDER_TRITON:  # under which the tiles above would spill
