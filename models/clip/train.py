@@ -104,7 +104,9 @@ class ClipTask(Task):
         if not batch.tokens.is_floating_point():  # features of a frozen encoder come as they are
             # Four parts in order of length: most captions are short, and one part would pad them to the longest of all.
             order = batch.tokens.argmax(-1).argsort(stable=True)
-            tokens = [trim_padding(part) for part in batch.tokens[order].chunk(4)]
+            # As many on every rank: those of FSDP2 run each block together.
+            parts = min(4, self.plan.batch_size // (self.accumulate * self.share.ranks))
+            tokens = [trim_padding(part) for part in batch.tokens[order].tensor_split(parts)]
             drawings = drawings[:, order]
         images, texts, scale = model(drawings.flatten(0, 1), tokens)
         return images.unflatten(0, (views, size)).transpose(0, 1), texts, scale

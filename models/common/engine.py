@@ -19,9 +19,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from models.common.norms import norms_over_ranks
 from models.common.schedule import TrainConfig
+from models.common.sharding import shard, whole
 from models.data.batches import generator_of
 from models.data.share import Share
 
@@ -42,6 +44,7 @@ class Engine:
 
     def __init__(self, config: TrainConfig, run_dir: Path, *, cpu: bool = False, accumulate: int = 1) -> None:
         self.config = config
+        self.scalars: frozenset[str] = frozenset()  # parameters that have shape [1] while a model is sharded
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         gpu = torch.cuda.is_available() and not cpu
         launched = self.world > 1 or "LOCAL_RANK" in os.environ
@@ -79,6 +82,11 @@ class Engine:
         return dist.group.WORLD if self.world > 1 else None
 
     @property
+    def sharded(self) -> bool:
+        """Whether each rank holds but a part of the weights."""
+        return self.world > 1 and self.config.sharding == "fsdp"
+
+    @property
     def share(self) -> Share:
         """The part of each batch that is this rank's."""
         return Share(self.rank, self.world)
@@ -87,6 +95,8 @@ class Engine:
         """Make a model that every rank has built one over the ranks; its parameters may be others then."""
         if self.group is not None:
             norms_over_ranks(model, self.group)
+            if self.sharded:
+                self.scalars = shard(model, self.device, self.world, self.config.precision)
             self.draw_apart(0)
 
     def draw_apart(self, step: int) -> None:
@@ -96,12 +106,23 @@ class Engine:
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """The model to call, and accelerate's optimiser."""
-        return self.accelerator.prepare(model, optimizer)
+        # accelerate leaves a model for evaluation without DDP, which a sharded one must not have.
+        prepared = self.accelerator.prepare_model(model, evaluation_mode=self.sharded)
+        return prepared, self.accelerator.prepare_optimizer(optimizer)
+
+    @contextlib.contextmanager
+    def accumulate(self, model: nn.Module) -> Iterator[None]:
+        """One batch of a step: the gradients of the last alone meet the other ranks, with those before."""
+        with self.accelerator.accumulate(model):
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_requires_gradient_sync(self.accelerator.sync_gradients, recurse=False)
+            yield
 
     def clip(self, model: nn.Module, largest: float) -> float:
         """Scale the gradient down to a norm of ``largest`` at most; the norm that it had."""
         norm = self.accelerator.clip_grad_norm_(model.parameters(), largest)
-        return float(norm) if norm is not None else math.nan
+        return float(whole(norm)) if norm is not None else math.nan
 
     def first(self, function: Callable[[], T]) -> T:
         """What ``function`` gives on rank 0, on all ranks; its error is raised on all."""

@@ -5,11 +5,13 @@ Parameter names follow open_clip's, so that its state dicts load as they are.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class QuickGELU(nn.Module):
@@ -66,14 +68,34 @@ class MLP(nn.Module):
         return self.c_proj(self.gelu(self.c_fc(x)))
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
+    """A block of any Transformer: what FSDP2 gathers at a time, and ``--checkpoint-activations`` computes again."""
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Let each block keep its input alone, and run again in the backward pass, with the same random numbers."""
+    for module in model.modules():
+        if isinstance(module, TransformerBlock):
+            # Within the hooks of FSDP2, which has the weights together when the block runs again.
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+class BlockNorm(nn.LayerNorm):
+    """A layer norm in float32, also where FSDP2 hands a block its weights in another precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C] -> the same shape."""
+        return F.layer_norm(x, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
+class Block(TransformerBlock):
     """A pre-norm Transformer block."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, quick_gelu: bool = False) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
+        self.ln_1 = BlockNorm(width)
         self.attn = Attention(width, heads)
-        self.ln_2 = nn.LayerNorm(width)
+        self.ln_2 = BlockNorm(width)
         self.mlp = MLP(width, int(width * mlp_ratio), quick_gelu)
 
     def forward(self, x: Tensor, *, causal: bool = False) -> Tensor:

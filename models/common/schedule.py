@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
+Sharding = Literal["none", "fsdp"]
 
 
 @dataclass
@@ -32,6 +33,13 @@ class TrainConfig:
     clip: float = field(default=1.0, metadata={"help": "Largest norm of the gradient.", "min": 0})
     ema: float = field(default=0.0, metadata={"help": "Decay of the weight average; 0: none.", "min": 0, "max": 1})
     precision: Precision = field(default="no", metadata={"help": "Mixed precision."})
+    sharding: Sharding = field(
+        default="none", metadata={"help": "What the ranks hold: all weights each (DDP), or a part each (FSDP2)."}
+    )
+    checkpoint_activations: bool = field(
+        default=False,
+        metadata={"help": "Compute Transformer blocks again in the backward pass.", "name": "--checkpoint-activations"},
+    )
     checkpoint_every: int = field(default=200, metadata={"help": "Steps between checkpoints.", "min": 1})
     keep: int = 2
     log_every: int = 10

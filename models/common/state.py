@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.common.engine import Engine
+from models.common.sharding import local, placed, whole
 
 
 class WeightAverage:
@@ -29,7 +30,7 @@ class WeightAverage:
         weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
         pairs = [(self.state[name], value) for name, value in model.state_dict().items()]
         floating = [(a, b) for a, b in pairs if a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in floating], [b for _, b in floating], weight)
+        torch._foreach_lerp_([local(a) for a, _ in floating], [local(b) for _, b in floating], weight)
         for a, b in pairs:
             if not a.is_floating_point():
                 a.copy_(b)
@@ -47,9 +48,10 @@ class TrainState:
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of a checkpoint, on rank 0; the others hand in their random states, and get none."""
         found: dict[str, Tensor] = {}
-        for name, x in self._named():
+        for key, x in self._named():
+            x = self.whole(key.rpartition("/")[2], x.detach())
             if self.engine.is_first:
-                found[name] = x.detach().cpu()
+                found[key] = x.cpu()
         for name, state in _random_states().items():
             of_ranks = self.engine.of_ranks(state) if self.engine.group is not None else None
             if self.engine.is_first:
@@ -69,6 +71,11 @@ class TrainState:
             for field, x in state.items():
                 yield f"optimizer/{field}/{names[parameter]}", x
 
+    def whole(self, name: str, x: Tensor) -> Tensor:
+        """What a parameter has or is, as one process holds it; all ranks must call it."""
+        x = whole(x)
+        return x.squeeze() if name in self.engine.scalars else x
+
     def metadata(self) -> dict[str, Any]:
         """What is no tensor: the state of Python's and of numpy's generator, how often the average was updated."""
         scaler = self.engine.accelerator.scaler
@@ -83,18 +90,18 @@ class TrainState:
         weights: dict[str, Tensor] = {}
         random_states: dict[str, Tensor] = {}
         averaged = False
-        parameters = dict(self.model.named_parameters())
+        parameters, state = dict(self.model.named_parameters()), self.model.state_dict()
         for key, x in self.engine.hand_out(tensors):
             head, _, rest = key.partition("/")
             if head == "model":
-                weights[rest] = x
+                weights[rest] = placed(x, state[rest]) if rest in state else x
             elif head == "average" and self.average is not None:
-                self.average.state[rest].copy_(x)
+                self.average.state[rest].copy_(placed(x, self.average.state[rest]))
                 averaged = True
             elif head == "optimizer":
                 field, _, name = rest.partition("/")
                 # AdamW keeps its step counter on the CPU and the moments beside the parameter.
-                self.optimizer.state[parameters[name]][field] = x if field == "step" else x.to(parameters[name].device)
+                self.optimizer.state[parameters[name]][field] = x if field == "step" else placed(x, parameters[name])
             elif head == "rng":
                 random_states[rest] = x
         self.model.load_state_dict(weights)

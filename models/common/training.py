@@ -36,6 +36,7 @@ from models.common.checkpoint import (
 )
 from models.common.console import say, warn
 from models.common.engine import Engine
+from models.common.layers import checkpoint_activations
 from models.common.log import RunLog
 from models.common.runs import clear_run, only_run, read_history, write_history
 from models.common.schedule import TrainConfig, learning_rate, pick_precision
@@ -140,6 +141,8 @@ class Trainer:
         self.engine.first(lambda: run_dir.mkdir(parents=True, exist_ok=True))
         if self.engine.world > 1:
             task.divide(self.engine)
+        if config.checkpoint_activations:
+            checkpoint_activations(model)
         self.engine.spread(model)
         groups = task.param_groups(model, config)
         for group in groups:
@@ -273,7 +276,7 @@ class Trainer:
         """Every batch has a loss of its own; their mean counts."""
         logs: dict[str, float] = {}
         for batch in batches:
-            with self.accelerator.accumulate(self.model):
+            with self.engine.accumulate(self.model):
                 with self.accelerator.autocast():
                     loss, numbers = self.task.loss(self.model, batch)
                 self.accelerator.backward(loss)
@@ -354,9 +357,10 @@ class Trainer:
                     self.save()
         if self.saved != self.step:
             self.save()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # accelerate's end_training would leave the group, too
+            tracker.finish()
 
     def weights(self) -> dict[str, Tensor]:
-        """The state dict to evaluate and export: the averaged weights where there are any."""
+        """The state dict to evaluate and export: the averaged weights where there are any; all ranks must call it."""
         state = self.average.state if self.average is not None else self.raw_model.state_dict()
-        return {name: value.detach().clone() for name, value in state.items()}
+        return {name: self.state.whole(name, value.detach()).clone() for name, value in state.items()}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import mmkernels
 from mmkernels.divided_attention import drop_frames, drop_positions
-from models.common.layers import MLP, ConvStem
+from models.common.layers import MLP, BlockNorm, ConvStem, TransformerBlock
 
 AttentionType = Literal["divided", "joint", "space"]
 ATTENTION_TYPES: tuple[AttentionType, ...] = ("space", "joint", "divided")
@@ -116,7 +116,7 @@ class DividedAttention(nn.Module):
         return maps.mean(1)
 
 
-class Block(nn.Module):
+class Block(TransformerBlock):
     """Attention over time (if divided), attention over space or over all, and an MLP: each with a residual.
 
     In training, drop-path takes residuals away as the reference implementation does: in time for a position in all
@@ -128,12 +128,12 @@ class Block(nn.Module):
         self.drop_path = drop_path
         self.divided = config.attention == "divided"
         if self.divided:
-            self.ln_time = nn.LayerNorm(config.width, eps=config.eps)
+            self.ln_time = BlockNorm(config.width, eps=config.eps)
             self.time_attn = DividedAttention(config, "time")
             self.time_fc = nn.Linear(config.width, config.width)
-        self.ln_1 = nn.LayerNorm(config.width, eps=config.eps)
+        self.ln_1 = BlockNorm(config.width, eps=config.eps)
         self.attn = DividedAttention(config, "space" if self.divided else "joint")
-        self.ln_2 = nn.LayerNorm(config.width, eps=config.eps)
+        self.ln_2 = BlockNorm(config.width, eps=config.eps)
         self.mlp = MLP(config.width, int(config.width * config.mlp_ratio))
 
     def forward(self, x: Tensor, num_frames: int) -> Tensor:

@@ -31,15 +31,21 @@ RUNS = {
     "bf16": replace(CONFIG, steps=4, precision="bf16"),
     "timesformer": replace(CONFIG, lr=1e-3),
 }
+# The same, but each rank holds a part of the weights, and most have blocks that run again in the backward pass.
+SHARDED = {
+    f"fsdp {name}": replace(config, sharding="fsdp", checkpoint_activations=name != "ddp")
+    for name, config in RUNS.items()
+}
 
 
 def train(root: Path, names: list[str]) -> None:
     """The runs of these names, one after the other, each in a folder of its own."""
     for name in names:
-        if name == "timesformer":
-            train_timesformer(PRESETS["nano"], VIDEOS, RUNS[name], root / name, cpu=True)
+        config = (RUNS | SHARDED)[name]
+        if name.endswith("timesformer"):
+            train_timesformer(PRESETS["nano"], VIDEOS, config, root / name, cpu=True)
         else:
-            train_clip("nano", DATA, RUNS[name], root / name, cpu=True)
+            train_clip("nano", DATA, config, root / name, cpu=True)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
 
@@ -59,7 +65,7 @@ def alone(tmp_path_factory):
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
     root = tmp_path_factory.mktemp("together")
-    results((2,), train_rank, root, list(RUNS))
+    results((2,), train_rank, root, [*RUNS, *SHARDED], seconds=120)
     return root
 
 
@@ -74,14 +80,21 @@ def assert_same_run(found: Path, whole: Path, budget: float = 1e-5) -> None:
         )
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [*RUNS, *SHARDED])
 def test_two_ranks_are_one_process(name, alone, together):
-    assert_same_run(together / name, alone / name, 3e-3 if name == "bf16" else 1e-5)
+    assert_same_run(together / name, alone / name.removeprefix("fsdp "), 3e-3 if name.endswith("bf16") else 1e-5)
 
 
-def test_one_run_leaves_one_set_of_files(alone, together):
-    assert {path.name for path in (together / "ddp").iterdir()} == {path.name for path in (alone / "ddp").iterdir()}
-    (ours, _), (theirs, _) = (load_checkpoint(step_path(root / "ddp", 20)) for root in (together, alone))
+def test_the_temperature_of_sharded_bf16_is_exact(alone, together):
+    scale = column(together / "fsdp bf16", "scale")
+    assert scale[0] == column(alone / "bf16", "scale")[0]  # bfloat16 has 9.94 in the place of 10
+    torch.testing.assert_close(scale, column(alone / "bf16", "scale"), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp ddp"])
+def test_one_run_leaves_one_set_of_files(name, alone, together):
+    assert {path.name for path in (together / name).iterdir()} == {path.name for path in (alone / "ddp").iterdir()}
+    (ours, _), (theirs, _) = (load_checkpoint(step_path(root, 20)) for root in (together / name, alone / "ddp"))
     assert ours.keys() - theirs.keys() == {"rng/torch_of_ranks"}
     assert all(theirs[name].shape == ours[name].shape for name in theirs)
     first, second = ours["rng/torch_of_ranks"]
@@ -89,14 +102,17 @@ def test_one_run_leaves_one_set_of_files(alone, together):
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_a_run_goes_on_with_another_number_of_ranks(ranks, tmp_path, alone, together):
+@pytest.mark.parametrize(
+    ("first", "then", "ranks"), [("fsdp ddp", "ddp", 1), ("fsdp ddp", "fsdp ddp", 3), ("ddp", "fsdp ddp", 3)]
+)
+def test_a_run_goes_on_with_another_number_of_ranks(first, then, ranks, tmp_path, alone, together):
     """A checkpoint of two ranks, resumed by one or three, who do not have equal shares of a batch."""
-    shutil.copytree(together / "ddp", tmp_path / "ddp")
-    step_path(tmp_path / "ddp", 20).unlink()
+    folder = tmp_path / then
+    shutil.copytree(together / first, folder)
+    step_path(folder, 20).unlink()
     if ranks == 1:
-        train(tmp_path, ["ddp"])
+        train(tmp_path, [then])
     else:
-        results((ranks,), train_rank, tmp_path, ["ddp"])
-    assert checkpoints(tmp_path / "ddp")[0] == step_path(tmp_path / "ddp", 20)
-    assert_same_run(tmp_path / "ddp", alone / "ddp")
+        results((ranks,), train_rank, tmp_path, [then])
+    assert checkpoints(folder)[0] == step_path(folder, 20)
+    assert_same_run(folder, alone / "ddp")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.testing import assert_within_budget
+from models.common.layers import checkpoint_activations
 from models.timesformer.hugging_face import (
     config_from_hugging_face,
     from_hugging_face,
@@ -223,3 +224,19 @@ def test_presets_hold_what_they_promise() -> None:
         base = TimeSformer(PRESETS["base"])
     assert sum(p.numel() for p in base.parameters()) / 1e6 == pytest.approx(121.6, abs=0.05)
     assert sum(p.numel() for p in base.parameters()) - 769 * 400 == pytest.approx(121.3e6, abs=0.05e6)
+
+
+def test_checkpointed_blocks_run_again_and_drop_the_same():
+    config = replace(PRESETS["nano"], drop_path=0.5, attention_dropout=0.5)
+    found, runs = [], []
+    for again in (False, True):
+        torch.manual_seed(0)
+        model = TimeSformer(config).train()
+        if again:
+            checkpoint_activations(model)
+        for block in model.blocks:
+            block.ln_1.register_forward_hook(lambda *_, again=again: runs.append(again))
+        model(torch.randn(4, config.num_frames, 3, config.image_size, config.image_size)).square().sum().backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    assert (runs.count(False), runs.count(True)) == (config.layers, 2 * config.layers)
+    torch.testing.assert_close(*found, rtol=0, atol=0)
