@@ -77,7 +77,7 @@ def checkpoint_activations(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, TransformerBlock):
             # Within the hooks of FSDP2, which has the weights together when the block runs again.
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
 class BlockNorm(nn.LayerNorm):

@@ -25,8 +25,8 @@ def shard(model: nn.Module, device: torch.device, ranks: int, precision: str) ->
     """
     scalars = frozenset(name for name, parameter in model.named_parameters() if parameter.dim() == 0)
     for name in scalars:  # a tensor without dimensions has no parts
-        module, _, own = name.rpartition(".")
-        holder = model.get_submodule(module)
+        above, _, own = name.rpartition(".")
+        holder = model.get_submodule(above)
         setattr(holder, own, nn.Parameter(holder.get_parameter(own).detach()[None]))
     model.to(memory_format=torch.contiguous_format)  # rows of other formats do not lie side by side
     mesh = init_device_mesh(device.type, (ranks,))
