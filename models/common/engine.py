@@ -178,7 +178,9 @@ class Engine:
         """The first step has ended everywhere: from now on a rank that is late by the timeout is lost."""
         if self.group is not None:
             dist.barrier()
-            dist.set_timeout(datetime.timedelta(seconds=self.config.timeout), self.group)
+            # torch 2.10 has this under another name alone.
+            set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+            set_timeout(datetime.timedelta(seconds=self.config.timeout), self.group)
 
     @contextlib.contextmanager
     def watch(self, where: Callable[[], str]) -> Iterator[None]:

@@ -81,11 +81,12 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 class BlockNorm(nn.LayerNorm):
-    """A layer norm in float32, also where FSDP2 hands a block its weights in another precision."""
+    """A layer norm in float32 at least, also where FSDP2 hands a block its weights in a lower precision."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C] -> the same shape."""
-        return F.layer_norm(x, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(dtype), self.bias.to(dtype), self.eps)
 
 
 class Block(TransformerBlock):

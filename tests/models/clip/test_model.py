@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import open_clip
 import pytest
@@ -140,7 +141,7 @@ def test_batches_in_parts_by_length_keep_their_pairs() -> None:
         "ox",
     ]
     tokens, images = Tokenizer(24, 2048)(words), torch.randn(2, 6, 3, 32, 32)
-    task = ClipTask(None, "eager")  # type: ignore[arg-type]
+    task = ClipTask(SimpleNamespace(batch_size=6), "eager")  # type: ignore[arg-type]
     loss, _ = task.loss(model, Batch(images, tokens, torch.arange(6)))
     plain, texts, scale = model(images.flatten(0, 1), tokens)
     torch.testing.assert_close(loss, task.losses(plain.unflatten(0, (2, 6)), texts, scale))
